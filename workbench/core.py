@@ -1,0 +1,303 @@
+"""The facts that flow through the workbench, as frozen, torch-free values.
+
+`trace -> Request -> Ledger -> View -> Policy -> Plan -> Batch -> executor.step -> StepResult -> Event rows`.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Kind = Literal["finetune", "evaluate", "prefill", "decode"]
+KINDS: tuple[Kind, ...] = ("finetune", "evaluate", "prefill", "decode")
+Capability = Literal["chunk", "mixed", "cut_backward", "safepoint", "merge"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one request's tokens are drawn.
+
+    Noise is a counter-based function of (seed, position, token id), so the schedule cannot change it.
+    `temperature=0` is greedy; `top_k=None` keeps the whole vocabulary.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0 (0 is greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for the whole vocabulary, got {self.top_k}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0 (1 is off), got {self.repetition_penalty}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One inference request: what the client sends, and what the trace says will happen.
+
+    `output_tokens` is the length that really happens; policies never see it. `None` means that the text decides:
+    generation ends at the end-of-sequence token or at `max_tokens`. `max_tokens=None` means the context limit decides.
+    Times in seconds on the replay clock. `parent_id` makes a closed session: the request arrives `think_s` after its parent ends.
+    """
+
+    request_id: str
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int | None
+    adapter: str | None = None
+    max_tokens: int | None = None
+    prompt: str | None = None
+    prompt_token_ids: tuple[int, ...] | None = None
+    tenant: str = ""
+    slo_class: str = ""
+    priority: int = 0
+    deadline_s: float | None = None
+    session: str | None = None
+    parent_id: str | None = None
+    think_s: float = 0.0
+    prefix_ids: tuple[int, ...] = ()
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens in one batch with one owner, one adapter and one kind.
+
+    `start` is the position of the first token: in the sequence (prefill, decode) or in the job's micro-batch (finetune, evaluate).
+    `blocks` is the sequence's block table and covers `start + tokens`; `rows` is the first activation-arena row of the micro-batch.
+    `documents` holds the token counts of all the micro-batch's documents (a document attends only to itself).
+    """
+
+    kind: Kind
+    owner: str
+    adapter: str | None
+    version: int
+    start: int
+    tokens: int
+    blocks: tuple[int, ...] = ()
+    samples: bool = False
+    micro_batch: int | None = None
+    rows: int | None = None
+    documents: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """A slice of a job's backward pass: `num_layers` decoder layers downwards from `top_layer` (exclusive upper end).
+
+    `documents` are the micro-batch's token counts. `ends_window` says that an optimiser step follows once layer 0 is done.
+    """
+
+    owner: str
+    adapter: str
+    micro_batch: int
+    rows: int
+    documents: tuple[int, ...]
+    top_layer: int
+    num_layers: int
+    ends_window: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.documents)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this slice reaches layer 0, so that the micro-batch is committed."""
+        return self.num_layers == self.top_layer
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoad:
+    """Copy one adapter version into a device slot before the step's forward."""
+
+    adapter: str
+    version: int
+    slot: int
+    rank: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything one step does, as a value: print it, save it, compare it, replay it.
+
+    Segments are ordered finetune, evaluate, prefill (by adapter), decode (by adapter). `admitted` names requests that the executor
+    sees for the first time; `released` names owners that hold nothing any more. `stop_after_s` is set by `plan.stop_on_arrival()`:
+    the time from the step's start to the next arrival, after which the backward stops at the next layer.
+    """
+
+    step: int
+    segments: tuple[Segment, ...] = ()
+    backwards: tuple[Backward, ...] = ()
+    loads: tuple[AdapterLoad, ...] = ()
+    admitted: tuple[Request, ...] = ()
+    released: tuple[str, ...] = ()
+    stop_after_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.tokens for s in self.segments)
+
+    def of(self, kind: Kind) -> Iterator[Segment]:
+        return (s for s in self.segments if s.kind == kind)
+
+    def digest(self) -> str:
+        """16 hex digits that are equal exactly when the work is: the identity that `Recorded` checks."""
+        work = (self.step, self.segments, self.backwards, self.loads, tuple(r.request_id for r in self.admitted), self.released)
+        return hashlib.blake2b(repr(work).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one step did. `duration_s` runs from plan accepted to sampled tokens on the host, input building included.
+
+    `tokens` maps request id to sampled token id (empty from executors without text). `layers_done` maps job id to backward layers
+    really run (fewer than planned when the step stopped early). `losses` maps job id to (sum of token losses, labelled tokens) of the
+    finetune rows of this step, `eval_losses` the same of its evaluate rows. `published` maps adapter to the version this step published.
+    """
+
+    duration_s: float
+    gpu_s: float = 0.0
+    host_s: float = 0.0
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    layers_done: Mapping[str, int] = field(default_factory=dict)
+    stopped_early: bool = False
+    losses: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    eval_losses: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    published: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One row of a replay's record. `kind` names what happened; `owner` is a request or job id; `value` depends on the kind."""
+
+    time_s: float
+    step: int
+    kind: str
+    owner: str
+    adapter: str | None = None
+    value: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """What scheduling needs to know of one adapter's current version."""
+
+    name: str
+    version: int
+    rank: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorInfo:
+    """An executor's fixed limits: what the ledger and the plan account against.
+
+    `max_batch_tokens` and `max_requests` bound one step, `num_blocks` the KV pool (blocks of `block_tokens` tokens), `num_slots`
+    the adapter versions on the device, `activation_tokens` the arena of kept fine-tune activations.
+    """
+
+    name: str
+    device: str
+    num_layers: int
+    max_model_len: int
+    max_batch_tokens: int
+    max_requests: int
+    num_blocks: int
+    block_tokens: int
+    num_slots: int
+    max_batch_adapters: int
+    activation_tokens: int
+    can: frozenset[str] = frozenset({"chunk", "mixed", "cut_backward", "safepoint"})
+    eos_token_ids: frozenset[int] = frozenset()
+    simulated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One micro-batch of a job, sizes only: token count of each document, labelled tokens, and its place in the window."""
+
+    documents: tuple[int, ...]
+    labelled: int
+    ends_window: bool
+    window_labelled: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.documents)
+
+
+class JobShape(Protocol):
+    """The sizes of a prepared job; implemented by `workbench.data.PreparedJob`."""
+
+    num_micro_batches: int
+    first_micro_batch: int
+
+    def micro_batch(self, index: int) -> MicroBatch: ...
+
+    def evaluation(self) -> Sequence[MicroBatch]:
+        """The held-out set as micro-batches; empty when the job evaluates nothing."""
+        ...
+
+    def evaluates_after(self, index: int) -> bool:
+        """Whether an evaluation is due once micro-batch `index` is committed (only ever true at the end of a window)."""
+        ...
+
+
+Command = tuple[Literal["pause", "resume", "stop", "publish"], str]
+
+
+class Predictor(Protocol):
+    """Predicts a step's mean duration from its work (`workbench.features.Work`)."""
+
+    def predict(self, work: Any) -> float: ...
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Anything that can run or predict a batch.
+
+    A replay reads `predictor` (an engine without one calibrates itself then), calls `begin` once, then `step` for every batch, then
+    `end`, whatever happened in between. `step` is a transaction: if it raises, the executor is as it was before the call.
+    `admissible` returns the request with its defaults resolved (prompt_tokens of a text prompt, max_tokens) and raises ValueError for
+    one it could never run: unknown adapter, prompt beyond the context, more blocks than the pool has. `poll` drains the commands that
+    a user gave through `engine.jobs[...]` since the last call.
+    """
+
+    predictor: "Predictor | None"
+
+    @property
+    def info(self) -> ExecutorInfo: ...
+
+    @property
+    def adapter_infos(self) -> Mapping[str, AdapterInfo]: ...
+
+    def begin(self, jobs: Sequence[Any], *, seed: int) -> Mapping[str, JobShape]: ...
+
+    def admissible(self, request: Request) -> Request: ...
+
+    def step(self, batch: Batch) -> StepResult: ...
+
+    def poll(self) -> Sequence[Command]: ...
+
+    def end(self) -> None: ...
+
+
+def as_record(value: Any) -> dict[str, Any]:
+    """A frozen value as a flat dict (one level), for a frame's row."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+

@@ -1,0 +1,101 @@
+"""The work in a batch as numbers: what a latency model predicts from, what a step's row records.
+
+Every feature is a sum over the batch's segments (or a count of distinct adapters), so a plan keeps them as running totals.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from workbench.core import Backward, Batch, Segment
+
+NAMES: tuple[str, ...] = (
+    "finetune_tokens",
+    "evaluate_tokens",
+    "prefill_tokens",
+    "decode_tokens",
+    "finetune_pairs",  # (query, key) pairs of causal attention, finetune and evaluate
+    "prefill_pairs",
+    "decode_context",  # tokens read from the KV cache by decode rows
+    "requests",
+    "samples",  # rows that need logits for sampling
+    "adapters",  # distinct (adapter, version) among the rows
+    "backward_token_layers",
+    "backward_pair_layers",
+    "backward_layers",
+    "optimizer_steps",
+    "loads",
+    "load_bytes",
+)
+INDEX = {name: i for i, name in enumerate(NAMES)}
+
+
+def causal_pairs(documents: Sequence[int], start: int, tokens: int) -> int:
+    """Attention pairs of the token range [start, start + tokens) of packed documents; token i of a document sees i + 1 keys."""
+    pairs, first = 0, 0
+    end = start + tokens
+    for length in documents:
+        low, high = max(start - first, 0), min(end - first, length)
+        if low < high:
+            pairs += (high * (high + 1) - low * (low + 1)) // 2
+        first += length
+    return pairs
+
+
+class Work:
+    """Running totals of `NAMES` for a batch that is being planned. `copy()` and `add_*` make what-ifs cheap."""
+
+    __slots__ = ("values", "adapters")
+
+    def __init__(self, values: Iterable[float] | None = None, adapters: Iterable[tuple[str, int]] = ()) -> None:
+        self.values: list[float] = list(values) if values is not None else [0.0] * len(NAMES)
+        self.adapters: set[tuple[str, int]] = set(adapters)
+
+    def copy(self) -> "Work":
+        return Work(self.values, self.adapters)
+
+    def add_segment(self, segment: Segment) -> None:
+        s, v = segment, self.values
+        if s.kind == "decode":
+            v[3] += s.tokens
+            v[6] += s.end
+            v[7] += 1
+        elif s.kind == "prefill":
+            v[2] += s.tokens
+            v[5] += (s.end * (s.end + 1) - s.start * (s.start + 1)) // 2
+            v[7] += 1
+        else:
+            v[0 if s.kind == "finetune" else 1] += s.tokens
+            v[4] += causal_pairs(s.documents, s.start, s.tokens)
+        v[8] += s.samples
+        if s.adapter is not None:
+            self.adapters.add((s.adapter if s.kind in ("prefill", "decode") else s.owner, s.version))
+            v[9] = len(self.adapters)
+
+    def add_backward(self, backward: Backward) -> None:
+        b, v = backward, self.values
+        v[10] += b.tokens * b.num_layers
+        v[11] += causal_pairs(b.documents, 0, b.tokens) * b.num_layers
+        v[12] += b.num_layers
+        v[13] += b.is_last and b.ends_window
+
+    def add_load(self, size_bytes: int) -> None:
+        self.values[14] += 1
+        self.values[15] += size_bytes
+
+    def __getitem__(self, name: str) -> float:
+        return self.values[INDEX[name]]
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.values)
+
+
+def of_batch(batch: Batch) -> Work:
+    """The features of a finished batch."""
+    work = Work()
+    for segment in batch.segments:
+        work.add_segment(segment)
+    for backward in batch.backwards:
+        work.add_backward(backward)
+    for load in batch.loads:
+        work.add_load(load.bytes)
+    return work
