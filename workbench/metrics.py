@@ -1,0 +1,421 @@
+"""Every definition of a number that is reported, once: event rows -> requests, jobs, gaps -> summary.
+
+Times in seconds on the replay clock. Frames are recomputed from saved rows, never from live objects, so a saved replay gives the
+same summary as a fresh one. The words are those of the README's table: TTFT, TPOT, ITL, attainment, goodput, committed tokens.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil, inf, sqrt
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from workbench.config import SLO, FinetuneJob, did_you_mean, require
+from workbench.core import Request
+
+ADMISSION_WAIT_S = 6.0  # the released Loquetier's own measure: admitted within 6 s, or dropped
+TARGETS = ("ttft", "tpot", "itl", "e2e")
+PERCENTILES = (50, 90, 99)
+CONFIDENCE = 0.95
+# Work in "service units", as in virtual token counters (VTC, OSDI 2024): one per prompt token, two per output token.
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+
+SLOs = SLO | Mapping[str, SLO] | None
+
+
+class Interval(NamedTuple):
+    """A quantile of a sample with its distribution-free 95 % interval; an end is nan where the sample is too small for one."""
+
+    value: float
+    low: float
+    high: float
+
+
+def slo_of(slo: SLOs, slo_class: str = "") -> SLO:
+    """The targets of one request class. A mapping's entry `""` stands for the classes that it does not name.
+
+    Raises ValueError for a class without an entry. Without an SLO there are no targets.
+    """
+    if slo is None:
+        return SLO()
+    if isinstance(slo, SLO):
+        return slo
+    if slo_class not in slo and "" not in slo:
+        raise ValueError(f"slo must name every request class, got a request of class {slo_class!r}. {did_you_mean(slo_class, list(slo))}")
+    return slo[slo_class] if slo_class in slo else slo[""]
+
+
+def due_s(
+    slo: SLO | None, *, arrival_s: float, first_token_s: float | None = None, last_token_s: float | None = None, generated: int = 0
+) -> float:
+    """When a request's next token is due by its own targets; inf without one.
+
+    The first token: arrival + ttft_s. A later one: last token + itl_s, and first token + generated * tpot_s (the pace that a
+    mean gap of tpot_s allows), whichever comes first. Any token: arrival + e2e_s.
+    """
+    if slo is None:
+        return inf
+    due = inf if slo.e2e_s is None else arrival_s + slo.e2e_s
+    if first_token_s is None:
+        return due if slo.ttft_s is None else min(due, arrival_s + slo.ttft_s)
+    if slo.itl_s is not None and last_token_s is not None:
+        due = min(due, last_token_s + slo.itl_s)
+    if slo.tpot_s is not None:
+        due = min(due, first_token_s + generated * slo.tpot_s)
+    return due
+
+
+def token_gaps(events: pd.DataFrame) -> pd.DataFrame:
+    """One row per gap between two consecutive tokens of a request: request_id, token (index from 1 of the later one), time_s, itl_s."""
+    tokens = _of_kind(events, "token")
+    owner, time, index = tokens["owner"].to_numpy(), tokens["time_s"].to_numpy(float), tokens["value"].to_numpy(float)
+    codes, names = pd.factorize(owner)
+    order = np.lexsort((index, time, codes))
+    codes, time, index = codes[order], time[order], index[order]
+    later = np.flatnonzero(codes[1:] == codes[:-1]) + 1
+    return pd.DataFrame(
+        {
+            "request_id": np.asarray(names, object)[codes[later]],
+            "token": index[later].astype(int),
+            "time_s": time[later],
+            "itl_s": time[later] - time[later - 1],
+        }
+    )
+
+
+def request_frame(requests: Iterable[Request] | pd.DataFrame, events: pd.DataFrame, slo: SLOs = None) -> pd.DataFrame:
+    """One row per request that arrived, indexed by request_id. Never-arrived requests (an interrupted replay) have no row.
+
+    arrival_s is the `arrived` event's time, so sessions that arrive by think time are right. `output_tokens` counts what was generated.
+    queue_s = first scheduled - arrival; ttft_s = first token - arrival; tpot_s = (last - first) / (tokens - 1), nan below two tokens;
+    e2e_s = last token - arrival, nan unless finished; itl_p99_s and itl_max_s over the request's own gaps; itl_slo_s is the
+    quantile that its SLO bounds: the smallest gap that at least that share of its gaps does not exceed.
+    `met_*` is true only for finished requests, and then when the value is within the target, or there is no target, or the value is
+    undefined (one token). `met`: all four. `met_pace`: token i came by first + i * tpot_s (itl_s where tpot_s is None); not part of `met`.
+    """
+    frame = _identity(requests)
+    code = pd.Index(frame.index).get_indexer(pd.Index(events["owner"].to_numpy(object)))
+    kind, time = events["kind"].to_numpy(), events["time_s"].to_numpy(float)
+
+    def first(name: str) -> np.ndarray:
+        out, mask = np.full(len(frame), np.nan), (kind == name) & (code >= 0)
+        np.fmin.at(out, code[mask], time[mask])
+        return out
+
+    def count(name: str) -> np.ndarray:
+        return np.bincount(code[(kind == name) & (code >= 0)], minlength=len(frame))
+
+    frame["arrival_s"] = first("arrived")
+    mask = (kind == "token") & (code >= 0)
+    seen = _Tokens.of(code[mask], time[mask], events["value"].to_numpy(float)[mask], len(frame))
+    frame["output_tokens"] = seen.count
+    frame["queue_s"] = first("scheduled") - frame["arrival_s"]
+    frame["ttft_s"] = seen.first - frame["arrival_s"]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        frame["tpot_s"] = np.where(seen.count > 1, (seen.last - seen.first) / (seen.count - 1), np.nan)
+    finished, rejected, aborted = (np.isfinite(first(name)) for name in ("finished", "rejected", "aborted"))
+    frame["e2e_s"] = np.where(finished, seen.last - frame["arrival_s"], np.nan)
+    frame["itl_p99_s"] = seen.gap_quantile(np.full(len(frame), 0.99))
+    frame["itl_max_s"] = seen.gap_quantile(np.ones(len(frame)))
+    frame["preemptions"] = count("preempted")
+    frame["outcome"] = np.select([finished, rejected, aborted], ["finished", "rejected", "aborted"], "unfinished")
+    targets = _targets(frame["slo_class"], slo)
+    frame["itl_slo_s"] = seen.gap_quantile(targets["itl_quantile"])
+    _judge(frame, targets, seen, finished)
+    return frame[np.isfinite(frame["arrival_s"].to_numpy())]
+
+
+def _identity(requests: Iterable[Request] | pd.DataFrame) -> pd.DataFrame:
+    """request_id (index), adapter, tenant, slo_class, prompt_tokens of every request."""
+    names = ("adapter", "tenant", "slo_class", "prompt_tokens")
+    if isinstance(requests, pd.DataFrame):
+        frame = requests.set_index("request_id") if "request_id" in requests.columns else requests
+        columns = {n: frame[n].to_numpy() if n in frame.columns else np.full(len(frame), "", object) for n in names}
+        index = frame.index.to_numpy(object)
+    else:
+        rows = list(requests)
+        columns = {n: np.array([getattr(r, n) for r in rows], object if n != "prompt_tokens" else float) for n in names}
+        index = np.array([r.request_id for r in rows], object)
+    columns["adapter"] = np.array([a if isinstance(a, str) and a else None for a in columns["adapter"]], object)
+    columns["slo_class"] = np.array([c if isinstance(c, str) else "" for c in columns["slo_class"]], object)
+    out = pd.DataFrame(columns, index=pd.Index(index, name="request_id", dtype=object))
+    if out.index.has_duplicates:
+        raise ValueError(f"request_id must be unique, got {out.index[out.index.duplicated()][0]!r} twice")
+    return out.astype({"adapter": object, "tenant": object, "slo_class": object})
+
+
+class _Tokens(NamedTuple):
+    """Token times per request: count, first, last [R]; gaps sorted by (request, gap) with each request's offset [R + 1]."""
+
+    count: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    gaps: np.ndarray
+    offsets: np.ndarray
+    codes: np.ndarray
+    times: np.ndarray
+
+    @classmethod
+    def of(cls, code: np.ndarray, time: np.ndarray, index: np.ndarray, num: int) -> "_Tokens":
+        order = np.lexsort((index, time, code))
+        code, time = code[order], time[order]
+        count = np.bincount(code, minlength=num)
+        ends = np.cumsum(count)
+        has = count > 0
+        first, last = np.full(num, np.nan), np.full(num, np.nan)
+        first[has], last[has] = time[(ends - count)[has]], time[ends[has] - 1]
+        same = code[1:] == code[:-1]
+        gaps, owner = np.diff(time)[same], code[1:][same]
+        gaps = gaps[np.lexsort((gaps, owner))]
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=num))]).astype(int)
+        return cls(count, first, last, gaps, offsets, code, time)
+
+    def gap_quantile(self, quantile: np.ndarray) -> np.ndarray:
+        """The ceil(q * n)-th smallest of each request's n gaps; nan without gaps."""
+        num = np.diff(self.offsets)
+        rank = np.clip(np.ceil(quantile * num - 1e-9).astype(int) - 1, 0, None)
+        out = np.full(len(num), np.nan)
+        out[num > 0] = self.gaps[(self.offsets[:-1] + rank)[num > 0]]
+        return out
+
+    def worst_lateness(self, pace_s: np.ndarray) -> np.ndarray:
+        """max over a request's tokens i = 0, 1 ... of time_i - (first + i * pace): at most 0 when it never fell behind its pace."""
+        position = np.arange(len(self.codes)) - (np.cumsum(self.count) - self.count)[self.codes]
+        late = self.times - self.first[self.codes] - position * pace_s[self.codes]
+        out = np.full(len(self.count), -inf)
+        np.maximum.at(out, self.codes, late)
+        return out
+
+
+def _targets(slo_class: pd.Series, slo: SLOs) -> dict[str, np.ndarray]:
+    """Each request's targets as arrays [R]; inf where there is none."""
+    codes, classes = pd.factorize(slo_class.to_numpy(object))
+    of_class = [slo_of(slo, c) for c in classes]
+
+    def column(name: str) -> np.ndarray:
+        values = [getattr(s, name) for s in of_class]
+        return np.array([inf if v is None else v for v in values], float)[codes] if values else np.zeros(0)
+
+    return {name: column(name) for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "itl_quantile")}
+
+
+def _judge(frame: pd.DataFrame, targets: Mapping[str, np.ndarray], seen: _Tokens, finished: np.ndarray) -> None:
+    """Add the met_* columns. A gap equal to its target meets it; 1 ns is forgiven to floating-point sums of the clock."""
+    met = finished.copy()
+    for name in TARGETS:
+        values = frame["itl_slo_s" if name == "itl" else f"{name}_s"].to_numpy(float)
+        ok = finished & ~(values > targets[f"{name}_s"] + 1e-9)
+        frame[f"met_{name}"] = ok
+        met &= ok
+    frame["met"] = met
+    pace = np.where(np.isfinite(targets["tpot_s"]), targets["tpot_s"], targets["itl_s"])
+    free = ~np.isfinite(pace)
+    frame["met_pace"] = finished & (free | (seen.worst_lateness(np.where(free, 0.0, pace)) <= 1e-9))
+
+
+def job_frame(jobs: Iterable[FinetuneJob], events: pd.DataFrame) -> pd.DataFrame:
+    """One row per fine-tune job, indexed by job_id, whether or not it ever ran.
+
+    committed_tokens: tokens whose backward is complete; forward_tokens: tokens whose forward ran (work in flight included).
+    outcome: finished, stopped, paused or unfinished. Losses are means per labelled token: of a micro-batch, and of the held-out set.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in ("job_id", "adapter", "arrival_s", "started_s", "ended_s", "outcome")}
+    numbers = ("committed_tokens", "forward_tokens", "optimizer_steps", "first_loss", "last_loss", "first_eval_loss", "last_eval_loss")
+    columns |= {name: [] for name in (*numbers, "version")}
+    of_owner = {owner: rows for owner, rows in events.groupby("owner", sort=False)} if len(events) else {}
+    for job in jobs:
+        rows = of_owner.get(job.id, events.iloc[:0])
+        kind, time, value = rows["kind"].to_numpy(), rows["time_s"].to_numpy(float), rows["value"].to_numpy(float)
+
+        def of(name: str, kind: np.ndarray = kind, value: np.ndarray = value) -> np.ndarray:
+            return value[kind == name]
+
+        def when(*names: str, kind: np.ndarray = kind, time: np.ndarray = time) -> float:
+            at = time[np.isin(kind, names)]
+            return float(at[0]) if len(at) else np.nan
+
+        end = [k for k in kind if k in ("job_finished", "job_stopped", "job_paused", "job_resumed")]
+        names = {"job_finished": "finished", "job_stopped": "stopped", "job_paused": "paused"}
+        losses, evaluations = of("loss"), of("eval_loss")
+        row = {
+            "job_id": job.id,
+            "adapter": job.adapter,
+            "arrival_s": when("job_arrived") if "job_arrived" in kind else job.arrival_s,
+            "started_s": when("forward", "backward"),
+            "ended_s": when("job_finished", "job_stopped"),
+            "outcome": names.get(end[-1], "unfinished") if end else "unfinished",
+            "committed_tokens": of("committed").sum(),
+            "forward_tokens": of("forward").sum(),
+            "optimizer_steps": int((kind == "optimizer_step").sum()),
+            "first_loss": losses[0] if len(losses) else np.nan,
+            "last_loss": losses[-1] if len(losses) else np.nan,
+            "first_eval_loss": evaluations[0] if len(evaluations) else np.nan,
+            "last_eval_loss": evaluations[-1] if len(evaluations) else np.nan,
+            "version": of("published")[-1] if "published" in kind else np.nan,
+        }
+        for name, value_ in row.items():
+            columns[name].append(value_)
+    return pd.DataFrame(columns).set_index("job_id")
+
+
+def quantile_interval(values: Sequence[float] | np.ndarray, quantile: float, confidence: float = CONFIDENCE) -> Interval:
+    """The ceil(q * n)-th smallest value, with the order statistics that bracket the true quantile at `confidence`.
+
+    Assumes independent values. Requests of one replay are autocorrelated, so this interval is a lower bound on the doubt; redraws
+    over seeds say more.
+    """
+    from scipy.special import bdtr
+
+    x = np.sort(np.asarray(values, float)[np.isfinite(np.asarray(values, float))])
+    n = len(x)
+    if n == 0:
+        return Interval(np.nan, np.nan, np.nan)
+    value = x[max(ceil(quantile * n - 1e-9) - 1, 0)]
+    tail = (1 - confidence) / 2
+    spread = int(8 * sqrt(n * quantile * (1 - quantile))) + 8
+    ranks = np.arange(max(int(n * quantile) - spread, 0), min(int(n * quantile) + spread, n) + 1)  # number of values below the quantile
+    below = bdtr(ranks, n, quantile)  # P(at most `rank` of n values lie below the quantile)
+    low = ranks[below <= tail]
+    high = ranks[below >= 1 - tail]
+    return Interval(
+        float(value),
+        float(x[low[-1]]) if len(low) and low[-1] < n else np.nan,
+        float(x[high[0]]) if len(high) and high[0] < n else np.nan,
+    )
+
+
+def jain(values: Sequence[float] | np.ndarray) -> float:
+    """Jain's index (sum x)^2 / (n sum x^2): 1 when all are equal, 1/n when one has everything; nan for none or all zero."""
+    x = np.asarray(values, float)
+    return float(x.sum() ** 2 / (len(x) * (x**2).sum())) if len(x) and x.any() else np.nan
+
+
+def summary(replay: Any, slo: SLOs = None, measure: tuple[float, float] | None = None) -> dict[str, Any]:
+    """A replay as one flat row. `slo` and `measure` default to the replay's own; no rerun is needed to change them.
+
+    Requests count if they *arrived* within `measure` = (start_s, end_s), and are followed to their end (drain); tokens and committed
+    fine-tune tokens count if they happened within it. Without a window it is the whole replay. Rates divide by the window's length.
+    """
+    slo = replay.slo if slo is None else slo
+    events, steps = replay.events, replay.steps
+    start, end = _window(replay.measure if measure is None else measure, events, steps)
+    requests = request_frame(replay.requests, events, slo)
+    requests = requests[requests["arrival_s"].between(start, end)]
+    inside = events[events["time_s"].between(start, end)]
+    span = end - start
+    row: dict[str, Any] = {"requests": len(requests), "measure_start_s": start, "measure_end_s": end}
+    row |= _attainment(requests, slo, span)
+    row |= _latency(requests, events, start, end)
+    row |= _rates(inside, span)
+    row |= _fairness(requests)
+    outcomes = requests["outcome"].value_counts()
+    row |= {name: int(outcomes.get(name, 0)) for name in ("finished", "rejected", "aborted", "unfinished")}
+    row["preemptions"] = int((inside["kind"] == "preempted").sum())
+    row["adapter_loads"] = int((inside["kind"] == "adapter_loaded").sum())
+    row["optimizer_steps"] = int((inside["kind"] == "optimizer_step").sum())
+    row |= _machine(steps, getattr(replay.executor, "num_blocks", None), start, end)
+    row["saturated"] = is_saturated(events, start, end)
+    row["interrupted"] = bool(replay.interrupted)
+    return row
+
+
+def _window(measure: tuple[float, float] | None, events: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float]:
+    if measure is None:
+        ends = [float(frame[name].max()) for frame, name in ((events, "time_s"), (steps, "end_s")) if len(frame)]
+        return 0.0, max(ends, default=0.0)
+    start, end = measure
+    require(0 <= start < end, "measure must be (start_s, end_s) with 0 <= start_s < end_s", measure)
+    return float(start), float(end)
+
+
+def _attainment(requests: pd.DataFrame, slo: SLOs, span_s: float) -> dict[str, Any]:
+    """Shares of arrived requests. A target that no class has is nan, so that no column pretends to have been tested."""
+    every = list(slo.values()) if isinstance(slo, Mapping) else [slo or SLO()]
+    row: dict[str, Any] = {}
+    asked = {name: any(getattr(s, f"{name}_s") is not None for s in every) for name in TARGETS}
+    row["attainment"] = _mean(requests["met"]) if any(asked.values()) else np.nan
+    for name in TARGETS:
+        row[f"attainment_{name}"] = _mean(requests[f"met_{name}"]) if asked[name] else np.nan
+    row["attainment_pace"] = _mean(requests["met_pace"]) if asked["tpot"] or asked["itl"] else np.nan
+    row["attainment_admission_wait"] = _mean((requests["queue_s"] <= ADMISSION_WAIT_S) & (requests["outcome"] != "rejected"))
+    row["goodput_per_s"] = float(requests["met"].sum()) / span_s if span_s > 0 else np.nan
+    return row
+
+
+def _latency(requests: pd.DataFrame, events: pd.DataFrame, start: float, end: float) -> dict[str, Any]:
+    gaps = token_gaps(events)
+    gaps = gaps[gaps["request_id"].isin(requests.index)]
+    values = {name: requests[f"{name}_s"].dropna().to_numpy() for name in ("ttft", "tpot", "e2e")} | {"itl": gaps["itl_s"].to_numpy()}
+    row: dict[str, Any] = {}
+    for name in TARGETS:
+        row[f"{name}_n"] = len(values[name])
+        for p in PERCENTILES:
+            value, low, high = quantile_interval(values[name], p / 100)
+            row |= {f"{name}_p{p}_s": value, f"{name}_p{p}_low_s": low, f"{name}_p{p}_high_s": high}
+    row["request_itl_p99_s"] = quantile_interval(requests["itl_p99_s"].to_numpy(), 0.99).value
+    row["queue_mean_s"] = float(requests["queue_s"].mean())
+    return row
+
+
+def _rates(inside: pd.DataFrame, span_s: float) -> dict[str, float]:
+    """Tokens per second of the window. `decode` counts every output token, also the first, which a prefill gives."""
+    total = inside.groupby("kind", observed=True)["value"].sum() if len(inside) else {}
+    tokens = {
+        "decode": float((inside["kind"] == "token").sum()),
+        "prefill": float(total.get("prefill", 0.0)),
+        "finetune": float(total.get("committed", 0.0)),
+    }
+    return {f"{name}_tokens_per_s": value / span_s if span_s > 0 else np.nan for name, value in tokens.items()}
+
+
+def _fairness(requests: pd.DataFrame) -> dict[str, float]:
+    """Jain's index over adapters (base-only requests are one group).
+
+    By throughput: output tokens. By slowdown: mean over an adapter's requests of service units / e2e_s (0 if not finished), which is
+    inverse slowdown up to a constant that the index does not see; it does not mistake unpopular for unfairly served.
+    """
+    group = requests["adapter"].fillna("").astype(object).to_numpy() if len(requests) else np.zeros(0, object)
+    units = PROMPT_WEIGHT * requests["prompt_tokens"].to_numpy(float) + OUTPUT_WEIGHT * requests["output_tokens"].to_numpy(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        progress = np.nan_to_num(units / requests["e2e_s"].to_numpy(float), nan=0.0, posinf=0.0)
+    frame = pd.DataFrame({"group": group, "progress": progress, "tokens": requests["output_tokens"].to_numpy(float)})
+    by = frame.groupby("group")
+    return {"jain_slowdown": jain(by["progress"].mean().to_numpy()), "jain_throughput": jain(by["tokens"].sum().to_numpy())}
+
+
+def _machine(steps: pd.DataFrame, num_blocks: int | None, start: float, end: float) -> dict[str, Any]:
+    """Steps that overlap the window: how many, how busy, KV occupancy (mean weighted by duration)."""
+    steps = steps[(steps["end_s"] > start) & (steps["start_s"] < end)]
+    span = end - start
+    row: dict[str, Any] = {"steps": len(steps), "busy_share": np.nan, "planning_share": np.nan}
+    row |= {"kv_occupancy_mean": np.nan, "kv_occupancy_max": np.nan}
+    if not len(steps) or span <= 0:
+        return row
+    length = steps["end_s"].clip(upper=end).to_numpy(float) - steps["start_s"].clip(lower=start).to_numpy(float)
+    row["busy_share"] = float(length.sum() / span)
+    row["planning_share"] = float(steps["plan_s"].sum() / span)
+    if num_blocks:
+        used = 1.0 - steps["free_blocks"].to_numpy(float) / num_blocks
+        row["kv_occupancy_max"] = float(used.max())
+        row["kv_occupancy_mean"] = float(np.average(used, weights=length)) if length.sum() > 0 else float(used.mean())
+    return row
+
+
+def is_saturated(events: pd.DataFrame, start: float, end: float) -> bool:
+    """Whether the queue grows through the window: its second half adds to the requests in the system more than a tenth of that
+    half's arrivals and more than twice their Poisson noise. Latencies of such a run depend on where it was cut."""
+    kind, time = events["kind"].to_numpy(), events["time_s"].to_numpy(float)
+    half = (start + end) / 2
+    inside = (time > half) & (time <= end)
+    arrived = int((inside & (kind == "arrived")).sum())
+    left = int((inside & np.isin(kind, ("finished", "rejected", "aborted"))).sum())
+    return arrived - left > max(0.1 * arrived, 2 * sqrt(arrived))
+
+
+def _of_kind(events: pd.DataFrame, kind: str) -> pd.DataFrame:
+    return events[events["kind"].to_numpy() == kind]
+
+
+def _mean(flags: pd.Series) -> float:
+    return float(flags.mean()) if len(flags) else np.nan
