@@ -1,0 +1,54 @@
+"""Linear + cross-entropy without storing [N, V]: chunks of rows, loss and gradient in one pass over each.
+
+    loss = sum_n (logsumexp_v z_nv - z_n,label_n),  z = hidden weight^T        grad_hidden = scale * (softmax(z) - onehot) weight
+
+Legend: N labelled rows, H hidden, V vocabulary. The weight is frozen: it gets no gradient. The softmax is fp32.
+Ideas: Liger Kernel's fused linear cross-entropy (arXiv 2410.10989), Cut Cross-Entropy (2411.09009).
+"""
+
+import torch
+from jaxtyping import Float, Int64
+
+from kernels.backend import uses_triton, wide_dtype
+from kernels.counters import count
+
+CHUNK_ROWS = 512
+
+
+def linear_cross_entropy_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float, need_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The specification of `linear_cross_entropy`, in fp32 (or wider)."""
+    wide = wide_dtype(hidden.dtype)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    grad = torch.empty_like(hidden) if need_grad else None
+    for first in range(0, hidden.shape[0], CHUNK_ROWS):
+        rows = slice(first, first + CHUNK_ROWS)
+        log_p = torch.log_softmax((hidden[rows] @ weight.T).to(wide), dim=-1)  # [rows, V]
+        label = labels[rows, None]
+        loss -= log_p.gather(1, label).sum()
+        if grad is not None:
+            dz = log_p.exp_().mul_(scale)
+            dz.scatter_add_(1, label, torch.full_like(label, -scale, dtype=wide))
+            grad[rows] = dz.to(hidden.dtype) @ weight
+    return loss.to(torch.float32), grad
+
+
+def linear_cross_entropy(
+    hidden: Float[torch.Tensor, "N H"], weight: Float[torch.Tensor, "V H"], labels: Int64[torch.Tensor, " N"], scale: float, need_grad: bool
+) -> tuple[Float[torch.Tensor, ""], Float[torch.Tensor, "N H"] | None]:
+    """(sum of the rows' cross-entropies, fp32 scalar on the device; gradient of scale * loss by `hidden`, or None).
+
+    Every row is labelled, labels lie in 0..V-1. No synchronisation with the device on CUDA. Raises ValueError where shapes or dtypes
+    do not fit, and on the CPU for a label outside the vocabulary.
+    """
+    if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != labels.shape[0] or hidden.dtype != weight.dtype:
+        raise ValueError(
+            "hidden [N, H], weight [V, H] and labels [N] must fit and share a dtype, "
+            f"got {tuple(hidden.shape)} {hidden.dtype}, {tuple(weight.shape)} {weight.dtype} and {tuple(labels.shape)}"
+        )
+    if labels.device.type == "cpu" and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
+        raise ValueError(f"labels must lie in 0..{weight.shape[0] - 1}, got {int(labels.min())}..{int(labels.max())}")
+    hidden = hidden.detach()
+    count("linear_cross_entropy", "reference", hidden.device.type)
+    return linear_cross_entropy_reference(hidden, weight, labels, scale, need_grad)

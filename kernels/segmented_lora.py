@@ -1,0 +1,157 @@
+"""Segmented LoRA: every row of the packed batch gets its own adapter's low-rank term (the paper calls it SMLM).
+
+    y[t, off_j : off_j + N_j] += scale_js * (x[t] A_js^T) B_js^T        for every slice j, with s = slot of row t
+
+    dv_js = scale_js * dy_j B_js      dX += dv_js A_js      dA_js = dv_js^T x      dB_js = scale_js * dy_j^T (x A_js^T)
+
+Legend: T rows, K input features, N = sum of N_j output features, J slices, S slots, r rank (1..256, different per slot and slice).
+Accumulation is fp32 and every reduction has a fixed order. Rows without an adapter are neither read nor written.
+Ideas: Punica's SGMV (arXiv 2310.18547), S-LoRA, Loquetier (arXiv 2511.00101).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+
+from kernels.backend import uses_triton, wide_dtype
+from kernels.counters import count
+from kernels.layout import SegmentLayout
+from kernels.lora_table import LoraTable, SlotWeights
+
+__all__ = ["LoraTable", "SlotWeights", "lora_gradients", "segmented_lora", "segmented_lora_"]
+
+Gradients = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def segmented_lora_reference(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> torch.Tensor:
+    """The specification of `segmented_lora_`: computed in fp32 (or wider), rounded once, added to y in place."""
+    wide = wide_dtype(x.dtype)
+    for slot, first, rows in layout.runs:
+        x_run = x[first : first + rows].to(wide)  # [rows, K]
+        for j, (offset, width) in enumerate(zip(table.out_offsets, table.out_features, strict=True)):
+            weights = table.get(j, slot)
+            if weights is not None:
+                out = y[first : first + rows, offset : offset + width]
+                out.copy_(out.to(wide) + weights.scale * (x_run @ weights.a.to(wide).T @ weights.b.to(wide).T))
+    return y
+
+
+def lora_gradients_reference(
+    dy: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, needs_dx: bool
+) -> tuple[torch.Tensor | None, Gradients]:
+    """The specification of `lora_gradients`."""
+    wide = wide_dtype(x.dtype)
+    dx = torch.zeros(x.shape, dtype=wide, device=x.device) if needs_dx else None
+    gradients: Gradients = {}
+    for (j, slot), weights in table.weights.items():
+        if slot not in layout.slots:
+            continue
+        a, b = weights.a.to(wide), weights.b.to(wide)
+        da, db = torch.zeros_like(a), torch.zeros_like(b)
+        for _, first, rows in (run for run in layout.runs if run[0] == slot):
+            x_run = x[first : first + rows].to(wide)
+            dy_run = dy[first : first + rows, table.out_offsets[j] : table.out_offsets[j] + table.out_features[j]].to(wide)
+            dv = weights.scale * (dy_run @ b)  # [rows, r]
+            da += dv.T @ x_run
+            db += weights.scale * (dy_run.T @ (x_run @ a.T))
+            if dx is not None:
+                dx[first : first + rows] += dv @ a
+        gradients[(j, slot)] = (da, db)
+    return None if dx is None else dx.to(x.dtype), gradients
+
+
+def _check(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> None:
+    """Host-side facts only: nothing here waits for the device."""
+    expected = {"x": (layout.num_rows, table.in_features), "y": (layout.num_rows, table.total_out)}
+    for name, tensor in (("x", x), ("y", y)):
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name} must have shape {expected[name]} by the layout and the table, got {tuple(tensor.shape)}")
+        if tensor.dtype != table.dtype:
+            raise ValueError(f"{name} must be {table.dtype}, as the table, got {tensor.dtype}")
+        if tensor.stride(1) != 1 and tensor.numel():
+            raise ValueError(f"{name} must have adjacent columns (stride 1), got strides {tensor.stride()}")
+    if layout.slots and layout.slots[-1] >= table.num_slots:
+        raise ValueError(f"slots of the layout must be below the table's num_slots {table.num_slots}, got {layout.slots[-1]}")
+
+
+def segmented_lora_(
+    y: Float[torch.Tensor, "T N"], x: Float[torch.Tensor, "T K"], table: LoraTable, layout: SegmentLayout
+) -> Float[torch.Tensor, "T N"]:
+    """Add every row's LoRA term to y in place and return y. No gradients, no synchronisation with the device.
+
+    x [T, K] and y [T, N] may be row slices of larger tensors (columns adjacent); both have the table's dtype (bf16, fp16 or fp32).
+    Raises ValueError where shapes, dtypes or slots do not fit.
+    """
+    _check(y, x, table, layout)
+    if not layout.runs or not table.max_rank:
+        return y
+    count("segmented_lora", "reference", y.device.type)
+    return segmented_lora_reference(y, x, table, layout)
+
+
+def lora_gradients(
+    dy: Float[torch.Tensor, "T N"], x: Float[torch.Tensor, "T K"], table: LoraTable, layout: SegmentLayout, *, needs_dx: bool = True
+) -> tuple[Float[torch.Tensor, "T K"] | None, Gradients]:
+    """Gradients of `segmented_lora_`: dX [T, K] of the LoRA term alone (in x's dtype; rows without adapter are 0), or None; and
+    {(slice, slot): (dA [r, K], dB [N_j, r])} in fp32 for every slot of the layout that has weights.
+
+    For an engine that runs its own backward; `segmented_lora` is the autograd version. Raises ValueError as `segmented_lora_`.
+    """
+    _check(dy, x, table, layout)
+    if not layout.runs or not table.max_rank:
+        return (torch.zeros_like(x) if needs_dx else None), {}
+    count("lora_gradients", "reference", dy.device.type)
+    return lora_gradients_reference(dy, x, table, layout, needs_dx)
+
+
+class _SegmentedLora(torch.autograd.Function):
+    """y_out = y + LoRA(x), y overwritten; inputs after `places` are A, B of each (slice, slot) in `places`."""
+
+    @staticmethod
+    def forward(ctx, x, y, table, layout, places, *flat):  # type: ignore[override]
+        segmented_lora_(y, x, table, layout)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, *flat)
+        ctx.table, ctx.layout, ctx.places = table, layout, places
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        x, *flat = ctx.saved_tensors
+        dx, gradients = lora_gradients(dy.contiguous(), x, ctx.table, ctx.layout, needs_dx=ctx.needs_input_grad[0])
+        grads: list[torch.Tensor | None] = []
+        for i, place in enumerate(ctx.places):
+            pair = gradients.get(place, (None, None))
+            for tensor, grad in zip(flat[2 * i : 2 * i + 2], pair, strict=True):
+                # A slot without rows in this batch has a zero gradient, not a missing one.
+                grads.append(torch.zeros_like(tensor) if grad is None else grad.to(tensor.dtype))
+        return (dx, dy, None, None, None, *grads)
+
+
+def segmented_lora(
+    x: Float[torch.Tensor, "T K"],
+    y: Float[torch.Tensor, "T N"],
+    layout: SegmentLayout,
+    slices: Sequence[Sequence[SlotWeights | None]],
+    out_features: Sequence[int],
+) -> Float[torch.Tensor, "T N"]:
+    """y + LoRA(x), differentiable in x, y and every `slices[slice][slot].a` [r, K] and `.b` [N_j, r].
+
+    y is overwritten (autograd knows), so it must not be a leaf that requires a gradient. Weights of another dtype than x are cast for the
+    product and get their gradient in their own dtype, accumulated in fp32: fp32 masters under bf16 activations work. `out_features` are
+    the N_j. Raises ValueError where shapes, dtypes or slots do not fit.
+    """
+    places = [(j, slot) for j, row in enumerate(slices) for slot, weights in enumerate(row) if weights is not None]
+    if not places:
+        return y
+    flat: list[torch.Tensor] = []
+    cast: list[list[SlotWeights | None]] = [[None] * len(row) for row in slices]
+    for j, slot in places:
+        weights = slices[j][slot]
+        assert weights is not None
+        flat += [weights.a, weights.b]
+        a, b = (t.detach().to(x.dtype).contiguous() for t in (weights.a, weights.b))
+        cast[j][slot] = SlotWeights(a, b, weights.scale)
+    table = LoraTable.of(cast, x.shape[1], out_features)
+    return _SegmentedLora.apply(x, y, table, layout, places, *flat)
