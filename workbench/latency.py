@@ -1,0 +1,372 @@
+"""`LatencyModel`: an executor that predicts the duration of a batch from steps that an engine measured.
+
+It runs the same serving loop, policies and ledger as an engine, in microseconds a step and without a GPU. A policy sees the mean
+(`predict`); the clock advances by the mean times a recorded residual, so that what a policy predicts is not what happens.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench import data, features
+from workbench.config import FinetuneJob, did_you_mean, require
+from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Request, StepResult
+from workbench.features import INDEX, NAMES, Work
+from workbench.latency_fit import (
+    CLASSES,
+    CostModel,
+    ErrorReport,
+    classes_of,
+    error_report,
+    fit_costs,
+    held_out_mask,
+    is_outside,
+    step_arrays,
+)
+
+PROFILES = Path(__file__).parents[1] / "profiles"
+MODEL_FILE, STEPS_FILE = "model.json", "steps.parquet"
+RESIDUAL_BLOCK = 16  # consecutive residuals drawn together: slow steps come in runs
+DEFAULT_RANK = 8
+
+
+class LatencyModel:
+    """Predicts what a batch costs on the device whose steps it was fitted to. Make one with `fit` or `load`.
+
+    `adapters`: the adapters that requests may name (names, or the infos of an engine); None accepts every name, at rank 8. `info` holds
+    the limits that the ledger accounts against: an engine's own, or others by `with_limits`. `tokenizer` is needed only for jobs
+    whose data is text and not yet token ids.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel,
+        steps: pd.DataFrame,
+        *,
+        info: ExecutorInfo,
+        report: ErrorReport,
+        provenance: Mapping[str, Any],
+        adapters: Mapping[str, AdapterInfo] | Iterable[str] | None = None,
+        vocab_size: int = 32000,
+        tokenizer: Callable[..., Any] | None = None,
+    ) -> None:
+        self.costs, self.report, self.provenance = costs, report, dict(provenance)
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self._info = replace(info, simulated=True)
+        self._steps = steps
+        values, duration = step_arrays(steps)
+        self._largest = values.max(axis=0)
+        self._noise = _Residuals(values, duration / costs.predict_all(values) - 1.0)
+        loads = values[:, INDEX["loads"]].sum()
+        self._bytes = int(values[:, INDEX["load_bytes"]].sum() / loads) if loads else 0
+        self._open = adapters is None
+        self._declared = _infos(adapters or {}, self._bytes)
+        self._adapters = dict(self._declared)
+        self._prepared: dict[int, tuple[FinetuneJob, data.PreparedJob]] = {}
+        self._jobs: dict[str, tuple[FinetuneJob, data.PreparedJob]] = {}
+        self._draw: Callable[[int], float] | None = None
+
+    # Making one
+
+    @classmethod
+    def fit(
+        cls,
+        steps: Any,
+        *,
+        info: ExecutorInfo | None = None,
+        adapters: Mapping[str, AdapterInfo] | Iterable[str] | None = None,
+        vocab_size: int = 32000,
+        tokenizer: Callable[..., Any] | None = None,
+        commit: str | None = None,
+    ) -> "LatencyModel":
+        """Fit to measured steps: a replay on an engine, its `.steps` frame, or a list of either.
+
+        `report` holds the error on steps that were held out (one block of ten in five); the costs are then fitted to all of them.
+        Raises ValueError without `info` (a replay brings its own), with too few steps, and with simulated ones.
+        """
+        first = steps[0] if isinstance(steps, Sequence) and len(steps) else steps
+        info = info or getattr(first, "executor", None)
+        if info is None:
+            raise ValueError("a latency model needs the executor's limits, got a frame of steps alone. Pass info=engine.info.")
+        require(not info.simulated, "steps must be measured by an engine, not simulated", info.name)
+        values, duration = step_arrays(steps)
+        held = held_out_mask(len(duration))
+        judged = held if held.any() else np.ones(len(duration), bool)
+        part = fit_costs(values[~held], duration[~held])
+        report = error_report(part, values[judged], duration[judged], values[~held].max(axis=0), held_out=bool(held.any()))
+        frame = pd.DataFrame(values, columns=list(NAMES)).assign(duration_s=duration)
+        return cls(
+            fit_costs(values, duration),
+            frame,
+            info=replace(info, name=f"LatencyModel({info.name})"),
+            report=report,
+            provenance=_provenance(info, len(duration), commit),
+            adapters=adapters,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+        )
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, *, tokenizer: Callable[..., Any] | None = None) -> "LatencyModel":
+        """A saved model: a folder, or the name of a profile that ships in `profiles/`. Raises FileNotFoundError with what there is."""
+        folder = Path(name_or_path)
+        if not (folder / MODEL_FILE).is_file():
+            folder = PROFILES / str(name_or_path)
+        if not (folder / MODEL_FILE).is_file():
+            known = sorted(p.parent.name for p in PROFILES.glob(f"*/{MODEL_FILE}"))
+            raise FileNotFoundError(
+                f"no latency model in the folder or profile {str(name_or_path)!r}. {did_you_mean(str(name_or_path), known)} "
+                "Or fit one: LatencyModel.fit(replay)."
+            )
+        record = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+        if record.get("format") != 1:
+            raise ValueError(
+                f"{folder / MODEL_FILE}: format must be 1, got {record.get('format')!r}. Load it with the version that wrote it."
+            )
+        info = {name: frozenset(v) if name in ("can", "eos_token_ids") else v for name, v in record["info"].items()}
+        report = record["report"] | {"by_class": {name: tuple(v) for name, v in record["report"]["by_class"].items()}}
+        adapters = None if record["adapters"] is None else {name: AdapterInfo(**v) for name, v in record["adapters"].items()}
+        return cls(
+            CostModel(tuple(record["costs"].values())),
+            pd.read_parquet(folder / STEPS_FILE),
+            info=ExecutorInfo(**info),
+            report=ErrorReport(**report),
+            provenance=record["provenance"],
+            adapters=adapters,
+            vocab_size=record["vocab_size"],
+            tokenizer=tokenizer,
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `model.json` (costs, limits, error, provenance) and `steps.parquet` (the measured steps) into `folder`."""
+        from workbench.latency_fit import term_names
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        info = asdict(self._info) | {"can": sorted(self._info.can), "eos_token_ids": sorted(self._info.eos_token_ids)}
+        record = {
+            "format": 1,
+            "costs": dict(zip(term_names(), self.costs.costs, strict=True)),
+            "info": info,
+            "report": asdict(self.report),
+            "adapters": None if self._open else {name: asdict(v) for name, v in self._declared.items()},
+            "vocab_size": self.vocab_size,
+            "provenance": self.provenance,
+        }
+        (folder / MODEL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        self._steps.to_parquet(folder / STEPS_FILE, compression="zstd")
+        return folder
+
+    def with_limits(self, **changes: Any) -> "LatencyModel":
+        """The same costs under other limits, e.g. `with_limits(max_requests=64, num_blocks=4096)`: fields of `ExecutorInfo`."""
+        return LatencyModel(
+            self.costs,
+            self._steps,
+            info=replace(self._info, **changes),
+            report=self.report,
+            provenance=self.provenance,
+            adapters=None if self._open else self._declared,
+            vocab_size=self.vocab_size,
+            tokenizer=self.tokenizer,
+        )
+
+    def __repr__(self) -> str:
+        return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}"
+
+    # Predicting
+
+    @property
+    def predictor(self) -> "LatencyModel":
+        return self
+
+    def predict(self, work: Work) -> float:
+        """Mean duration in seconds of a step that does `work`."""
+        return self.costs.predict(work)
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """The measured steps that it was fitted to, with their features and `predicted_s`."""
+        return self._steps.assign(predicted_s=self.costs.predict_all(self._steps[list(NAMES)].to_numpy(float)))
+
+    def error(self, steps: Any) -> ErrorReport:
+        """Its error on other measured steps: a replay on an engine, a steps frame, or a list of either."""
+        values, duration = step_arrays(steps)
+        return error_report(self.costs, values, duration, self._largest)
+
+    def outside_share(self, steps: Any) -> float:
+        """The share of a replay's steps that lie outside the fitted range, where this model extrapolates."""
+        values, _ = step_arrays(steps)
+        return float(is_outside(values, self._largest).mean()) if len(values) else 0.0
+
+    # Executor
+
+    @property
+    def info(self) -> ExecutorInfo:
+        return self._info
+
+    @property
+    def adapter_infos(self) -> Mapping[str, AdapterInfo]:
+        return self._adapters
+
+    def begin(self, jobs: Sequence[FinetuneJob], *, seed: int) -> Mapping[str, JobShape]:
+        """Start a replay: job sizes, fresh adapter versions, residuals drawn from `seed`."""
+        self._adapters = dict(self._declared)
+        self._jobs = {job.id: (job, self._prepare(job)) for job in jobs}
+        require(len(self._jobs) == len(jobs), "every job needs an id of its own", [job.id for job in jobs], "Give job_id=.")
+        self._draw = self._noise.stream(seed)
+        return {job_id: prepared for job_id, (_, prepared) in self._jobs.items()}
+
+    def _prepare(self, job: FinetuneJob) -> data.PreparedJob:
+        # Keyed by identity: data may be a list, and many replays of one job should not tokenise it each time.
+        if id(job) not in self._prepared:
+            self._prepared[id(job)] = (job, data.prepare(job, tokenizer=self.tokenizer, vocab_size=self.vocab_size))
+        return self._prepared[id(job)][1]
+
+    def admissible(self, request: Request) -> Request:
+        """The request with `prompt_tokens` and `max_tokens` resolved; registers an unknown adapter unless `adapters` was given.
+
+        Raises ValueError for an unknown adapter, an empty prompt, one beyond the context, and one that the KV pool could never hold.
+        """
+        info, name = self._info, request.request_id
+        if request.adapter is not None and request.adapter not in self._adapters:
+            if not self._open:
+                raise ValueError(f"{name}: unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self._adapters))}")
+            self._adapters |= _infos([request.adapter], self._bytes)
+        prompt = request.prompt_tokens
+        if request.prompt_token_ids is not None or (request.prompt is not None and self.tokenizer is not None):
+            prompt = len(data.prompt_token_ids(request, vocab_size=self.vocab_size, tokenizer=self.tokenizer))
+        require(prompt >= 1, f"{name}: a prompt must have at least 1 token", prompt)
+        room = info.max_model_len - prompt
+        require(room >= 1, f"{name}: a prompt must be shorter than the context of {info.max_model_len} tokens", prompt)
+        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        wanted = max_tokens if request.output_tokens is None else min(request.output_tokens, max_tokens)
+        blocks = -(-(prompt + wanted) // info.block_tokens)
+        require(
+            blocks <= info.num_blocks,
+            f"{name}: a request must fit the KV pool of {info.num_blocks} blocks of {info.block_tokens} tokens",
+            blocks,
+            "Raise num_blocks.",
+        )
+        return replace(request, prompt_tokens=prompt, max_tokens=max_tokens)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Predicted duration with a recorded residual on it; the backward stops early where `stop_after_s` says so."""
+        if self._draw is None:
+            raise RuntimeError("step() needs begin() first: pass the model as executor= to replay().")
+        work = features.of_batch(batch)
+        factor = 1.0 + self._draw(_class_of(work))
+        planned = done = {b.owner: b.num_layers for b in batch.backwards}
+        duration = factor * self.predict(work)
+        if batch.stop_after_s is not None and planned and duration > batch.stop_after_s:
+            batch, done = self._cut(batch, factor)
+            duration = factor * self.predict(features.of_batch(batch))
+        return StepResult(
+            duration_s=duration, gpu_s=duration, layers_done=done, stopped_early=done != planned, published=self._commit(batch)
+        )
+
+    def _cut(self, batch: Batch, factor: float) -> tuple[Batch, dict[str, int]]:
+        """The batch as it really runs when its backward stops at the first layer boundary after `stop_after_s`, and the layers done."""
+        assert batch.stop_after_s is not None
+        done = {b.owner: 0 for b in batch.backwards}
+        ran = replace(batch, backwards=())
+        for position, backward in enumerate(batch.backwards):
+            for layers in range(backward.num_layers):
+                if factor * self.predict(features.of_batch(ran)) >= batch.stop_after_s:
+                    return ran, done
+                kept = batch.backwards[:position]
+                ran = replace(batch, backwards=(*kept, replace(backward, num_layers=layers + 1)))
+                done[backward.owner] = layers + 1
+        return ran, done
+
+    def _commit(self, batch: Batch) -> dict[str, int]:
+        """Which adapters this step publishes, as an engine would: after each optimiser step, or after the job's last one."""
+        published: dict[str, int] = {}
+        for backward in batch.backwards:
+            if not (backward.is_last and backward.ends_window):
+                continue
+            job, prepared = self._jobs[backward.owner]
+            last = backward.micro_batch == prepared.num_micro_batches - 1
+            if job.publish == "step" or (job.publish == "end" and last):
+                published |= self._publish(job)
+        return published
+
+    def _publish(self, job: FinetuneJob) -> dict[str, int]:
+        old = self._adapters.get(job.adapter)
+        size = old.bytes * job.rank // old.rank if old else self._bytes
+        info = AdapterInfo(name=job.adapter, version=old.version + 1 if old else 1, rank=job.rank, bytes=size)
+        self._adapters[job.adapter] = info
+        return {job.adapter: info.version}
+
+    def poll(self) -> Sequence[Command]:
+        """No commands: a simulated job has no user beside it."""
+        return ()
+
+    def end(self) -> None:
+        self._draw = None
+        self._jobs = {}
+
+
+class _Residuals:
+    """Relative residuals in the order of recording, standardised by class of step, drawn in blocks."""
+
+    def __init__(self, values: np.ndarray, residual: np.ndarray) -> None:
+        kinds = classes_of(values)
+        scale = np.array([residual[kinds == k].std() if (kinds == k).any() else residual.std() for k in range(len(CLASSES))])
+        centred = residual - np.array([residual[kinds == k].mean() if (kinds == k).any() else 0.0 for k in range(len(CLASSES))])[kinds]
+        self._standard: list[float] = (centred / np.maximum(scale[kinds], 1e-12)).tolist()
+        self._scale: list[float] = scale.tolist()
+
+    def stream(self, seed: int) -> Callable[[int], float]:
+        """A function: class of the next step -> its relative residual, above -0.9. Equal seeds give equal streams."""
+        rng, standard, scale = random.Random(f"residuals:{seed}"), self._standard, self._scale
+        position, left = 0, 0
+
+        def draw(kind: int) -> float:
+            nonlocal position, left
+            if left == 0:
+                position, left = rng.randrange(len(standard)), RESIDUAL_BLOCK
+            value = standard[position] * scale[kind]
+            position, left = (position + 1) % len(standard), left - 1
+            return max(value, -0.9)
+
+        return draw
+
+
+def _class_of(work: Work) -> int:
+    v = work.values
+    if v[0] or v[1] or v[12]:
+        return 0
+    return 1 if v[2] else 2
+
+
+def _infos(adapters: Mapping[str, AdapterInfo] | Iterable[str], size_bytes: int) -> dict[str, AdapterInfo]:
+    if isinstance(adapters, Mapping):
+        return dict(adapters)
+    return {name: AdapterInfo(name=name, version=1, rank=DEFAULT_RANK, bytes=size_bytes) for name in adapters}
+
+
+def _provenance(info: ExecutorInfo, num_steps: int, commit: str | None) -> dict[str, Any]:
+    """Where the fit comes from. Distributions that are not installed are left out; outside a repository the commit is empty."""
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("torch", "triton", "transformers", "numpy", "pandas", "scipy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if commit is None:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        commit = found.stdout.strip()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"device": info.device, "executor": info.name, "steps": num_steps, "versions": versions, "commit": commit, "date": date}
