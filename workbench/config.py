@@ -48,8 +48,8 @@ class EngineConfig:
     """Limits and modes of one engine. Sizes in tokens unless named otherwise; None: chosen from the model and the memory at hand.
 
     `max_batch_tokens` bounds the packed tokens of a step, `max_requests` the resident requests, `num_blocks` the KV pool in blocks of
-    `block_tokens` tokens, `num_slots` the adapter versions on the device, `activation_tokens` the arena of kept fine-tune activations.
-    `deterministic` asks for reductions in a fixed order (slower).
+    `block_tokens` tokens, `num_slots` the adapter versions on the device, `max_jobs` the fine-tune jobs of one replay, `activation_tokens` the arena of kept fine-tune
+    activations. `deterministic` asks for reductions in a fixed order (slower).
     """
 
     max_model_len: int | None = None
@@ -59,11 +59,12 @@ class EngineConfig:
     block_tokens: int = 16
     num_slots: int = 16
     max_batch_adapters: int = 16
+    max_jobs: int = 8
     activation_tokens: int | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_tokens", "max_requests", "block_tokens", "num_slots", "max_batch_adapters"):
+        for name in ("max_batch_tokens", "max_requests", "block_tokens", "num_slots", "max_batch_adapters", "max_jobs"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("max_model_len", "num_blocks", "activation_tokens"):
             value = getattr(self, name)

@@ -1,0 +1,59 @@
+"""Attention of a mixed step: causal varlen for fine-tune and evaluate rows, paged for prefill chunks and decode rows.
+
+Legend: T packed tokens, F fine-tune and evaluate rows (first), Nq query heads, Nkv key/value heads, D head dimension.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.paged_attention import paged_attention, store_kv
+from kernels.varlen_attention import varlen_attention
+from workbench.runtime.inputs import StepInputs
+from workbench.runtime.kv_cache import Arena, KVPool
+
+
+class StepAttention:
+    """`attend` for every layer of one step. Writes the new keys and values to the pool (inference) or the arena (training)."""
+
+    def __init__(self, inputs: StepInputs, pool: KVPool, arena: Arena | None, scale: float) -> None:
+        self.inputs, self.pool, self.arena, self.scale = inputs, pool, arena, scale
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Nq, D], k and v [T, Nkv, D] -> [T, Nq, D]."""
+        step, num_train = self.inputs, self.inputs.num_train_rows
+        if not num_train:
+            return self._paged(layer, q, k, v)
+        out = torch.empty_like(q)
+        for rows in step.train:
+            assert self.arena is not None
+            last = rows.first + rows.tokens
+            self.arena.k[layer, rows.arena : rows.arena + rows.tokens] = k[rows.first : last]
+            self.arena.v[layer, rows.arena : rows.arena + rows.tokens] = v[rows.first : last]
+            out[rows.first : last] = varlen_attention(
+                q[rows.first : last],
+                self.arena.k[layer, rows.keys : rows.arena + rows.tokens],
+                self.arena.v[layer, rows.keys : rows.arena + rows.tokens],
+                rows.cu_seqlens_q,
+                rows.cu_seqlens_k,
+                rows.max_q,
+                rows.max_k,
+                self.scale,
+            )
+        if step.num_tokens > num_train:
+            out[num_train:] = self._paged(layer, q[num_train:], k[num_train:], v[num_train:])
+        return out
+
+    def _paged(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        step = self.inputs
+        store_kv(k, v, self.pool.k[layer], self.pool.v[layer], step.slot_mapping)
+        return paged_attention(
+            q,
+            self.pool.k[layer],
+            self.pool.v[layer],
+            step.block_tables,
+            step.cu_seqlens_q,
+            step.context_lens,
+            step.max_seqlen_q,
+            step.max_context,
+            self.scale,
+        )

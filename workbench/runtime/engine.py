@@ -1,0 +1,588 @@
+"""The engine: runs mixed batches for real, on CUDA with the fused kernels or on the CPU with their reference versions.
+
+It is an executor (`workbench.core.Executor`): the ledger decides which block, slot and arena row holds what; the engine holds the
+tensors. `step` is a transaction: what it computes becomes visible only once everything in it has succeeded.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workbench.config import EngineConfig, FinetuneJob, did_you_mean, require
+from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, Segment, StepResult
+from workbench.data import Document, PreparedJob, prepare, prompt_token_ids
+from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, save_peft
+from workbench.runtime.finetune import LayerTrainer, TrainState
+from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
+from workbench.runtime.inputs import StepInputs, build, train_rows
+from workbench.runtime.jobs import JobHandle, restore_state
+from workbench.runtime.kv_cache import Arena, KVPool
+from workbench.runtime.memory import choose_limits, resolve_device, resolve_dtype
+from workbench.runtime.sampling import request_seed, sample
+from workbench.runtime.slots import AdapterTable
+from workbench.runtime.weights import assert_aliases, fuse, load_base, random_base
+from workbench.runtime.weights import tokenizer as load_tokenizer
+
+Version = tuple[str, int]  # adapter name, version
+
+
+class OutOfMemory(MemoryError):
+    """The device ran out of memory inside a step; the step was rolled back."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """The engine's record of one admitted request: its tokens so far, prompt first."""
+
+    request: Request
+    tokens: list[int]
+    seed: int
+    pinned: Version | None = None
+
+
+@dataclass(slots=True)
+class _Undo:
+    """What a step changed before it could fail."""
+
+    admitted: list[str] = field(default_factory=list)
+    slots: dict[int, Version | None] = field(default_factory=dict)
+
+
+class Engine:
+    """One base model, many adapters: serving and fine-tuning in one packed batch."""
+
+    def __init__(self, base: torch.nn.Module, *, tokenizer: Any = None, name: str = "model", config: EngineConfig = EngineConfig()) -> None:
+        """Take over `base` (a Hugging Face causal language model): its weights are laid out for the fused linears in place."""
+        self.base, self.tokenizer, self.name, self.config = base, tokenizer, name, config
+        self.fused = fuse(base)
+        assert_aliases(base, self.fused)
+        self.device, self.dtype = self.fused.embed.device, self.fused.embed.dtype
+        self.lock = threading.RLock()
+        self._limits = choose_limits(self.fused.dims, config, self.device, self.dtype)
+        pool = KVPool(self.fused.dims, self._limits.num_blocks, config.block_tokens, self.device, self.dtype)
+        table = AdapterTable(self.fused.dims, config.num_slots + config.max_jobs, self.device, self.dtype)
+        self.runner = Runner(self.fused, pool, table, self._limits.max_model_len, self.device)
+        self._table = table
+        self._current: dict[str, int] = {}
+        self._versions: dict[Version, AdapterWeights] = {}
+        self._last_version: dict[str, int] = {}
+        self._made_by_jobs: set[str] = set()
+        self._slots: dict[int, Version] = {}
+        self._sequences: dict[str, _Sequence] = {}
+        self._states: dict[str, TrainState] = {}
+        self._trainers: dict[str, LayerTrainer] = {}
+        self._commands: deque[Command] = deque()
+        self._seed = 0
+        self._active = False
+        self._predictor: Predictor | None = None
+        self._calibrating = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        adapters: Mapping[str, str | Path] | Sequence[str | Path] = (),
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        config: EngineConfig = EngineConfig(),
+    ) -> "Engine":
+        """An engine over a Hugging Face directory (config.json + safetensors) and PEFT adapter directories.
+
+        `adapters` maps names to directories (or lists directories, named after their last folder). `device=None` takes CUDA where there
+        is one; `dtype=None` takes bfloat16 on CUDA and float32 on the CPU. Raises ValueError for anything it cannot run as asked.
+        """
+        device = resolve_device(device)
+        engine = cls(
+            load_base(path, device=device, dtype=resolve_dtype(dtype, device)), tokenizer=load_tokenizer(path), name=Path(path).name, config=config
+        )
+        named = adapters if isinstance(adapters, Mapping) else {Path(a).name: a for a in adapters}
+        require(len(named) == len(adapters), "adapter directories must have different last folders", list(adapters), "Pass {name: directory}.")
+        for name, directory in named.items():
+            engine.load_adapter(name, directory)
+        return engine
+
+    @classmethod
+    def random(
+        cls,
+        shape: str,
+        adapters: int | Sequence[int] = 0,
+        rank: int = 8,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        seed: int = 0,
+        config: EngineConfig = EngineConfig(),
+    ) -> "Engine":
+        """An engine of a named shape with random weights created on the device: speed does not depend on values.
+
+        `adapters` counts adapters of `rank` on all seven linears, named "adapter-0", ...; or lists one rank each.
+        """
+        device = resolve_device(device)
+        engine = cls(random_base(shape, device=device, dtype=resolve_dtype(dtype, device), seed=seed), name=shape, config=config)
+        ranks = [rank] * adapters if isinstance(adapters, int) else list(adapters)
+        generator = torch.Generator(device=device).manual_seed(seed + 1)
+        for i, r in enumerate(ranks):
+            weights = init_adapter(engine.fused.dims, f"adapter-{i}", rank=r, alpha=2.0 * r, seed=seed + i)
+            tensors = {
+                key: tuple(0.02 * torch.randn(t.shape, device=device, generator=generator).to(engine.dtype) for t in pair)
+                for key, pair in weights.tensors.items()
+            }
+            engine._register(replace(weights, tensors=tensors))
+        return engine
+
+    def __repr__(self) -> str:
+        return f"Engine({self.name!r}, device={str(self.device)!r}, dtype={self.dtype}, adapters={sorted(self._current)})"
+
+    # ---- adapters
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """Every adapter that requests may name, with its current version."""
+        return self.adapter_infos
+
+    @property
+    def adapter_infos(self) -> Mapping[str, AdapterInfo]:
+        infos = {}
+        for name, version in self._current.items():
+            weights = self._versions[name, version]
+            size = sum(t.numel() for pair in weights.tensors.values() for t in pair) * self.dtype.itemsize
+            infos[name] = AdapterInfo(name=name, version=version, rank=weights.rank, bytes=size)
+        return infos
+
+    def load_adapter(self, name: str, directory: str | Path) -> int:
+        """Load a PEFT directory under `name`, as a new version if the name is taken; returns the version.
+
+        Requests in flight keep the version that they were admitted with. Raises ValueError for an adapter that cannot be served as is.
+        """
+        require(bool(name), "an adapter's name must not be empty", name)
+        weights = load_peft(directory, self.fused.dims, name)
+        with self.lock:
+            self._made_by_jobs.discard(name)
+            return self._register(weights)
+
+    def unload_adapter(self, name: str) -> None:
+        """Stop serving `name`: requests in flight finish on their version, waiting ones are rejected with a reason."""
+        with self.lock:
+            self._known(name)
+            del self._current[name]
+            self._forget_unused()
+
+    def save_adapter(self, name: str, directory: str | Path) -> None:
+        """Write the current version as an ordinary PEFT directory (unscaled B), loadable by PEFT with equal logits."""
+        self._known(name)
+        save_peft(self._versions[name, self._current[name]], directory, self.name)
+
+    def _known(self, name: str) -> None:
+        if name not in self._current:
+            raise ValueError(f"no adapter is called {name!r}. {did_you_mean(name, list(self._current))}")
+
+    def _register(self, weights: AdapterWeights) -> int:
+        version = self._last_version.get(weights.name, 0) + 1
+        self._last_version[weights.name] = version
+        self._current[weights.name] = version
+        self._versions[weights.name, version] = weights
+        self._forget_unused()
+        return version
+
+    def _forget_unused(self) -> None:
+        used = set(self._current.items()) | set(self._slots.values()) | {s.pinned for s in self._sequences.values()}
+        for version in [v for v in self._versions if v not in used]:
+            del self._versions[version]
+
+    def view(self, name: str | None = None) -> Any:
+        """This engine's base as a `VirtualModule`, with one adapter (a PEFT model over shared weights) or none."""
+        from workbench.runtime.virtual import VirtualModule
+
+        if name is None:
+            return VirtualModule(self.base)
+        self._known(name)
+        return VirtualModule.with_adapter(self.base, self._versions[name, self._current[name]])
+
+    # ---- executor
+
+    @property
+    def info(self) -> ExecutorInfo:
+        limits, config = self._limits, self.config
+        return ExecutorInfo(
+            name=f"Engine {self.name}",
+            device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
+            num_layers=self.fused.dims.num_layers,
+            max_model_len=limits.max_model_len,
+            max_batch_tokens=config.max_batch_tokens,
+            max_requests=config.max_requests,
+            num_blocks=limits.num_blocks,
+            block_tokens=config.block_tokens,
+            num_slots=config.num_slots,
+            max_batch_adapters=config.max_batch_adapters,
+            activation_tokens=limits.activation_tokens,
+            eos_token_ids=self._eos_token_ids(),
+        )
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        eos = getattr(getattr(self.base, "generation_config", None), "eos_token_id", None) or self.base.config.eos_token_id
+        return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """The latency model beside the engine that `within_s` and `view.predict` ask; measured on this engine at first need."""
+        if self._predictor is None and not self._calibrating:
+            self.calibrate()
+        return self._predictor
+
+    @predictor.setter
+    def predictor(self, predictor: Predictor | None) -> None:
+        self._predictor = predictor
+
+    def calibrate(self, **options: Any) -> Any:
+        """Run a short mix of steps of every kind, fit a `LatencyModel` to them, keep it as `predictor`, and return it."""
+        from workbench.runtime.calibrate import calibrate
+
+        with self.uncalibrated():
+            self._predictor = calibrate(self, **options)
+        return self._predictor
+
+    @contextmanager
+    def uncalibrated(self) -> Iterator[None]:
+        """Within this, `predictor` does not start a calibration: for work that no policy asks a prediction for."""
+        before, self._calibrating = self._calibrating, True
+        try:
+            yield
+        finally:
+            self._calibrating = before
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a replay is between `begin` and `end`."""
+        return self._active
+
+    @contextmanager
+    def borrowed_entry(self, adapter: str | None) -> Iterator[int | None]:
+        """A table entry that holds the current version of `adapter` for a while; None for the base alone."""
+        if adapter is None:
+            yield None
+            return
+        self._known(adapter)
+        entry, weights = self._table.num_entries - 1, self._versions[adapter, self._current[adapter]]
+        self._table.put(entry, weights.tensors, weights.scaling)
+        try:
+            yield entry
+        finally:
+            self._table.clear(entry)
+
+    def begin(self, jobs: Sequence[FinetuneJob], *, seed: int) -> Mapping[str, PreparedJob]:
+        """Start a replay: forget the last one's sequences and jobs, prepare these jobs' data, weights and optimisers."""
+        require(len(jobs) <= self.config.max_jobs, "jobs must be at most EngineConfig.max_jobs", len(jobs), "Raise max_jobs.")
+        with self.lock:
+            assert_aliases(self.base, self.fused)
+            self.end()
+            for name in self._made_by_jobs & set(self._current):
+                del self._current[name]
+            self._made_by_jobs.clear()
+            self._states, self._seed = {}, seed
+            for i, job in enumerate(jobs):
+                self._states[job.id] = self._create_state(job, self.config.num_slots + i)
+            require(len(self._states) == len(jobs), "jobs must have different ids", [j.id for j in jobs], "Give job_id=.")
+            if jobs and self.runner.arena is None:
+                self.runner.arena = Arena.allocate(self.fused.dims, self._limits.activation_tokens, self.device, self.dtype)
+            self._active = True
+            return {job_id: state.prepared for job_id, state in self._states.items()}
+
+    def _create_state(self, job: FinetuneJob, entry: int) -> TrainState:
+        vocab, eos = self.fused.dims.vocab_size, self._eos_token_ids()
+        prepared = prepare(job, tokenizer=self.tokenizer, vocab_size=vocab, eos_token_id=min(eos) if eos else None)
+        weights = init_adapter(
+            self.fused.dims, job.adapter, rank=job.rank, alpha=job.alpha, targets=job.targets, seed=job.seed, use_rslora=job.use_rslora
+        )
+        state = TrainState.create(job, prepared, weights, entry, self.device, self.dtype)
+        if job.checkpoint is not None:
+            restore_state(state, Path(job.checkpoint))
+        self._table.put(entry, state.compute, {key: job.scaling for key in state.compute})
+        if job.adapter not in self._current:
+            self._register(self.trained_weights(state, device=self.device))
+            self._made_by_jobs.add(job.adapter)
+        return state
+
+    def admissible(self, request: Request) -> Request:
+        """The request with its defaults resolved. Raises ValueError for one that this engine could never run."""
+        if request.adapter is not None:
+            self._known(request.adapter)
+        ids = None
+        if request.prompt_token_ids is not None or request.prompt is not None:
+            ids = prompt_token_ids(request, vocab_size=self.fused.dims.vocab_size, tokenizer=self.tokenizer)
+        prompt_tokens = request.prompt_tokens if ids is None else len(ids)
+        limits = self._limits
+        require(prompt_tokens >= 1, f"{request.request_id}: a prompt must have at least 1 token", prompt_tokens)
+        longest = limits.max_model_len
+        needed = prompt_tokens + (request.output_tokens if request.output_tokens is not None else 1)
+        step = "Raise EngineConfig.max_model_len, or shorten the trace with .with_lengths(clip=)."
+        require(needed <= longest, f"{request.request_id}: prompt and output must fit the context of {longest} tokens", needed, step)
+        max_tokens = request.max_tokens if request.max_tokens is not None else longest - prompt_tokens
+        require(max_tokens >= 1, f"{request.request_id}: max_tokens must be at least 1", max_tokens)
+        max_tokens = min(max_tokens, longest - prompt_tokens) if request.output_tokens is not None else max_tokens
+        require(prompt_tokens + max_tokens <= longest, f"{request.request_id}: prompt and max_tokens must fit {longest} tokens", max_tokens, step)
+        capacity = limits.num_blocks * self.config.block_tokens
+        step = "Raise EngineConfig.num_blocks."
+        require(needed <= capacity, f"{request.request_id}: the KV pool must hold one request ({capacity} tokens)", needed, step)
+        return replace(request, prompt_tokens=prompt_tokens, prompt_token_ids=ids, max_tokens=max_tokens)
+
+    def poll(self) -> Sequence[Command]:
+        commands: list[Command] = []
+        while self._commands:
+            commands.append(self._commands.popleft())
+        return commands
+
+    def end(self) -> None:
+        """Forget every sequence. Jobs stay in `jobs` (to checkpoint, publish, look at) until the next `begin`."""
+        with self.lock:
+            self._sequences.clear()
+            self._slots.clear()
+            self._trainers.clear()
+            self._commands.clear()
+            for state in self._states.values():
+                state.discard_pending()
+            self._active = False
+            self._forget_unused()
+
+    def step(self, batch: Batch) -> StepResult:
+        """Run one batch. Raises OutOfMemory (and anything else that went wrong) with the engine as it was before the call."""
+        with self.lock:
+            undo = _Undo()
+            try:
+                return self._step(batch, undo)
+            except torch.OutOfMemoryError as error:
+                self._roll_back(undo)
+                raise OutOfMemory(
+                    f"a step of {batch.num_tokens} tokens must fit the device's memory, got: {error}. "
+                    "Shrink one of EngineConfig's num_blocks, num_slots, activation_tokens or max_batch_tokens."
+                ) from error
+            except BaseException:
+                self._roll_back(undo)
+                raise
+
+    # ---- one step
+
+    def _step(self, batch: Batch, undo: _Undo) -> StepResult:
+        started = time.perf_counter()
+        events = self._mark()
+        self._admit(batch, undo)
+        self._load(batch, undo)
+        inputs = self._inputs(batch) if batch.segments else None
+        forward = self.runner.forward(inputs, self._dropout_states()) if inputs is not None else None
+        tokens = self._sample(inputs, forward) if inputs is not None and forward is not None else {}
+        should_stop = self.runner.stopper(started, batch.stop_after_s)
+        backwards = [self.runner.backward(work, self._trainer(work), should_stop) for work in batch.backwards]
+        losses, eval_losses = self._losses(forward)
+        published = self._commit(batch, tokens, backwards)
+        gpu_s = self._elapsed(events)
+        duration_s = time.perf_counter() - started
+        return StepResult(
+            duration_s=duration_s,
+            gpu_s=gpu_s,
+            host_s=max(0.0, duration_s - gpu_s),
+            tokens=tokens,
+            layers_done={b.work.owner: b.layers_done for b in backwards},
+            stopped_early=any(b.layers_done < b.work.num_layers for b in backwards),
+            losses=losses,
+            eval_losses=eval_losses,
+            published=published,
+        )
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        begin = torch.cuda.Event(enable_timing=True)
+        begin.record()
+        return begin
+
+    def _elapsed(self, begin: Any) -> float:
+        """Device time since `begin`, in seconds, with the device synchronised; 0 on the CPU, where all time is host time."""
+        if begin is None:
+            return 0.0
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000.0
+
+    def _admit(self, batch: Batch, undo: _Undo) -> None:
+        for request in batch.admitted:
+            ids = prompt_token_ids(request, vocab_size=self.fused.dims.vocab_size, tokenizer=self.tokenizer)
+            seed = request_seed(self._seed, request.sampling.seed, request.request_id)
+            self._sequences[request.request_id] = _Sequence(request, list(ids), seed)
+            undo.admitted.append(request.request_id)
+
+    def _load(self, batch: Batch, undo: _Undo) -> None:
+        for load in batch.loads:
+            undo.slots.setdefault(load.slot, self._slots.get(load.slot))
+            self._fill(load.slot, (load.adapter, load.version))
+
+    def _fill(self, slot: int, version: Version | None) -> None:
+        self._slots.pop(slot, None)
+        if version is None:
+            self._table.clear(slot)
+            return
+        weights = self._versions[version]
+        self._table.put(slot, weights.tensors, weights.scaling)
+        self._slots[slot] = version
+
+    def _inputs(self, batch: Batch) -> StepInputs:
+        slot_of = {version: slot for slot, version in self._slots.items()}
+        dropout = self._dropout_states()
+
+        def entry_of(s: Segment) -> int | None:
+            if s.kind in ("finetune", "evaluate"):
+                return None if s.kind == "finetune" and s.owner in dropout else self._states[s.owner].entry
+            return None if s.adapter is None else slot_of[s.adapter, s.version]
+
+        def scale_of(s: Segment) -> float:
+            assert s.micro_batch is not None
+            if s.kind == "evaluate":
+                return 1.0
+            return 1.0 / max(1, self._states[s.owner].prepared.micro_batch(s.micro_batch).window_labelled)
+
+        def tokens_of(s: Segment) -> list[int]:
+            tokens = self._sequences[s.owner].tokens
+            assert s.end <= len(tokens) and s.samples == (s.end == len(tokens)), f"segment {s} does not fit {len(tokens)} known tokens"
+            return tokens[s.start : s.end]
+
+        return build(
+            batch,
+            tokens_of=tokens_of,
+            documents_of=self._documents,
+            entry_of=entry_of,
+            scale_of=scale_of,
+            block_tokens=self.config.block_tokens,
+            device=self.device,
+        )
+
+    def _documents(self, segment: Segment) -> list[Document]:
+        prepared = self._states[segment.owner].prepared
+        assert segment.micro_batch is not None
+        return prepared.documents(segment.micro_batch) if segment.kind == "finetune" else prepared.evaluation_documents(segment.micro_batch)
+
+    def _dropout_states(self) -> dict[str, TrainState]:
+        return {job_id: state for job_id, state in self._states.items() if state.job.dropout > 0}
+
+    def _sample(self, inputs: StepInputs, forward: ForwardOutput) -> dict[str, int]:
+        """One token for every segment that samples; the only copy from the device that a step waits for."""
+        if not inputs.sampled:
+            return {}
+        sequences = [self._sequences[s.owner] for s in inputs.sampled]
+        chosen = sample(
+            forward.logits,
+            [s.request.sampling for s in sequences],
+            seeds=[s.seed for s in sequences],
+            positions=[len(s.tokens) for s in sequences],
+            histories=[s.tokens for s in sequences],
+        )
+        return {segment.owner: token for segment, token in zip(inputs.sampled, chosen.tolist(), strict=True)}
+
+    def _trainer(self, work: Any) -> LayerTrainer:
+        """The recomputation of the job's micro-batch, made once and kept until its backward is complete."""
+        state, layers = self._states[work.owner], self.fused.dims.num_layers
+        if work.top_layer == layers:
+            segment = Segment("finetune", work.owner, work.adapter, 0, 0, work.tokens, micro_batch=work.micro_batch, rows=work.rows)
+            rows, _, positions = train_rows(segment, self._documents(segment), first=0, scale=1.0, device=self.device)
+            places = torch.tensor(positions, device=self.device)
+            self._trainers[work.owner] = LayerTrainer(self.fused, state, rows, self.runner.cos[places], self.runner.sin[places])
+        expected = layers if work.top_layer == layers else state.layers_left
+        assert work.top_layer == expected, f"{work.owner}: the backward stands at layer {expected}, the batch says {work.top_layer}"
+        return self._trainers[work.owner]
+
+    def _losses(self, forward: ForwardOutput | None) -> tuple[dict[str, tuple[float, int]], dict[str, tuple[float, int]]]:
+        if forward is None:
+            return {}, {}
+        losses, eval_losses = (
+            {owner: (float(total), count) for owner, (total, count) in found.items()} for found in (forward.losses, forward.eval_losses)
+        )
+        return losses, eval_losses
+
+    # ---- commit and roll back
+
+    def _commit(self, batch: Batch, tokens: Mapping[str, int], backwards: Iterable[BackwardOutput]) -> dict[str, int]:
+        published: dict[str, int] = {}
+        for request_id, token in tokens.items():
+            self._sequences[request_id].tokens.append(token)
+        for segment in batch.segments:
+            if segment.kind in ("prefill", "decode") and segment.adapter is not None:
+                self._sequences[segment.owner].pinned = (segment.adapter, segment.version)
+            elif segment.kind == "finetune" and segment.start == 0:
+                self._states[segment.owner].discard_pending()
+        for done in backwards:
+            published |= self._commit_backward(done)
+        for owner in batch.released:
+            self._sequences.pop(owner, None)
+        if batch.released or published:
+            self._forget_unused()
+        return published
+
+    def _commit_backward(self, done: BackwardOutput) -> dict[str, int]:
+        work, state, arena = done.work, self._states[done.work.owner], self.runner.arena
+        assert arena is not None
+        state.pending |= done.gradients
+        state.layers_left = work.top_layer - done.layers_done
+        if state.layers_left:
+            assert done.grad is not None
+            arena.grad[work.rows : work.rows + work.tokens] = done.grad
+            return {}
+        self._trainers.pop(work.owner, None)
+        state.commit_micro_batch(work.ends_window)
+        ended = state.micro_batches_done == state.prepared.num_micro_batches
+        if (state.job.publish == "step" and work.ends_window) or (state.job.publish == "end" and ended):
+            return {state.job.adapter: self.publish(state)}
+        return {}
+
+    def _roll_back(self, undo: _Undo) -> None:
+        for request_id in undo.admitted:
+            del self._sequences[request_id]
+        for slot, version in undo.slots.items():
+            self._fill(slot, version)
+
+    # ---- jobs
+
+    @property
+    def jobs(self) -> Mapping[str, JobHandle]:
+        """The jobs of the running replay, or of the last one, by adapter."""
+        return {state.job.adapter: JobHandle(self, state) for state in self._states.values()}
+
+    def command(self, verb: Any, job_id: str) -> None:
+        """Queue a command for the ledger, which obeys between two steps; outside a replay there is nobody to obey."""
+        if not self._active:
+            raise RuntimeError(f"{verb} needs a running replay, got none for {job_id}. Call it from a policy, a callback or another thread.")
+        self._commands.append((verb, job_id))
+
+    def trained_weights(self, state: TrainState, *, device: torch.device) -> AdapterWeights:
+        """The job's weights as of its last optimiser step: fp32 on the CPU (to save), in the model's dtype on the device (to serve)."""
+        source = state.compute if device == self.device and device.type != "cpu" else state.master
+        tensors = {key: tuple(t.detach().to(device, copy=True) for t in pair) for key, pair in source.items()}
+        job = state.job
+        scaling = {key: job.scaling for key in tensors}
+        return AdapterWeights(
+            name=job.adapter, rank=job.rank, alpha=job.alpha, scaling=scaling, tensors=tensors, base=self.name, use_rslora=job.use_rslora
+        )
+
+    def publish(self, state: TrainState) -> int:
+        """Serve the job's weights as a new version of its adapter; requests in flight keep theirs."""
+        with self.lock:
+            return self._register(self.trained_weights(state, device=self.device))
+
+    # ---- text
+
+    def generate(self, prompts: str | Sequence[str | Sequence[int]], adapter: str | None = None, max_tokens: int = 64, **sampling: Any) -> list[Any]:
+        """Complete prompts (text or token ids) with one adapter or none; a list of `Completion` in the order of the prompts."""
+        from workbench.runtime.generate import generate
+
+        return generate(self, [prompts] if isinstance(prompts, str) else list(prompts), adapter, max_tokens, sampling)
+
+    def nll(self, texts: Sequence[str], adapter: str | None = None) -> float:
+        """Mean negative log-likelihood in nats a token of `texts` under the base and one adapter (or none)."""
+        from workbench.runtime.generate import nll
+
+        return nll(self, texts, adapter)
+
+

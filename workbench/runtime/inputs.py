@@ -1,0 +1,177 @@
+"""From a Batch to the tensors of one step.
+
+Legend: T packed tokens, F of them fine-tune and evaluate rows (they come first), N inference sequences, M blocks of the longest.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.layout import SegmentLayout
+from workbench.core import Batch, Segment
+from workbench.data import Document
+
+
+@dataclass(slots=True)
+class TrainRows:
+    """One finetune or evaluate segment, or a whole micro-batch in the backward pass, over documents that do not see one another.
+
+    Packed rows [first, first + tokens); arena rows [arena, arena + tokens); its keys are arena rows [keys, arena + tokens).
+    `offset` is the place of the first token in the micro-batch: the row number that dropout counts by.
+    """
+
+    owner: str
+    is_finetune: bool
+    micro_batch: int
+    first: int
+    tokens: int
+    offset: int
+    arena: int
+    keys: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_q: int
+    max_k: int
+    labelled: Tensor  # packed row of each label
+    labels: Tensor
+    scale: float
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """Everything the forward needs. `samples` lists the packed rows whose logits are sampled, in the order of `sampled`."""
+
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    layout: SegmentLayout
+    train: list[TrainRows]
+    num_train_rows: int
+    slot_mapping: Tensor  # [T - F]
+    block_tables: Tensor  # [N, M]
+    cu_seqlens_q: Tensor  # [N + 1]
+    context_lens: Tensor  # [N]
+    max_seqlen_q: int
+    max_context: int
+    samples: Tensor
+    sampled: list[Segment]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+
+def spans(documents: Sequence[int], start: int, tokens: int) -> list[tuple[int, int, int]]:
+    """The pieces of the range [start, start + tokens) of packed documents: (document, first, end), offsets inside the document."""
+    pieces, first = [], 0
+    for index, length in enumerate(documents):
+        low, high = max(start - first, 0), min(start + tokens - first, length)
+        if low < high:
+            pieces.append((index, low, high))
+        first += length
+    return pieces
+
+
+def train_rows(
+    segment: Segment, documents: Sequence[Document], *, first: int, scale: float, device: torch.device
+) -> tuple[TrainRows, list[int], list[int]]:
+    """The rows of one finetune or evaluate segment, with its token ids and positions."""
+    assert segment.rows is not None and segment.micro_batch is not None
+    token_ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int | None] = []
+    pieces = spans([len(d.token_ids) for d in documents], segment.start, segment.tokens)
+    for index, low, high in pieces:
+        token_ids += documents[index].token_ids[low:high]
+        labels += documents[index].labels[low:high]
+        positions += range(low, high)
+    assert len(token_ids) == segment.tokens, "a segment reaches beyond its micro-batch"
+    queries, keys = [high - low for _, low, high in pieces], [high for _, _, high in pieces]
+    labelled = [i for i, label in enumerate(labels) if label is not None]
+    rows = TrainRows(
+        owner=segment.owner,
+        is_finetune=segment.kind == "finetune",
+        micro_batch=segment.micro_batch,
+        first=first,
+        tokens=segment.tokens,
+        offset=segment.start,
+        arena=segment.rows + segment.start,
+        keys=segment.rows + segment.start - pieces[0][1],
+        cu_seqlens_q=_cumulative(queries, device),
+        cu_seqlens_k=_cumulative(keys, device),
+        max_q=max(queries),
+        max_k=max(keys),
+        labelled=torch.tensor([first + i for i in labelled], dtype=torch.int64, device=device),
+        labels=torch.tensor([labels[i] for i in labelled], dtype=torch.int64, device=device),
+        scale=scale,
+    )
+    return rows, token_ids, positions
+
+
+def build(
+    batch: Batch,
+    *,
+    tokens_of: Callable[[Segment], Sequence[int]],
+    documents_of: Callable[[Segment], Sequence[Document]],
+    entry_of: Callable[[Segment], int | None],
+    scale_of: Callable[[Segment], float],
+    block_tokens: int,
+    device: torch.device,
+) -> StepInputs:
+    """The step's tensors. Raises AssertionError where the batch contradicts the engine's record of a sequence."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    entries: list[tuple[int | None, int]] = []
+    train: list[TrainRows] = []
+    inference: list[Segment] = []
+    samples: list[int] = []
+    for segment in batch.segments:
+        first = len(token_ids)
+        entry = entry_of(segment)
+        entries.append((entry, segment.tokens))
+        if segment.kind in ("finetune", "evaluate"):
+            assert not inference, "fine-tune and evaluate rows come first"
+            rows, ids, places = train_rows(segment, documents_of(segment), first=first, scale=scale_of(segment), device=device)
+            train.append(rows)
+            token_ids += ids
+            positions += places
+        else:
+            token_ids += tokens_of(segment)
+            positions += range(segment.start, segment.end)
+            inference.append(segment)
+            if segment.samples:
+                samples.append(len(token_ids) - 1)
+    num_train = sum(r.tokens for r in train)
+    context = [s.end for s in inference]
+    width = max((len(s.blocks) for s in inference), default=1)
+    tables = np.zeros((len(inference), width), dtype=np.int32)
+    slots: list[np.ndarray] = []
+    for i, segment in enumerate(inference):
+        blocks = np.asarray(segment.blocks, dtype=np.int64)
+        tables[i, : len(blocks)] = blocks
+        place = np.arange(segment.start, segment.end)
+        slots.append(blocks[place // block_tokens] * block_tokens + place % block_tokens)
+    return StepInputs(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
+        positions=torch.tensor(positions, dtype=torch.int64).to(device),
+        layout=SegmentLayout.build(entries, device),
+        train=train,
+        num_train_rows=num_train,
+        slot_mapping=torch.from_numpy(np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)).to(device),
+        block_tables=torch.from_numpy(tables).to(device),
+        cu_seqlens_q=_cumulative([s.tokens for s in inference], device),
+        context_lens=torch.tensor(context, dtype=torch.int32).to(device),
+        max_seqlen_q=max((s.tokens for s in inference), default=0),
+        max_context=max(context, default=0),
+        samples=torch.tensor(samples, dtype=torch.int64).to(device),
+        sampled=[s for s in inference if s.samples],
+    )
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+
+

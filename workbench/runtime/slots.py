@@ -1,0 +1,55 @@
+"""The device table of adapters: which weights each table entry points to, for every layer and group of linears.
+
+Entries 0 .. num_slots-1 serve; a training job takes an entry of its own above them. Setting an entry rebuilds nothing else.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kernels.layout import SegmentLayout
+from kernels.segmented_lora import LoraTable, segmented_lora_
+from workbench.runtime.model import GROUPS, group_widths
+from workbench.runtime.weights import Dims
+
+Pairs = Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, target) -> A [r, K], B [N, r]
+
+
+class AdapterTable:
+    """One `LoraTable` per layer and group. Weights are kept alive here as long as an entry points to them."""
+
+    def __init__(self, dims: Dims, num_entries: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.dims, self.num_entries, self.device, self.dtype = dims, num_entries, device, dtype
+        self.tables: list[dict[str, LoraTable]] = [
+            {
+                group: LoraTable(in_features, widths, num_entries, device=device, dtype=dtype)
+                for group, (in_features, widths) in group_widths(dims).items()
+            }
+            for _ in range(dims.num_layers)
+        ]
+        self.targets: list[frozenset[tuple[int, str]]] = [frozenset()] * num_entries
+
+    def put(self, entry: int, tensors: Pairs, scales: Mapping[tuple[int, str], float]) -> None:
+        """Point `entry` to these weights, cast and copied to the device where they are not there yet."""
+        self.clear(entry)
+        for layer, tables in enumerate(self.tables):
+            for group, targets in GROUPS.items():
+                for index, target in enumerate(targets):
+                    pair = tensors.get((layer, target))
+                    if pair is not None:
+                        a, b = (t.to(self.device, self.dtype).contiguous() for t in pair)
+                        tables[group].set(entry, index, a, b, scales[layer, target])
+        self.targets[entry] = frozenset(tensors)
+
+    def clear(self, entry: int) -> None:
+        if self.targets[entry]:
+            for tables in self.tables:
+                for table in tables.values():
+                    table.clear(entry)
+        self.targets[entry] = frozenset()
+
+    def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout) -> Tensor:
+        """y [T, N] += each row's own adapter on x [T, K]."""
+        return segmented_lora_(y, x, self.tables[layer][group], layout)
+
