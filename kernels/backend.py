@@ -22,12 +22,24 @@ except ImportError:
         def __getattr__(self, name: str) -> "_Missing":
             return self
 
+        def __call__(self, *arguments: Any) -> "_Missing":
+            return self
+
     triton = tl = _Missing()  # type: ignore[assignment]
 
 # Triton reads the variable when a kernel is decorated, so it counts as it was at import.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-__all__ = ["IS_INTERPRETED", "num_processors", "tl", "triton", "uses_triton", "wide_dtype"]
+__all__ = ["IS_INTERPRETED", "dot", "num_processors", "tl", "triton", "uses_triton", "wide_dtype"]
+
+
+@triton.jit
+def dot(a, b, acc, WIDE: tl.constexpr):
+    """acc + a b with fp32 accumulation; fp32 inputs are multiplied exactly (no TF32). WIDE: the interpreter's bf16 product is wrong."""
+    if WIDE:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
@@ -44,9 +56,9 @@ _processors: dict[int, int] = {}
 
 
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device, read once; 1 for the CPU (the interpreter)."""
+    """Multiprocessors of a CUDA device, read once. For the CPU an H100's number: the interpreter then runs the grids that a GPU would."""
     if device.type != "cuda":
-        return 1
+        return 132
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _processors:
         _processors[index] = torch.cuda.get_device_properties(index).multi_processor_count

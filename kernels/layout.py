@@ -1,7 +1,7 @@
 """Which rows of the packed batch use which adapter slot, as one small device tensor.
 
 Legend: a *run* is a stretch of consecutive rows with one slot; a *tile* is at most `block_rows` rows of one run (one program's rows);
-a *chunk* is at most `chunk_rows` rows of one run (one partial sum of a weight gradient).
+a *chunk* is at most an eighth of a run, or 512 rows (one partial sum of a weight gradient).
 Rows without an adapter are in no run, so kernels never visit them.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_BLOCK_ROWS = 128
-CHUNK_ROWS = 512
+CHUNK_ROWS, MAX_CHUNKS = 512, 8
 Run = tuple[int, int, int]
 
 
@@ -34,7 +34,7 @@ def merge_runs(row_slots: Sequence[tuple[int | None, int]]) -> tuple[tuple[Run, 
     return tuple(runs), row
 
 
-def _cut(runs: Sequence[Run], size: int) -> list[Run]:
+def cut_runs(runs: Sequence[Run], size: int) -> list[Run]:
     """Every run in pieces of at most `size` rows."""
     return [(slot, first + i, min(size, rows - i)) for slot, first, rows in runs for i in range(0, rows, size)]
 
@@ -54,7 +54,7 @@ class SegmentLayout:
 
     `runs` are host-side. `tiles` [num_tiles, 4] int32: slot, first row, rows, 0 (a tile of 0 rows is padding).
     `chunks` [num_chunks, 4] int32, ordered by slot: slot, first row, rows, 0. `slots` are the distinct slots in ascending order, and
-    `slot_chunks` [len(slots), 4] int32 holds slot, first chunk, number of chunks, 0.
+    `chunks_per_slot` their numbers of chunks.
     """
 
     num_rows: int
@@ -63,7 +63,7 @@ class SegmentLayout:
     block_rows: int
     tiles: torch.Tensor
     chunks: torch.Tensor
-    slot_chunks: torch.Tensor
+    chunks_per_slot: tuple[int, ...]
 
     @property
     def num_tiles(self) -> int:
@@ -88,21 +88,21 @@ class SegmentLayout:
         block_rows = block_rows or block_rows_for(runs)
         if block_rows not in (16, 32, 64, 128):
             raise ValueError(f"block_rows must be 16, 32, 64 or 128, got {block_rows}")
-        tiles = _cut(runs, block_rows)
+        tiles = cut_runs(runs, block_rows)
         if num_tiles is not None:
             if len(tiles) > num_tiles:
                 raise ValueError(f"num_tiles must be at least the {len(tiles)} tiles of these rows, got {num_tiles}. Take a larger bucket.")
             tiles += [(0, 0, 0)] * (num_tiles - len(tiles))
-        chunks = _cut(sorted(runs), CHUNK_ROWS)
+        longest = max((rows for _, _, rows in runs), default=0)
+        chunks = cut_runs(sorted(runs), max(CHUNK_ROWS, -(-longest // MAX_CHUNKS)))
         slots = tuple(sorted({slot for slot, _, _ in runs}))
         owners = [slot for slot, _, _ in chunks]
-        slot_chunks = [(slot, owners.index(slot), owners.count(slot)) for slot in slots]
-        table = torch.tensor([(*row, 0) for row in (*tiles, *chunks, *slot_chunks)], dtype=torch.int32).reshape(-1, 4)
+        table = torch.tensor([(*row, 0) for row in (*tiles, *chunks)], dtype=torch.int32).reshape(-1, 4)
         if device.type == "cuda":
             # From pinned memory the copy is asynchronous; torch's pinned allocator keeps the buffer until the stream has read it.
             table = table.pin_memory().to(device, non_blocking=True)
-        parts = table.split([len(tiles), len(chunks), len(slot_chunks)])
-        return cls(num_rows, runs, slots, block_rows, *parts)
+        tile_table, chunk_table = table.split([len(tiles), len(chunks)])
+        return cls(num_rows, runs, slots, block_rows, tile_table, chunk_table, tuple(owners.count(slot) for slot in slots))
 
     def copy_(self, other: "SegmentLayout") -> None:
         """Overwrite the tile table in place with another layout's (same tile height, same number of tiles), for a recorded CUDA graph.

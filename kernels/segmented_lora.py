@@ -14,10 +14,12 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 
-from kernels.backend import uses_triton, wide_dtype
+from kernels.backend import IS_INTERPRETED, num_processors, triton, uses_triton, wide_dtype
 from kernels.counters import count
 from kernels.layout import SegmentLayout
-from kernels.lora_table import LoraTable, SlotWeights
+from kernels.lora_kernels import expand_dx_kernel, expand_kernel, outer_kernel, shrink_kernel
+from kernels.lora_table import MAX_RANK, LoraTable, SlotWeights
+from kernels.plan import Launch, plan, power_of_two
 
 __all__ = ["LoraTable", "SlotWeights", "lora_gradients", "segmented_lora", "segmented_lora_"]
 
@@ -75,6 +77,155 @@ def _check(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLa
         raise ValueError(f"slots of the layout must be below the table's num_slots {table.num_slots}, got {layout.slots[-1]}")
 
 
+def _plan(op: str, table: LoraTable, layout: SegmentLayout, length: int, programs: int, device: torch.device) -> Launch:
+    return plan(
+        op,
+        rows=layout.block_rows,
+        length=length,
+        programs=programs,
+        processors=num_processors(device),
+        itemsize=table.dtype.itemsize,
+        rank=table.max_rank,
+    )
+
+
+def _shrink(
+    source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is_backward: bool = False, is_tight: bool = True
+) -> tuple[torch.Tensor, int]:
+    """(split sums fp32 [P, J, T, R], P): v = x A^T forward, dv = scale * dy B backward."""
+    slices = table.num_slices
+    length = max(table.out_features) if is_backward else table.in_features
+    launch = _plan("shrink", table, layout, length, layout.num_tiles * slices, source.device)
+    # A recorded forward must hold whatever rank the table gets later; a backward keeps its weight gradients small.
+    rank = power_of_two(table.max_rank, 16, MAX_RANK) if is_tight else MAX_RANK
+    partials = torch.empty(launch.splits, slices, layout.num_rows, rank, dtype=torch.float32, device=source.device)
+    shrink_kernel[(layout.num_tiles, launch.splits, slices)](
+        source,
+        layout.tiles,
+        table.entries,
+        partials,
+        source.stride(0),
+        table.num_slots,
+        partials.stride(1),
+        partials.stride(0),
+        table.in_features,
+        IS_BACKWARD=is_backward,
+        R=rank,
+        RANK_MULTIPLE=table.rank_multiple,
+        SPLITS=launch.splits,
+        BLOCK_T=layout.block_rows,
+        BLOCK_K=launch.block,
+        BLOCK_R=launch.block_rank,
+        WIDE=IS_INTERPRETED,
+        **launch.options,
+    )
+    return partials, launch.splits
+
+
+def _expand_(y: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout) -> None:
+    """y += scale * v B^T."""
+    widest = max(table.out_features)
+    launch = _plan("expand", table, layout, widest, layout.num_tiles * table.num_slices * (widest // 128), y.device)
+    expand_kernel[(layout.num_tiles, triton.cdiv(widest, launch.block), table.num_slices)](
+        y,
+        layout.tiles,
+        table.entries,
+        partials,
+        y.stride(0),
+        table.num_slots,
+        partials.stride(1),
+        partials.stride(0),
+        R=partials.shape[3],
+        RANK_MULTIPLE=table.rank_multiple,
+        SPLITS=splits,
+        BLOCK_T=layout.block_rows,
+        BLOCK_N=launch.block,
+        BLOCK_R=launch.block_rank,
+        WIDE=IS_INTERPRETED,
+        **launch.options,
+    )
+
+
+def _expand_dx(x: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout) -> torch.Tensor:
+    """dx = sum over slices of dv A; rows without an adapter are 0."""
+    covered = sum(rows for _, _, rows in layout.runs) == layout.num_rows
+    dx = (torch.empty if covered else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
+    launch = _plan("expand", table, layout, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
+    expand_dx_kernel[(layout.num_tiles, triton.cdiv(table.in_features, launch.block))](
+        dx,
+        layout.tiles,
+        table.entries,
+        partials,
+        table.num_slots,
+        partials.stride(1),
+        partials.stride(0),
+        table.in_features,
+        table.num_slices,
+        R=partials.shape[3],
+        RANK_MULTIPLE=table.rank_multiple,
+        SPLITS=splits,
+        BLOCK_T=layout.block_rows,
+        BLOCK_N=launch.block,
+        BLOCK_R=launch.block_rank,
+        WIDE=IS_INTERPRETED,
+        **launch.options,
+    )
+    return dx
+
+
+def _outer(
+    source: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout, *, is_db: bool
+) -> list[torch.Tensor]:
+    """One gradient per slot of the layout, fp32: dB [total_out, R], or dA [J, R, K]. The second stage adds a slot's chunks in order."""
+    chunks, slices, rank = layout.chunks.shape[0], table.num_slices, partials.shape[3]
+    length = max(table.out_features) if is_db else table.in_features
+    launch = _plan("outer", table, layout, length, chunks * slices, source.device)
+    shape = (chunks, table.total_out, rank) if is_db else (chunks, slices, rank, table.in_features)
+    sums = torch.empty(shape, dtype=torch.float32, device=source.device)
+    outer_kernel[(chunks, triton.cdiv(length, launch.block), slices)](
+        source,
+        layout.chunks,
+        table.entries,
+        partials,
+        sums,
+        source.stride(0),
+        table.num_slots,
+        partials.stride(1),
+        partials.stride(0),
+        table.in_features,
+        slices,
+        table.total_out,
+        IS_DB=is_db,
+        R=rank,
+        RANK_MULTIPLE=table.rank_multiple,
+        SPLITS=splits,
+        BLOCK_T=32,
+        BLOCK_M=launch.block,
+        BLOCK_R=launch.block_rank,
+        WIDE=IS_INTERPRETED,
+        **launch.options,
+    )
+    parts = sums.split(layout.chunks_per_slot)
+    return [part[0] if part.shape[0] == 1 else part.sum(0) for part in parts]
+
+
+def _lora_gradients_triton(
+    dy: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, needs_dx: bool
+) -> tuple[torch.Tensor | None, Gradients]:
+    dv, dv_splits = _shrink(dy, table, layout, is_backward=True)
+    v, v_splits = _shrink(x, table, layout)
+    dx = _expand_dx(x, dv, dv_splits, table, layout) if needs_dx else None
+    all_da = _outer(x, dv, dv_splits, table, layout, is_db=False)
+    all_db = _outer(dy, v, v_splits, table, layout, is_db=True)
+    gradients: Gradients = {}
+    for slot, da, db in zip(layout.slots, all_da, all_db, strict=True):
+        for j, (offset, width) in enumerate(zip(table.out_offsets, table.out_features, strict=True)):
+            weights = table.get(j, slot)
+            if weights is not None:
+                gradients[(j, slot)] = (da[j, : weights.rank], db[offset : offset + width, : weights.rank])
+    return dx, gradients
+
+
 def segmented_lora_(
     y: Float[torch.Tensor, "T N"], x: Float[torch.Tensor, "T K"], table: LoraTable, layout: SegmentLayout
 ) -> Float[torch.Tensor, "T N"]:
@@ -86,8 +237,13 @@ def segmented_lora_(
     _check(y, x, table, layout)
     if not layout.runs or not table.max_rank:
         return y
-    count("segmented_lora", "reference", y.device.type)
-    return segmented_lora_reference(y, x, table, layout)
+    if not uses_triton(y):
+        count("segmented_lora", "reference", y.device.type)
+        return segmented_lora_reference(y, x, table, layout)
+    count("segmented_lora", "triton", y.device.type)
+    partials, splits = _shrink(x, table, layout, is_tight=False)
+    _expand_(y, partials, splits, table, layout)
+    return y
 
 
 def lora_gradients(
@@ -101,8 +257,11 @@ def lora_gradients(
     _check(dy, x, table, layout)
     if not layout.runs or not table.max_rank:
         return (torch.zeros_like(x) if needs_dx else None), {}
-    count("lora_gradients", "reference", dy.device.type)
-    return lora_gradients_reference(dy, x, table, layout, needs_dx)
+    if not uses_triton(dy):
+        count("lora_gradients", "reference", dy.device.type)
+        return lora_gradients_reference(dy, x, table, layout, needs_dx)
+    count("lora_gradients", "triton", dy.device.type)
+    return _lora_gradients_triton(dy, x, table, layout, needs_dx)
 
 
 class _SegmentedLora(torch.autograd.Function):

@@ -1,0 +1,234 @@
+"""The Triton kernels of segmented LoRA; `segmented_lora.py` has the equation, the reference and the ops.
+
+shrink   v[t, r] = sum_k x[t, k] A[r, k]      (forward)     dv[t, r] = scale * sum_n dy[t, n] B[n, r]   (backward)
+expand   y[t, n] += scale * sum_r v[t, r] B[n, r]           dx[t, k] = sum_j sum_r dv_j[t, r] A_j[r, k]
+outer    dB[n, r] = scale * sum_t dy[t, n] v[t, r]          dA[r, k] = sum_t dv[t, r] x[t, k]
+
+Legend: T rows, J slices, R padded rank, P splits of the reduction, C chunks of rows. v and dv are fp32 [P, J, T, R]: the split sums are
+added up by their reader, always in the same order. One program owns one tile (or chunk) of one adapter's rows, so that no two write
+to one address and nothing is atomic. v is rounded to the input's dtype before the second product, as in PEFT.
+"""
+
+from kernels.backend import dot, tl, triton
+
+_WORDS = tl.constexpr(8)
+
+
+@triton.jit
+def load_entry(entries, slot, num_slots, slice, dtype: tl.constexpr, RANK_MULTIPLE: tl.constexpr):
+    """(A, B, rank, scale, first column, width) of a table entry."""
+    entry = entries + (slice * num_slots + slot).to(tl.int64) * _WORDS
+    # Addresses come from memory, so the compiler must be told their alignment, or it emits one scalar load per element.
+    a = tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16)
+    b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16)
+    rank = tl.multiple_of(tl.load(entry + 2).to(tl.int32), RANK_MULTIPLE)
+    scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    return a, b, rank, scale, tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
+
+
+@triton.jit
+def load_partials(partials, rows, row_mask, r, rank, split_stride, R: tl.constexpr, SPLITS: tl.constexpr):
+    """v [rows, ranks] in fp32: the sum of its splits, in order. `partials` points at the slice."""
+    at = partials + rows[:, None] * R + r[None, :]
+    mask = row_mask[:, None] & (r < rank)[None, :]
+    total = tl.load(at, mask=mask, other=0.0)
+    for _ in range(1, SPLITS):
+        at += split_stride
+        total += tl.load(at, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def shrink_kernel(
+    source,
+    tiles,
+    entries,
+    partials,
+    source_stride,
+    num_slots,
+    slice_stride,
+    split_stride,
+    K,
+    IS_BACKWARD: tl.constexpr,
+    R: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One tile, one split, one slice. Forward reads x and A [r, K]; backward reads the slice's columns of dy and B [N_j, r]."""
+    tile = tiles + tl.program_id(0) * 4
+    split = tl.program_id(1)
+    slice = tl.program_id(2)
+    slot = tl.load(tile)
+    num_rows = tl.load(tile + 2)
+    a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE)
+    if num_rows == 0:
+        return
+    row = tl.load(tile + 1) + tl.arange(0, BLOCK_T)
+    row_mask = tl.arange(0, BLOCK_T) < num_rows
+    rows = row.to(tl.int64)
+    length = K
+    source_rows = source + rows[:, None] * source_stride
+    if IS_BACKWARD:
+        length = width
+        source_rows += column
+    per_split = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_K) * BLOCK_K
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, length)
+    out = partials + split.to(tl.int64) * split_stride + slice.to(tl.int64) * slice_stride + rows[:, None] * R
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+        for k0 in range(begin, end, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            x = tl.load(source_rows + k[None, :], mask=row_mask[:, None] & (k < end)[None, :], other=0.0)
+            w_mask = (k < end)[:, None] & (r < rank)[None, :]
+            if IS_BACKWARD:
+                w = tl.load(b + k.to(tl.int64)[:, None] * rank + r[None, :], mask=w_mask, other=0.0)
+            else:
+                w = tl.load(a + r.to(tl.int64)[None, :] * K + k[:, None], mask=w_mask, other=0.0)
+            acc = dot(x, w, acc, WIDE)
+        if IS_BACKWARD:
+            acc *= scale
+        tl.store(out + r[None, :], acc, mask=row_mask[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def expand_kernel(
+    y,
+    tiles,
+    entries,
+    partials,
+    y_stride,
+    num_slots,
+    slice_stride,
+    split_stride,
+    R: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y += scale * v B^T for one tile, one block of columns, one slice."""
+    tile = tiles + tl.program_id(0) * 4
+    slice = tl.program_id(2)
+    slot = tl.load(tile)
+    num_rows = tl.load(tile + 2)
+    a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, y.dtype.element_ty, RANK_MULTIPLE)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if (num_rows == 0) | (rank == 0) | (tl.program_id(1) * BLOCK_N >= width):
+        return
+    rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
+    row_mask = tl.arange(0, BLOCK_T) < num_rows
+    y_at = y + rows[:, None] * y_stride + (column + n)[None, :]
+    y_mask = row_mask[:, None] & (n < width)[None, :]
+    # Asked for first, used last: the loads overlap with the product.
+    old = tl.load(y_at, mask=y_mask, other=0.0)
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        v = load_partials(partials + slice.to(tl.int64) * slice_stride, rows, row_mask, r, rank, split_stride, R, SPLITS)
+        w = tl.load(b + n.to(tl.int64)[None, :] * rank + r[:, None], mask=(n < width)[None, :] & (r < rank)[:, None], other=0.0)
+        acc = dot(v.to(y.dtype.element_ty), w, acc, WIDE)
+    tl.store(y_at, (old.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=y_mask)
+
+
+@triton.jit
+def expand_dx_kernel(
+    dx,
+    tiles,
+    entries,
+    partials,
+    num_slots,
+    slice_stride,
+    split_stride,
+    K,
+    J,
+    R: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """dx = sum over slices of dv A for one tile and one block of columns."""
+    tile = tiles + tl.program_id(0) * 4
+    slot = tl.load(tile)
+    num_rows = tl.load(tile + 2)
+    if num_rows == 0:
+        return
+    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
+    row_mask = tl.arange(0, BLOCK_T) < num_rows
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for slice in range(0, J):
+        a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, dx.dtype.element_ty, RANK_MULTIPLE)
+        for r0 in range(0, rank, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            dv = load_partials(partials, rows, row_mask, r, rank, split_stride, R, SPLITS)
+            w = tl.load(a + r.to(tl.int64)[:, None] * K + k[None, :], mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0)
+            acc = dot(dv.to(dx.dtype.element_ty), w, acc, WIDE)
+        partials += slice_stride
+    tl.store(dx + rows[:, None] * K + k[None, :], acc.to(dx.dtype.element_ty), mask=row_mask[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def outer_kernel(
+    source,
+    chunks,
+    entries,
+    partials,
+    out,
+    source_stride,
+    num_slots,
+    slice_stride,
+    split_stride,
+    K,
+    J,
+    total_out,
+    IS_DB: tl.constexpr,
+    R: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One chunk, one block of features, one slice. dB [C, total_out, R] from dy and v, or dA [C, J, R, K] from x and dv, both fp32."""
+    chunk = tl.program_id(0).to(tl.int64)
+    slice = tl.program_id(2)
+    slot = tl.load(chunks + chunk * 4)
+    first = tl.load(chunks + chunk * 4 + 1)
+    num_rows = tl.load(chunks + chunk * 4 + 2)
+    a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE)
+    length = K
+    if IS_DB:
+        length = width
+    if tl.program_id(1) * BLOCK_M >= length:
+        return
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for t0 in range(0, num_rows, BLOCK_T):
+            row_mask = t0 + tl.arange(0, BLOCK_T) < num_rows
+            rows = (first + t0 + tl.arange(0, BLOCK_T)).to(tl.int64)
+            at = source + rows[None, :] * source_stride + m[:, None]
+            if IS_DB:
+                at += column
+            left = tl.load(at, mask=row_mask[None, :] & (m < length)[:, None], other=0.0)
+            v = load_partials(partials + slice.to(tl.int64) * slice_stride, rows, row_mask, r, rank, split_stride, R, SPLITS)
+            acc = dot(left, v.to(source.dtype.element_ty), acc, WIDE)
+        mask = (m < length)[:, None] & (r < rank)[None, :]
+        if IS_DB:
+            acc *= scale
+            tl.store(out + (chunk * total_out + column + m[:, None]) * R + r[None, :], acc, mask=mask)
+        else:
+            tl.store(out + ((chunk * J + slice) * R + r[None, :]) * K + m[:, None], acc, mask=mask)
