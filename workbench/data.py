@@ -189,7 +189,7 @@ def save_prepared(folder: str | Path, job: FinetuneJob, prepared: PreparedJob, *
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, rows in (("train", prepared.rows), ("evaluation", prepared.evaluation_rows)):
         documents = [document for row in rows for document in row]
         tensors[f"{name}.lengths"] = np.array([len(d) for d in documents], dtype=np.int64)
@@ -212,7 +212,7 @@ def job_from_checkpoint(folder: str | Path) -> FinetuneJob:
             raise ValueError(
                 f"{folder / JOB_FILE}: a field must be one of FinetuneJob's, got {name!r}. Read it with the version that wrote it."
             )
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record["job"].items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record["job"].items()}
     data = folder / DATA_FILE
     return FinetuneJob(**values, data=data, evaluation=data if record["has_evaluation"] else None, checkpoint=folder)
 

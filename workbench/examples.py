@@ -88,7 +88,7 @@ class Encoder:
         self._needs_completion(where, "token ids")
         ids = list(example)
         for token in ids:
-            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= token < self.vocab_size:
+            if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) < self.vocab_size:
                 raise ValueError(f"{where}: a token id must be an integer in 0..{self.vocab_size - 1} (the vocabulary), got {token!r}.")
         return Document.of([int(token) for token in ids], [True] * len(ids))
 

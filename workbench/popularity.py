@@ -21,7 +21,7 @@ class Popularity(Protocol):
 
 
 def _drawn(weights: np.ndarray, frame: pd.DataFrame, names: Sequence[str], rng: np.random.Generator) -> list[str | None]:
-    return [names[i] for i in rng.choice(len(names), size=len(frame), p=weights / weights.sum())]
+    return [names[int(i)] for i in rng.choice(len(names), size=len(frame), p=weights / weights.sum())]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class s_lora_power:
 
     def assign(self, frame: pd.DataFrame, names: Sequence[str], rng: np.random.Generator) -> list[str | None]:
         indices = np.minimum((rng.power(self.alpha, len(frame)) * len(names)).astype(int), len(names) - 1)
-        return [names[i] for i in indices]
+        return [names[int(i)] for i in indices]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class per_phase:
         last = float(times.max(initial=0.0))
         require(last <= self.ends_s[-1], f"per_phase must cover the last arrival at {last:g} s", self.ends_s, "Add a phase, or slice.")
         phases = np.minimum(np.searchsorted(self.ends_s, times, side="right"), len(names) - 1)
-        return [names[i] for i in phases]
+        return [names[int(i)] for i in phases]
 
 
 @dataclass(frozen=True)

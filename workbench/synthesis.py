@@ -3,6 +3,10 @@
 All but `servegen` draw arrivals only; lengths come from `.with_lengths(source, seed=)`.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (pandas types a column as a union of everything that a frame can give)
+
 import json
 import math
 from collections.abc import Sequence

@@ -154,7 +154,7 @@ class Trace:
             return self
         times = self._frame["arrival_s"]
         kept = self._frame.iloc[:n].reset_index(drop=True)
-        return replace(self, _frame=kept, duration_s=float(times.iloc[n]), notes=(*self.notes, f"first {n:,} requests"))
+        return replace(self, _frame=kept, duration_s=float(times.to_numpy()[n]), notes=(*self.notes, f"first {n:,} requests"))
 
     def then(self, other: "Trace") -> "Trace":
         """This trace, and `other` after this one's `duration_s`. Ids that occur in both get a prefix in `other`."""

@@ -4,6 +4,10 @@
 value, its row and the next step.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (pandas types a column as a union of everything that a frame can give)
+
 import hashlib
 from collections.abc import Callable
 from numbers import Integral

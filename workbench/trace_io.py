@@ -9,6 +9,10 @@
 | qwen-bailian | chat_id, parent_chat_id, timestamp, input_length, output_length, hash_ids (16) | alibaba-edu/qwen-bailian |
 """
 
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false, reportOptionalMemberAccess=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (pandas types a column as a union of everything that a frame can give)
+
 import hashlib
 import json
 import os

@@ -25,7 +25,7 @@ def session_roots(frame: pd.DataFrame) -> np.ndarray:
 
 def kept(frame: pd.DataFrame, mask: np.ndarray) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """(the rows of `mask`, notes). One whose parent is cut off arrives at its own time, and a note says how many."""
-    frame = frame[mask].reset_index(drop=True)
+    frame = frame.loc[mask].reset_index(drop=True)
     if "parent_id" not in frame:
         return frame, ()
     known = {None, *frame["request_id"]}

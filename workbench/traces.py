@@ -6,7 +6,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -179,7 +179,7 @@ def lengths(source: str | Path | Trace | pd.DataFrame) -> tuple[pd.DataFrame, st
 
 
 def _pairs(trace: Trace, label: str) -> tuple[pd.DataFrame, str]:
-    frame = trace.frame
+    frame: Any = trace.frame
     has_both = {"prompt_tokens", "output_tokens"} <= set(frame.columns)
     complete = has_both and not frame[["prompt_tokens", "output_tokens"]].isna().any().any()
     require(complete and len(frame) > 0, "a source of lengths must have both token counts in every row", label)
@@ -191,6 +191,6 @@ def job_arrivals() -> pd.DataFrame:
     return pd.read_parquet(trace_io.shipped(_JOBS["philly-jobs"][1]))
 
 
-def job_runtimes() -> pd.Series:
-    """Runtimes of training jobs in seconds (Alibaba's GPU cluster, 2020), sorted."""
+def job_runtimes() -> Any:
+    """A Series: runtimes of training jobs in seconds (Alibaba's GPU cluster, 2020), sorted."""
     return pd.read_parquet(trace_io.shipped(_JOBS["philly-runtimes"][1]))["runtime_s"]
