@@ -95,8 +95,10 @@ def _dropout_kernel(rows, out, seed, micro_step, tag, threshold, keep_scale, C, 
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     c0 = group.to(tl.uint32)
     c1 = tl.zeros_like(c0) + (tl.load(rows + row) & 0xFFFFFFFF).to(tl.uint32)
-    c2 = tl.zeros_like(c0) + micro_step.to(tl.uint32)
-    c3 = tl.zeros_like(c0) + tag.to(tl.uint32)
+    # A launch with the value 1 passes a compile-time constant, which has no .to(): widen by adding.
+    zero = tl.zeros(c0.shape, dtype=tl.int64)
+    c2 = (zero + micro_step).to(tl.uint32)
+    c3 = (zero + tag).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     for lane in tl.static_range(4):
         word = w0 if lane == 0 else (w1 if lane == 1 else (w2 if lane == 2 else w3))
@@ -144,7 +146,7 @@ def dropout_mask(
     count("dropout_mask", "triton", rows.device.type)
     out = torch.empty(rows.shape[0], columns, dtype=dtype, device=rows.device)
     if out.numel():
-        # Signed 64-bit words carry the same bits, and a kernel argument of that range is always int64 or converted to it.
+        # The seed's 64 bits as a signed number: negative seeds are sign-extended on every path.
         key = ((seed + 2**63) % 2**64) - 2**63
         grid = (rows.shape[0], triton.cdiv(columns, 4 * _BLOCK))
         _dropout_kernel[grid](

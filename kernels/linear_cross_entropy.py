@@ -9,8 +9,9 @@ Ideas: Liger Kernel's fused linear cross-entropy (arXiv 2410.10989), Cut Cross-E
 import torch
 from jaxtyping import Float, Int64
 
-from kernels.backend import uses_triton, wide_dtype
+from kernels.backend import num_processors, tl, triton, uses_triton, wide_dtype
 from kernels.counters import count
+from kernels.plan import plan
 
 CHUNK_ROWS = 512
 
@@ -34,6 +35,53 @@ def linear_cross_entropy_reference(
     return loss.to(torch.float32), grad
 
 
+@triton.jit
+def softmax_loss_kernel(logits, labels, losses, V, scale, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """One row: its cross-entropy, and scale * (softmax - onehot) over its logits in place."""
+    row = tl.program_id(0).to(tl.int64)
+    at = logits + row * V
+    label = tl.load(labels + row)
+    label_logit = tl.load(at + label).to(tl.float32)
+    peaks = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    totals = tl.zeros((BLOCK,), dtype=tl.float32)
+    for v0 in range(0, V, BLOCK):
+        v = v0 + tl.arange(0, BLOCK)
+        z = tl.load(at + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        new_peaks = tl.maximum(peaks, z)
+        base = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
+        totals = totals * tl.exp(peaks - base) + tl.exp(z - base)
+        peaks = new_peaks
+    peak = tl.max(peaks, 0)
+    total = tl.sum(totals * tl.exp(peaks - peak), 0)
+    tl.store(losses + row, peak + tl.log(total) - label_logit)
+    if NEEDS_GRAD:
+        for v0 in range(0, V, BLOCK):
+            v = v0 + tl.arange(0, BLOCK)
+            z = tl.load(at + v, mask=v < V, other=float("-inf")).to(tl.float32)
+            gradient = tl.exp(z - peak) / total - tl.where(v == label, 1.0, 0.0)
+            tl.store(at + v, (scale * gradient).to(logits.dtype.element_ty), mask=v < V)
+
+
+def _linear_cross_entropy_triton(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float, need_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows, vocab_size = hidden.shape[0], weight.shape[0]
+    losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_grad else None
+    sizes = {"rows": 1, "length": vocab_size, "programs": rows, "itemsize": hidden.dtype.itemsize}
+    launch = plan("softmax", processors=num_processors(hidden.device), **sizes)
+    labels = labels.contiguous()
+    for first in range(0, rows, CHUNK_ROWS):
+        chunk = slice(first, min(first + CHUNK_ROWS, rows))
+        logits = hidden[chunk] @ weight.T  # [chunk, V]
+        softmax_loss_kernel[(logits.shape[0],)](
+            logits, labels[chunk], losses[chunk], vocab_size, float(scale), NEEDS_GRAD=need_grad, BLOCK=launch.block, **launch.options
+        )
+        if grad is not None:
+            torch.mm(logits, weight, out=grad[chunk])
+    return losses.sum(), grad
+
+
 def linear_cross_entropy(
     hidden: Float[torch.Tensor, "N H"], weight: Float[torch.Tensor, "V H"], labels: Int64[torch.Tensor, " N"], scale: float, need_grad: bool
 ) -> tuple[Float[torch.Tensor, ""], Float[torch.Tensor, "N H"] | None]:
@@ -50,5 +98,8 @@ def linear_cross_entropy(
     if labels.device.type == "cpu" and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
         raise ValueError(f"labels must lie in 0..{weight.shape[0] - 1}, got {int(labels.min())}..{int(labels.max())}")
     hidden = hidden.detach()
+    if uses_triton(hidden):
+        count("linear_cross_entropy", "triton", hidden.device.type)
+        return _linear_cross_entropy_triton(hidden, weight.detach(), labels, scale, need_grad)
     count("linear_cross_entropy", "reference", hidden.device.type)
-    return linear_cross_entropy_reference(hidden, weight, labels, scale, need_grad)
+    return linear_cross_entropy_reference(hidden, weight.detach(), labels, scale, need_grad)

@@ -15,7 +15,7 @@ _WORDS = tl.constexpr(8)
 
 
 @triton.jit
-def load_entry(entries, slot, num_slots, slice, dtype: tl.constexpr, RANK_MULTIPLE: tl.constexpr):
+def load_entry(entries, slot, num_slots, slice, dtype: tl.constexpr, RANK_MULTIPLE: tl.constexpr, COLUMN_MULTIPLE: tl.constexpr):
     """(A, B, rank, scale, first column, width) of a table entry."""
     entry = entries + (slice * num_slots + slot).to(tl.int64) * _WORDS
     # Addresses come from memory, so the compiler must be told their alignment, or it emits one scalar load per element.
@@ -23,7 +23,9 @@ def load_entry(entries, slot, num_slots, slice, dtype: tl.constexpr, RANK_MULTIP
     b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16)
     rank = tl.multiple_of(tl.load(entry + 2).to(tl.int32), RANK_MULTIPLE)
     scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
-    return a, b, rank, scale, tl.load(entry + 4).to(tl.int32), tl.load(entry + 5).to(tl.int32)
+    column = tl.multiple_of(tl.load(entry + 4).to(tl.int32), COLUMN_MULTIPLE)
+    width = tl.multiple_of(tl.load(entry + 5).to(tl.int32), COLUMN_MULTIPLE)
+    return a, b, rank, scale, column, width
 
 
 @triton.jit
@@ -52,6 +54,7 @@ def shrink_kernel(
     IS_BACKWARD: tl.constexpr,
     R: tl.constexpr,
     RANK_MULTIPLE: tl.constexpr,
+    COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -64,7 +67,7 @@ def shrink_kernel(
     slice = tl.program_id(2)
     slot = tl.load(tile)
     num_rows = tl.load(tile + 2)
-    a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE)
+    a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
     if num_rows == 0:
         return
     row = tl.load(tile + 1) + tl.arange(0, BLOCK_T)
@@ -108,6 +111,7 @@ def expand_kernel(
     split_stride,
     R: tl.constexpr,
     RANK_MULTIPLE: tl.constexpr,
+    COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -119,7 +123,7 @@ def expand_kernel(
     slice = tl.program_id(2)
     slot = tl.load(tile)
     num_rows = tl.load(tile + 2)
-    a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, y.dtype.element_ty, RANK_MULTIPLE)
+    _a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, y.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if (num_rows == 0) | (rank == 0) | (tl.program_id(1) * BLOCK_N >= width):
         return
@@ -151,6 +155,7 @@ def expand_dx_kernel(
     J,
     R: tl.constexpr,
     RANK_MULTIPLE: tl.constexpr,
+    COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -168,7 +173,7 @@ def expand_dx_kernel(
     row_mask = tl.arange(0, BLOCK_T) < num_rows
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for slice in range(0, J):
-        a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, dx.dtype.element_ty, RANK_MULTIPLE)
+        a, _b, rank, _scale, _column, _width = load_entry(entries, slot, num_slots, slice, dx.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
         for r0 in range(0, rank, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             dv = load_partials(partials, rows, row_mask, r, rank, split_stride, R, SPLITS)
@@ -195,6 +200,7 @@ def outer_kernel(
     IS_DB: tl.constexpr,
     R: tl.constexpr,
     RANK_MULTIPLE: tl.constexpr,
+    COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -207,7 +213,7 @@ def outer_kernel(
     slot = tl.load(chunks + chunk * 4)
     first = tl.load(chunks + chunk * 4 + 1)
     num_rows = tl.load(chunks + chunk * 4 + 2)
-    a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE)
+    _a, _b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
     length = K
     if IS_DB:
         length = width

@@ -15,6 +15,11 @@ MAX_RANK = 256
 ENTRY_WORDS = 8
 
 
+def largest_power_of_two_divisor(numbers: Sequence[int]) -> int:
+    """The largest power of two, at most 16, that divides every number: what a kernel may assume of its addresses."""
+    return min((number & -number for number in (*numbers, 16)))
+
+
 @dataclass(frozen=True, eq=False)
 class SlotWeights:
     """One adapter's weights for one slice: `a` [r, K], `b` [N_j, r] and the factor on their product (alpha / r, say)."""
@@ -59,6 +64,7 @@ class LoraTable:
         self.weights: dict[tuple[int, int], SlotWeights] = {}
         self.max_rank = 0
         self.rank_multiple = 16
+        self.column_multiple = largest_power_of_two_divisor(self.out_features)
         self.entries = self._upload([self._words(j, None) for j in range(self.num_slices) for _ in range(num_slots)])
         self.entries = self.entries.view(self.num_slices, num_slots, ENTRY_WORDS)
 
@@ -150,8 +156,7 @@ class LoraTable:
             raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}. Clone it first.")
 
     def _summarise(self) -> None:
-        """Host-side facts that kernels are specialised on: the largest rank, and the largest power of two <= 16 that divides all ranks."""
+        """Host-side facts that kernels are specialised on. A recorded CUDA graph holds them: record again when `rank_multiple` falls."""
         ranks = [weights.rank for weights in self.weights.values()]
         self.max_rank = max(ranks, default=0)
-        self.rank_multiple = min((rank & -rank for rank in ranks), default=16)
-        self.rank_multiple = min(self.rank_multiple, 16)
+        self.rank_multiple = largest_power_of_two_divisor(ranks)

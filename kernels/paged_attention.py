@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32, Int64
 
-from kernels.backend import uses_triton
+from kernels.backend import IS_INTERPRETED, dot, num_processors, tl, triton, uses_triton
 from kernels.counters import count
+from kernels.plan import Launch, plan, power_of_two
 
 
 def _gather(cache: torch.Tensor, block_tables: torch.Tensor, context: int) -> torch.Tensor:
@@ -62,6 +63,231 @@ def _padded_decode(
     return out[:, :, 0]
 
 
+@triton.jit
+def find_sequence(tile, cu_seqlens_q, N, BLOCK_Q: tl.constexpr):
+    """The last sequence i whose first tile, cu_seqlens_q[i] // BLOCK_Q + i, is at most `tile`. Every sequence has tiles enough."""
+    low = 0
+    high = N
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens_q + middle) // BLOCK_Q + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def attention_kernel(
+    q,
+    k_cache,
+    v_cache,
+    block_tables,
+    cu_seqlens_q,
+    context_lens,
+    out,
+    logsums,
+    q_token_stride,
+    q_head_stride,
+    block_stride,
+    token_stride,
+    head_stride,
+    table_stride,
+    N,
+    T,
+    scale_log2,
+    BLOCK_TOKENS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_DECODE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One tile of BLOCK_Q queries times G heads of one sequence, one key-value head, one split of the keys.
+
+    One split writes `out` [T, Hq, D]; several write normalised parts to `out` [SPLITS, T, Hq, D] fp32 and their log2-sums to `logsums`.
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    num_heads = tl.num_programs(1) * G
+    if IS_DECODE:
+        sequence = tile
+        first = tl.load(cu_seqlens_q + sequence)
+        local = 0
+    else:
+        sequence = find_sequence(tile, cu_seqlens_q, N, BLOCK_Q)
+        first = tl.load(cu_seqlens_q + sequence)
+        local = (tile - first // BLOCK_Q - sequence) * BLOCK_Q
+    num_queries = tl.load(cu_seqlens_q + sequence + 1) - first
+    if local >= num_queries:
+        return
+    context = tl.load(context_lens + sequence)
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    token = local + m // G
+    m_mask = (m < BLOCK_Q * G) & (token < num_queries)
+    row = (first + token).to(tl.int64)
+    head = kv_head * G + m % G
+    q_mask = m_mask[:, None] & (d < D)[None, :]
+    query = tl.load(q + row[:, None] * q_token_stride + head[:, None] * q_head_stride + d[None, :], mask=q_mask, other=0.0)
+    position = context - num_queries + token
+
+    # The tile's last query bounds the keys that any of its rows sees.
+    last = context - num_queries + tl.minimum(local + BLOCK_Q, num_queries)
+    per_split = tl.cdiv(tl.cdiv(last, SPLITS), BLOCK_N) * BLOCK_N
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, last)
+
+    peak = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for n0 in range(begin, end, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        n_mask = n < end
+        block = tl.load(block_tables + sequence.to(tl.int64) * table_stride + n // BLOCK_TOKENS, mask=n_mask, other=0).to(tl.int64)
+        at = block * block_stride + (n % BLOCK_TOKENS) * token_stride + kv_head * head_stride
+        key = tl.load(k_cache + at[None, :] + d[:, None], mask=n_mask[None, :] & (d < D)[:, None], other=0.0)
+        scores = dot(query, key, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), WIDE) * scale_log2
+        scores = tl.where((n[None, :] <= position[:, None]) & n_mask[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # A row that sees no key of this split keeps -inf, and -inf - -inf would be NaN.
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores - base[:, None])
+        decay = tl.exp2(peak - base)
+        total = total * decay + tl.sum(weights, 1)
+        value = tl.load(v_cache + at[:, None] + d[None, :], mask=n_mask[:, None] & (d < D)[None, :], other=0.0)
+        acc = dot(weights.to(value.dtype), value, acc * decay[:, None], WIDE)
+        peak = new_peak
+
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    place = (split.to(tl.int64) * T + row) * num_heads + head
+    tl.store(out + place[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=q_mask)
+    if SPLITS > 1:
+        logsum = tl.where(total == 0.0, float("-inf"), peak + tl.log2(tl.where(total == 0.0, 1.0, total)))
+        tl.store(logsums + place, logsum, mask=m_mask)
+
+
+@triton.jit
+def merge_kernel(parts, logsums, out, rows, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[row] = sum over splits of 2^logsum part / sum of 2^logsum, row counting (query, head)."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    logsum = tl.load(logsums + split * rows + row)
+    weight = tl.exp2(logsum - tl.max(logsum, 0))
+    at = parts + (split[:, None] * rows + row) * D + d[None, :]
+    part = tl.load(at, mask=(split < SPLITS)[:, None] & (d < D)[None, :], other=0.0)
+    result = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def store_kernel(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slot_mapping,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Row t of k and v into slot slot_mapping[t]; the caches are contiguous."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    e = tl.arange(0, BLOCK)
+    mask = e < H * D
+    key = tl.load(k + token * k_token_stride + (e // D) * k_head_stride + e % D, mask=mask)
+    value = tl.load(v + token * v_token_stride + (e // D) * v_head_stride + e % D, mask=mask)
+    tl.store(k_cache + slot * (H * D) + e, key, mask=mask)
+    tl.store(v_cache + slot * (H * D) + e, value, mask=mask)
+
+
+def _tiles(q: torch.Tensor, group: int, num_sequences: int, is_decode: bool) -> tuple[int, int, int]:
+    """(rows of a tile, queries of a tile, number of tiles): G heads of one query are neighbouring rows."""
+    low = 16 if is_decode else (64 if q.shape[2] <= 128 and q.dtype.itemsize <= 2 else 32)
+    block_m = power_of_two(group, low, 128)
+    block_q = 1 if is_decode else block_m // group
+    return block_m, block_q, num_sequences if is_decode else q.shape[0] // block_q + num_sequences
+
+
+def _paged_attention_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_seqlen_q: int,
+    max_context: int,
+    scale: float,
+) -> torch.Tensor:
+    tokens, heads, head_size = q.shape
+    kv_heads, num_sequences = k_cache.shape[2], block_tables.shape[0]
+    is_decode = max_seqlen_q == 1
+    block_m, block_q, num_tiles = _tiles(q, heads // kv_heads, num_sequences, is_decode)
+    launch: Launch = plan(
+        "attention",
+        rows=block_m,
+        length=max_context,
+        programs=num_tiles * kv_heads,
+        processors=num_processors(q.device),
+        itemsize=q.dtype.itemsize,
+        head_size=head_size,
+    )
+    out = torch.empty(tokens, heads, head_size, dtype=q.dtype, device=q.device)
+    parts, logsums = out, out
+    if launch.splits > 1:
+        parts = torch.empty(launch.splits, tokens, heads, head_size, dtype=torch.float32, device=q.device)
+        logsums = torch.empty(launch.splits, tokens, heads, dtype=torch.float32, device=q.device)
+    block_d = power_of_two(head_size, 16, 256)
+    attention_kernel[(num_tiles, kv_heads, launch.splits)](
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        cu_seqlens_q,
+        context_lens,
+        parts,
+        logsums,
+        q.stride(0),
+        q.stride(1),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        k_cache.stride(2),
+        block_tables.stride(0),
+        num_sequences,
+        tokens,
+        scale * 1.4426950408889634,
+        BLOCK_TOKENS=k_cache.shape[1],
+        G=heads // kv_heads,
+        D=head_size,
+        SPLITS=launch.splits,
+        BLOCK_Q=block_q,
+        BLOCK_M=block_m,
+        BLOCK_N=launch.block,
+        BLOCK_D=block_d,
+        IS_DECODE=is_decode,
+        WIDE=IS_INTERPRETED,
+        **launch.options,
+    )
+    if launch.splits > 1:
+        merge_kernel[(tokens * heads,)](
+            parts, logsums, out, tokens * heads, D=head_size, SPLITS=launch.splits, BLOCK_D=block_d, num_warps=2
+        )
+    return out
+
+
 def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor) -> None:
     heads, kv_heads = q.shape[1], k_cache.shape[2]
     if heads % kv_heads:
@@ -70,6 +296,10 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_
         raise ValueError(f"k_cache and v_cache must share a shape with head size {q.shape[2]}, got {k_cache.shape} and {v_cache.shape}")
     if not q.dtype == k_cache.dtype == v_cache.dtype:
         raise ValueError(f"q, k_cache and v_cache must share a dtype, got {q.dtype}, {k_cache.dtype} and {v_cache.dtype}")
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and q.stride(2) == 1):
+        raise ValueError(
+            f"the caches must be contiguous and q's last stride 1, got {k_cache.stride()}, {v_cache.stride()} and {q.stride()}"
+        )
     if cu_seqlens_q.shape[0] != block_tables.shape[0] + 1:
         raise ValueError(
             f"cu_seqlens_q must have one entry more than block_tables, got {cu_seqlens_q.shape[0]} and {block_tables.shape[0]}"
@@ -96,6 +326,9 @@ def paged_attention(
     _check(q, k_cache, v_cache, block_tables, cu_seqlens_q)
     if not q.shape[0]:
         return torch.empty_like(q)
+    if uses_triton(q):
+        count("paged_attention", "triton", q.device.type)
+        return _paged_attention_triton(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale)
     count("paged_attention", "reference", q.device.type)
     if max_seqlen_q == 1 and q.shape[0] == block_tables.shape[0]:
         return _padded_decode(q, k_cache, v_cache, block_tables, context_lens, scale)
@@ -109,8 +342,22 @@ def store_kv(
     v_cache: Float[torch.Tensor, "num_blocks block_tokens Hkv D"],
     slot_mapping: Int64[torch.Tensor, " T"],
 ) -> None:
-    """Write row t's key and value into KV slot slot_mapping[t] = block * block_tokens + offset. Slots must be distinct."""
+    """Write row t's key and value into KV slot slot_mapping[t] = block * block_tokens + offset. Slots must be distinct.
+
+    The caches are contiguous; k and v may be slices of a wider buffer with adjacent head elements. Raises ValueError otherwise.
+    """
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k.stride(2) == v.stride(2) == 1):
+        raise ValueError(
+            f"the caches must be contiguous and the last stride of k and v 1, got {k_cache.stride()}, {k.stride()}, {v.stride()}"
+        )
     if not k.shape[0]:
+        return
+    if uses_triton(k):
+        count("store_kv", "triton", k.device.type)
+        heads, head_size = k.shape[1:]
+        strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+        block = triton.next_power_of_2(heads * head_size)
+        store_kernel[(k.shape[0],)](k, v, k_cache, v_cache, slot_mapping, *strides, H=heads, D=head_size, BLOCK=block)
         return
     count("store_kv", "reference", k.device.type)
     k_cache.view(-1, *k_cache.shape[2:])[slot_mapping] = k

@@ -8,6 +8,8 @@ Legend: Tq, Tk packed query and key rows, Hq query heads, Hkv key-value heads, D
 On CUDA, bf16 and fp16 go through PyTorch's own flash attention operators (FlashAttention-2, arXiv 2307.08691).
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32
@@ -46,6 +48,67 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shift: int, scale
     return torch.cat([q[:, :, :blind] * 0, out], dim=2) if blind else out
 
 
+class _Flash(torch.autograd.Function):
+    """PyTorch's flash attention over packed documents. Its causal mask is bottom-right; its backward follows torch's deterministic mode."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale):  # type: ignore[override]
+        out, logsums, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, 0.0, True, False, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, logsums, cu_seqlens_q, cu_seqlens_k, rng_state, unused)
+        ctx.sizes = (max_q, max_k, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        q, k, v, out, logsums, cu_seqlens_q, cu_seqlens_k, rng_state, unused = ctx.saved_tensors
+        max_q, max_k, scale = ctx.sizes
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), q, k, v, out, logsums, cu_seqlens_q, cu_seqlens_k, max_q, max_k, 0.0, True, rng_state, unused, scale=scale
+        )
+        return dq, dk, dv, None, None, None, None, None
+
+
+@cache
+def flash_accepts_groups(device_index: int) -> bool:
+    """Whether this torch's flash operators take fewer key-value heads than query heads, forward and backward; tried once per device."""
+    device = torch.device("cuda", device_index)
+    q, k, v = (torch.ones(16, heads, 64, dtype=torch.bfloat16, device=device, requires_grad=True) for heads in (2, 1, 1))
+    bounds = torch.tensor([0, 16], dtype=torch.int32, device=device)
+    try:
+        with torch.enable_grad():
+            _Flash.apply(q, k, v, bounds, bounds, 16, 16, 0.125).sum().backward()
+    except RuntimeError:
+        return False
+    return k.grad is not None and k.grad.shape == k.shape
+
+
+def expand_heads(kv: torch.Tensor, group: int) -> torch.Tensor:
+    """[T, Hkv, D] -> [T, Hkv * group, D], every head `group` times in a row; its backward adds the group up."""
+    return kv.repeat_interleave(group, dim=1)
+
+
+def _flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> torch.Tensor:
+    group, head_size = q.shape[1] // k.shape[1], q.shape[2]
+    if group > 1 and not flash_accepts_groups(q.device.index):
+        k, v = expand_heads(k, group), expand_heads(v, group)
+    if head_size % 8:
+        # Columns of zeros change neither scores nor outputs; the operators take multiples of 8.
+        q, k, v = (F.pad(t, (0, 8 - head_size % 8)) for t in (q, k, v))
+    out: torch.Tensor = _Flash.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)  # type: ignore[assignment]
+    return out[..., :head_size]
+
+
 def varlen_attention(
     q: Float[torch.Tensor, "Tq Hq D"],
     k: Float[torch.Tensor, "Tk Hkv D"],
@@ -58,9 +121,13 @@ def varlen_attention(
 ) -> Float[torch.Tensor, "Tq Hq D"]:
     """Causal attention within each packed document, differentiable in q, k and v.
 
-    `max_q` and `max_k` are host-side bounds on the documents' query and key lengths. Raises ValueError where shapes do not fit.
+    `max_q` and `max_k` are host-side bounds on the documents' query and key lengths. fp32 takes the reference on every device, which
+    reads the bounds on the host. Raises ValueError where shapes do not fit.
     """
     if q.shape[1] % k.shape[1] or k.shape != v.shape or k.shape[2] != q.shape[2]:
         raise ValueError(f"query heads must be a multiple of key-value heads, with one head size, got {q.shape}, {k.shape} and {v.shape}")
+    if q.is_cuda and q.shape[0] and q.dtype in (torch.bfloat16, torch.float16):
+        count("varlen_attention", "flash", q.device.type)
+        return _flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)
     count("varlen_attention", "reference", q.device.type)
     return varlen_attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
