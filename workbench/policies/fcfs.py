@@ -1,0 +1,21 @@
+"""First come, first served, inference only."""
+
+from dataclasses import dataclass
+
+from workbench.policy import Plan, View
+
+
+@dataclass(frozen=True)
+class FCFS:
+    """Decode everything that runs, then prefill in chunks by arrival until the token budget is used. Never fine-tunes.
+
+    The stall-free batching of Sarathi-Serve (Agrawal et al., OSDI 2024): all decodes, then prefills already begun, then new ones.
+    `budget_tokens=None` is the executor's own limit.
+    """
+
+    budget_tokens: int | None = None
+
+    def __call__(self, view: View, plan: Plan) -> None:
+        decoded = plan.decode(view.running)
+        left = None if self.budget_tokens is None else max(0, self.budget_tokens - len(decoded))
+        plan.prefill(view.waiting, left, whole="chunk" not in view.can)

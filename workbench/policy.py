@@ -1,0 +1,49 @@
+"""The interface that policies, routers and eviction rules are written against.
+
+A policy is anything that can be called with a View and a Plan: a plain function, or a frozen dataclass whose fields are its parameters.
+It may declare `needs = frozenset({"oracle"})`. It is copied for each replay.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, Protocol
+
+from workbench.plan import Plan
+from workbench.plan_accounts import PlanError, Why
+from workbench.views import AdapterView, JobView, Oracle, RequestView, Room, StepView, View
+
+__all__ = [
+    "AdapterView",
+    "Evict",
+    "JobView",
+    "Oracle",
+    "Plan",
+    "PlanError",
+    "Policy",
+    "RequestView",
+    "Room",
+    "Router",
+    "StepView",
+    "View",
+    "Why",
+    "policy_label",
+]
+
+Policy = Callable[[View, Plan], None]
+Evict = Callable[[AdapterView, Sequence[AdapterView], View], Sequence[str]]
+"""(wanted, evictable, view) -> the names to evict."""
+
+
+class Router(Protocol):
+    """Spreads requests and jobs over replicas."""
+
+    def route(self, request: RequestView, fleet: Sequence[View]) -> int: ...
+
+    def place(self, job: JobView, fleet: Sequence[View]) -> int: ...
+
+    def moves(self, fleet: Sequence[View]) -> Iterable[tuple[Literal["adapter", "job", "request"], str, int]]: ...
+
+
+def policy_label(policy: Policy) -> str:
+    """What names a policy in tables and legends: its repr, or a function's name."""
+    name = getattr(policy, "__name__", None)
+    return name if isinstance(name, str) else repr(policy)

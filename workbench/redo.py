@@ -1,0 +1,55 @@
+"""Making an earlier plan again on the state as it is now: for `plan.repeat()`, and for plans from a view one step old."""
+
+from typing import TYPE_CHECKING
+
+from workbench.plan import Plan
+
+if TYPE_CHECKING:
+    from workbench.ledger import Ledger
+
+
+def redo(old: Plan, ledger: "Ledger") -> Plan:
+    """The verbs of `old` once more, with the same amounts, for whatever they still apply to; each takes what fits now."""
+    new = Plan(ledger)
+    for s, reason in old.rejected.values():
+        if ledger.requests.get(s.id) is s:
+            new.reject(s.view, reason)
+    for s in old.preempted.values():
+        if s.blocks and s.id not in new.rejected:
+            new.preempt(s.view)
+    for adapter, version in sorted(old.evicted):
+        if adapter in ledger.adapter_infos and ledger.adapter_infos[adapter].version == version:
+            new.evict(adapter)
+    for owner, paused in old.held.items():
+        if owner in ledger.jobs:
+            new.hold(ledger.jobs[owner].view, paused)
+    new.decode([s.view for s in old.decodes if s.phase == "running"])
+    for s, n, _ in old.prefills:
+        if s.phase == "waiting":
+            new.prefill(s.view, n)
+    for chunks, phase, verb in (
+        (old.finetunes, "forward", new.finetune),
+        (old.evaluates, "evaluate", new.evaluate),
+        (old.backwards, "backward", new.backward),
+    ):
+        for j, n in chunks:
+            if ledger.jobs.get(j.id) is j and j.phase == phase:
+                verb(j.view, n)
+    for adapter, version in old.loads:
+        if (adapter, version) not in old.versions and adapter in ledger.adapter_infos:
+            new.load(adapter)
+    if old.stops_on_arrival:
+        new.stop_on_arrival()
+    return new
+
+
+def is_same_work(old: Plan, new: Plan) -> bool:
+    """Whether `new` does to the same owners exactly as much, and nothing else."""
+    return (
+        new.decodes == old.decodes
+        and [(s, n) for s, n, _ in new.prefills] == [(s, n) for s, n, _ in old.prefills]
+        and new.finetunes == old.finetunes
+        and new.evaluates == old.evaluates
+        and new.backwards == old.backwards
+        and not (new.loads or new.preempted or new.rejected or new.held)
+    )

@@ -1,0 +1,566 @@
+"""The one serving loop: SimPy processes that bring arrivals to a ledger and its plans to an executor."""
+
+import copy
+import hashlib
+import heapq
+import inspect
+import math
+import time
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any, Literal
+
+import simpy
+import simpy.rt
+
+from workbench.config import SLO, FinetuneJob, Provenance, did_you_mean, require
+from workbench.core import Batch, Executor, JobShape, Request, StepResult
+from workbench.expected import length_predictor
+from workbench.ledger import Ledger
+from workbench.plan import Plan
+from workbench.policy import Policy, policy_label
+from workbench.redo import is_same_work, redo
+from workbench.replay_result import (
+    EVENT_COLUMNS,
+    STEP_COLUMNS,
+    WORK_COLUMNS,
+    Replay,
+    commit_of_code,
+    load_replay,
+    rows_to_frame,
+    versions_of_code,
+)
+from workbench.states import RequestState
+from workbench.views import Oracle, View
+
+__all__ = ["Replay", "ReplayError", "load_replay", "replay"]
+
+MAX_IDLE_TRIES = 100
+"""How often a policy may plan nothing in a row while there is work and nothing else will ever happen."""
+
+
+class ReplayError(RuntimeError):
+    """The policy or the executor failed; `replay` holds what was done until then, and the cause is chained."""
+
+    def __init__(self, message: str, replay: Replay) -> None:
+        super().__init__(message)
+        self.replay = replay
+
+
+def replay(
+    trace: Any,
+    *,
+    executor: Executor,
+    policy: Policy,
+    jobs: Sequence[FinetuneJob] = (),
+    slo: SLO | Mapping[str, SLO] | None = None,
+    seed: int = 0,
+    clock: Literal["virtual", "wall"] = "virtual",
+    planning: Literal["measured", "recorded"] | float = "measured",
+    lengths: Literal["oracle", "max", "history"] | Callable[[Request], float] = "max",
+    measure: tuple[float, float] | None = None,
+    progress: bool | None = None,
+    overlap: bool = False,
+    until: Literal["requests", "jobs"] | float | None = None,
+) -> Replay:
+    """Serve `trace` (a Trace, or a sequence of Request) beside `jobs` on `executor` under `policy`.
+
+    `planning` is what a decision costs: the measured time of the policy, the recorded one (of an executor that has it), or fixed
+    seconds. `lengths` gives `RequestView.expected_output`. `overlap=True` plans each step from the view before the previous one, while
+    that runs; only what planning takes longer than the step then counts. `until`: "requests" ends once every request has ended (the
+    default; jobs stop there), "jobs" once all jobs have ended too (the default without requests), a number at that second.
+    `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`.
+    Raises ValueError or TypeError for bad input before anything runs, ReplayError (with the partial result) when policy or executor fail.
+    """
+    run = _Run(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until)
+    return run.run(progress)
+
+
+class _Run:
+    """One replay while it runs."""
+
+    def __init__(
+        self,
+        trace: Any,
+        executor: Executor,
+        policy: Policy,
+        jobs: Sequence[FinetuneJob],
+        slo: SLO | Mapping[str, SLO] | None,
+        seed: int,
+        clock: str,
+        planning: str | float,
+        lengths: Any,
+        measure: tuple[float, float] | None,
+        overlap: bool,
+        until: str | float | None,
+    ) -> None:
+        self.trace, self.executor, self.seed, self.slo, self.measure = trace, executor, seed, slo, measure
+        self.requests = _checked_requests(trace)
+        self.jobs = tuple(jobs)
+        self.is_wall, self.overlap = clock == "wall", overlap
+        _check_options(policy, self.jobs, clock, planning, overlap, measure, executor)
+        _check_slo(slo, self.requests)
+        self.planning = planning
+        self.until = until if until is not None else "requests" if self.requests else "jobs"
+        require(
+            self.until in ("requests", "jobs") or (isinstance(self.until, (int, float)) and self.until > 0),
+            "until must be 'requests', 'jobs' or a time above 0 seconds",
+            self.until,
+        )
+        self.policy: Policy = copy.deepcopy(policy)
+        self.label = policy_label(policy)
+        self.env: simpy.Environment = simpy.rt.RealtimeEnvironment(strict=False) if self.is_wall else simpy.Environment()
+        self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=slo)
+        self.lengths = length_predictor(lengths)
+        self.ledger.expected_output = self.lengths.predict
+        self.open = sorted((r for r in self.requests if r.parent_id is None), key=lambda r: r.arrival_s)
+        self.children: dict[str, list[Request]] = {}
+        for request in self.requests:
+            if request.parent_id is not None:
+                self.children.setdefault(request.parent_id, []).append(request)
+        self.num_opened = 0
+        self.thinking: list[tuple[float, str]] = []
+        self.num_jobs_arrived = 0
+        oracle = Oracle(self._arrivals_to_come) if "oracle" in getattr(policy, "needs", ()) else None
+        self.view = View(self.ledger, Random(seed), oracle)
+        self.shapes: Mapping[str, JobShape] = {}
+        self.num_ended = 0
+        self.wake: simpy.Event | None = None
+        self.failure: BaseException | None = None
+        self.where = "replay"
+        self.old_plan: tuple[Plan, float] | None = None
+        self.repeating: tuple[Plan, int | None] | None = None
+        self.step_rows: list[tuple[Any, ...]] = []
+        self.work_rows: list[tuple[Any, ...]] = []
+        self.results: list[StepResult] = []
+        self.outputs: dict[str, tuple[int, ...]] = {}
+        self.resolved: dict[str, Request] = {}
+        self.bar: Any = None
+
+    # the outside of the loop
+
+    def run(self, progress: bool | None) -> Replay:
+        _warn_of_ties(self.open)
+        self.shapes = self.executor.begin(self.jobs, seed=self.seed)
+        interrupted = False
+        try:
+            for job in self.jobs:
+                self.ledger.check_job(job, self.shapes[job.id])
+            self._open_bar(progress)
+            self._drive()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+            self._collect_outputs()
+            self.ledger.close(float(self.env.now))
+            self.executor.end()
+        if isinstance(self.failure, KeyboardInterrupt):
+            interrupted, self.failure = True, None
+        if self.failure is None:
+            return self._result(interrupted, None)
+        message = f"{self.where}: {type(self.failure).__name__}: {self.failure}"
+        raise ReplayError(message, self._result(False, message)) from self.failure
+
+    def _drive(self) -> None:
+        env = self.env
+        if isinstance(env, simpy.rt.RealtimeEnvironment):
+            env.sync()
+        env.process(self._bring_jobs())
+        env.process(self._bring_requests())
+        server = env.process(self._guarded(self._serve()))
+        while server.is_alive and self.failure is None:
+            env.step()
+
+    def _guarded(self, process: Generator[simpy.Event, Any, None]) -> Generator[simpy.Event, Any, None]:
+        """Keep an exception as it is: SimPy would raise a copy of it."""
+        try:
+            yield from process
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.failure = error
+
+    # arrivals
+
+    def _bring_requests(self) -> Generator[simpy.Event, Any, None]:
+        for request in self.open:
+            if request.arrival_s > self.env.now:
+                yield self.env.timeout(request.arrival_s - self.env.now)
+            self.num_opened += 1
+            self._arrive(request, request.arrival_s)
+
+    def _bring_child(self, request: Request) -> Generator[simpy.Event, Any, None]:
+        at = self.env.now + request.think_s
+        heapq.heappush(self.thinking, (at, request.request_id))
+        yield self.env.timeout(request.think_s)
+        self.thinking.remove((at, request.request_id))
+        heapq.heapify(self.thinking)
+        self._arrive(request, at)
+
+    def _bring_jobs(self) -> Generator[simpy.Event, Any, None]:
+        for job in sorted(self.jobs, key=lambda j: j.arrival_s):
+            if job.arrival_s > self.env.now:
+                yield self.env.timeout(job.arrival_s - self.env.now)
+            self.num_jobs_arrived += 1
+            self.ledger.add_job(job, self.shapes[job.id], job.arrival_s)
+            self._wake()
+
+    def _arrive(self, request: Request, at: float) -> None:
+        try:
+            resolved = self.executor.admissible(request)
+        except ValueError as error:
+            self.ledger.refuse(request, at, str(error))
+        except BaseException as error:
+            self.failure, self.where = error, "executor.admissible failed"
+            return
+        else:
+            self.resolved[request.request_id] = resolved
+            self.ledger.arrive(resolved, at)
+        self._settle()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.wake is not None and not self.wake.triggered:
+            self.wake.succeed()
+
+    def _settle(self) -> None:
+        """Follow up on requests that ended: outputs, history, the next turn of their session."""
+        ended = self.ledger.ended
+        if not ended:
+            return
+        self.ledger.ended = []
+        for s in ended:
+            self.num_ended += 1
+            self.lengths.learn(s)
+            self._keep_output(s)
+            for child in self.children.get(s.id, ()):
+                self.env.process(self._bring_child(child))
+        if self.bar is not None:
+            self.bar.update(len(ended))
+
+    def _keep_output(self, s: RequestState) -> None:
+        if s.outputs:
+            self.outputs[s.id] = tuple(s.outputs)
+
+    def _collect_outputs(self) -> None:
+        for s in self.ledger.requests.values():
+            self._keep_output(s)
+
+    def _next_arrival_s(self) -> float:
+        opened = self.open[self.num_opened].arrival_s if self.num_opened < len(self.open) else math.inf
+        return min(opened, self.thinking[0][0] if self.thinking else math.inf)
+
+    def _is_pending(self) -> bool:
+        """Whether an arrival is still to come by itself."""
+        return self.num_jobs_arrived < len(self.jobs) or self._next_arrival_s() < math.inf
+
+    def _arrivals_to_come(self) -> tuple[tuple[float, str], ...]:
+        opened = [(r.arrival_s, r.request_id) for r in self.open[self.num_opened :]]
+        return tuple(sorted(opened + self.thinking))
+
+    # the serving loop
+
+    def _is_over(self) -> bool:
+        if isinstance(self.until, (int, float)):
+            return self.env.now >= self.until
+        if self.num_ended < len(self.requests):
+            return False
+        return self.until == "requests" or (self.num_jobs_arrived == len(self.jobs) and not self.ledger.jobs)
+
+    def _serve(self) -> Generator[simpy.Event, Any, None]:
+        env, ledger = self.env, self.ledger
+        # arrivals at time 0 come first
+        yield env.timeout(0)
+        idle_tries = 0
+        while True:
+            now = float(env.now)
+            for command in self.executor.poll():
+                ledger.command(command, now)
+            ledger.now_s = now
+            ledger.sync_adapters(now)
+            self._settle()
+            if self._is_over():
+                return
+            if not ledger.is_possible:
+                if not self._is_pending() and not isinstance(self.until, (int, float)):
+                    # only paused jobs are left, and nobody there to resume them
+                    return
+                yield from self._sleep(math.inf)
+                continue
+            plan, plan_s = self._plan()
+            if not plan.empty:
+                idle_tries = 0
+                yield from self._step(plan, plan_s)
+                continue
+            if plan_s > 0:
+                yield env.timeout(plan_s)
+            has_ended = bool(plan.rejected)
+            if plan.changes:
+                batch = ledger.apply(plan)
+                ledger.commit(batch, StepResult(duration_s=0.0), float(env.now))
+                self._settle()
+            if has_ended:
+                idle_tries = 0
+            elif plan.wait_until_s is not None:
+                yield from self._sleep(plan.wait_until_s)
+            elif self._is_pending() and not plan.changes:
+                yield from self._sleep(math.inf)
+            else:
+                idle_tries += 1
+                if idle_tries >= MAX_IDLE_TRIES:
+                    self.where = "policy planned nothing"
+                    raise RuntimeError(
+                        f"{self.label} planned no work in {idle_tries} calls while {len(ledger.requests)} requests and {len(ledger.jobs)} jobs "
+                        f"could go on and nothing was to arrive (last reason: {plan.why or 'none given'!r}). "
+                        "Plan some of view.running, view.waiting or view.jobs, reject what you refuse, or call plan.wait."
+                    )
+
+    def _sleep(self, until_s: float) -> Generator[simpy.Event, Any, None]:
+        """Until something arrives, or `until_s`, or the end that was asked for."""
+        if isinstance(self.until, (int, float)):
+            until_s = min(until_s, self.until)
+        self.wake = self.env.event()
+        if until_s < math.inf:
+            yield self.wake | self.env.timeout(max(0.0, until_s - self.env.now))
+        else:
+            yield self.wake
+        self.wake = None
+
+    def _plan(self) -> tuple[Plan, float]:
+        """The next plan, and what its making adds to the clock."""
+        repeated = self._repeat()
+        if repeated is not None:
+            return repeated, 0.0
+        if not self.overlap:
+            plan, plan_s = self._ask()
+        elif self.old_plan is not None:
+            old, plan_s = self.old_plan
+            self.old_plan = None
+            plan = redo(old, self.ledger)
+            if plan.empty:
+                plan, plan_s = self._ask()
+        else:
+            plan, plan_s = self._ask()
+        self.repeating = (plan, plan.repeat_steps) if plan.repeat_steps != 0 and not self.overlap else None
+        return plan, plan_s
+
+    def _repeat(self) -> Plan | None:
+        if self.repeating is None:
+            return None
+        old, left = self.repeating
+        self.repeating = None
+        ledger = self.ledger
+        if left == 0 or ledger._arrived or ledger._finished or old.loads:
+            return None
+        plan = redo(old, ledger)
+        if not is_same_work(old, plan):
+            return None
+        self.repeating = (plan, None if left is None else left - 1)
+        return plan
+
+    def _ask(self) -> tuple[Plan, float]:
+        """Call the policy on the ledger as it is."""
+        self.where = f"policy {self.label} failed"
+        begin = time.perf_counter()
+        plan = Plan(self.ledger)
+        self.policy(self.view, plan)
+        took_s = time.perf_counter() - begin
+        self.ledger.planned()
+        self.where = "replay"
+        if self.planning == "measured":
+            return plan, took_s
+        if self.planning == "recorded":
+            return plan, self.executor.planning_s(self.ledger.step)  # type: ignore[attr-defined]
+        assert isinstance(self.planning, (int, float))
+        return plan, float(self.planning)
+
+    def _step(self, plan: Plan, plan_s: float) -> Generator[simpy.Event, Any, None]:
+        env, ledger = self.env, self.ledger
+        start_s = float(env.now)
+        accepted_s = start_s + plan_s
+        predicted_s = plan.predicted_s
+        counts = (len(ledger.requests) - len(ledger.running), len(ledger.running), len(ledger.blocks.free))
+        ahead = self._ask() if self.overlap else None
+        batch = ledger.apply(plan)
+        if plan.stops_on_arrival:
+            next_s = self._next_arrival_s()
+            if next_s < math.inf:
+                batch = replace(batch, stop_after_s=max(0.0, next_s - accepted_s))
+        try:
+            self.where = "executor failed"
+            result = self.executor.step(batch)
+            _check_result(result)
+        except BaseException:
+            ledger.rollback(batch)
+            raise
+        duration_s = plan_s + result.duration_s
+        if isinstance(env, simpy.rt.RealtimeEnvironment):
+            duration_s = max(duration_s, time.monotonic() - env.real_start - start_s)
+        try:
+            yield env.timeout(duration_s)
+            ledger.commit(batch, result, float(env.now), accepted_s=accepted_s)
+        except RuntimeError:
+            ledger.rollback(batch)
+            raise
+        self.where = "replay"
+        self._record(batch, result, plan, (start_s, float(env.now), plan_s, predicted_s), counts)
+        self._settle()
+        if ahead is not None:
+            self.old_plan = (ahead[0], max(0.0, ahead[1] - result.duration_s))
+
+    def _record(
+        self, batch: Batch, result: StepResult, plan: Plan, times: tuple[float, float, float, float], counts: tuple[int, int, int]
+    ) -> None:
+        start_s, end_s, plan_s, predicted_s = times
+        step = batch.step
+        self.results.append(result)
+        self.step_rows.append(
+            (
+                step,
+                start_s,
+                end_s,
+                result.duration_s,
+                result.gpu_s,
+                result.host_s,
+                plan_s,
+                predicted_s,
+                result.stopped_early,
+                batch.digest(),
+            )
+            + counts
+            + tuple(plan.work.values)
+        )
+        work = self.work_rows
+        for s in batch.segments:
+            work.append((step, s.owner, s.kind, s.start, s.tokens, s.adapter, s.version))
+        for b in batch.backwards:
+            layers = result.layers_done.get(b.owner, b.num_layers)
+            work.append((step, b.owner, "backward", b.top_layer, layers, b.adapter, 0))
+        self.ledger.last = (batch, result, start_s, predicted_s, plan_s)
+
+    # the result
+
+    def _open_bar(self, progress: bool | None) -> None:
+        if progress is False or not self.requests:
+            return
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(total=len(self.requests), desc=self.label[:40], unit="req", leave=False, delay=0 if progress else 3.0)
+
+    def _result(self, interrupted: bool, error: str | None) -> Replay:
+        info = self.executor.info
+        checksum = getattr(self.trace, "checksum", None) or hashlib.blake2b(repr(self.requests).encode(), digest_size=8).hexdigest()
+        settings = {
+            "clock": "wall" if self.is_wall else "virtual",
+            "planning": self.planning,
+            "overlap": self.overlap,
+            "lengths": self.lengths.name,
+            "until": self.until,
+            "loop": "closed" if self.children else "open",
+            "trace": getattr(self.trace, "name", "requests"),
+            "notes": list(getattr(self.trace, "notes", ())),
+            "redrawn": list(getattr(self.trace, "redrawn", ())),
+        }
+        return Replay(
+            events=rows_to_frame(self.ledger.events, EVENT_COLUMNS),
+            steps=rows_to_frame(self.step_rows, STEP_COLUMNS),
+            work=rows_to_frame(self.work_rows, WORK_COLUMNS),
+            results=self.results,
+            outputs=self.outputs,
+            trace_requests=[self.resolved.get(r.request_id, r) for r in self.requests],
+            finetune_jobs=self.jobs,
+            executor=info,
+            provenance=Provenance(
+                commit=commit_of_code(),
+                versions=versions_of_code(),
+                device=info.device,
+                seed=self.seed,
+                policy=self.label,
+                trace_checksum=checksum,
+            ),
+            settings=settings,
+            slo=self.slo,
+            measure=self.measure,
+            interrupted=interrupted,
+            error=error,
+        )
+
+
+def _checked_requests(trace: Any) -> tuple[Request, ...]:
+    """The trace's requests. Raises TypeError for anything else, ValueError for a name twice, a bad time or a parent that is not there."""
+    requests = tuple(getattr(trace, "requests", trace))
+    for request in requests:
+        if not isinstance(request, Request):
+            raise TypeError(f"a trace must hold Request values, got {type(request).__name__}. Use Trace.from_frame, or a list of Request.")
+        if not (math.isfinite(request.arrival_s) and request.arrival_s >= 0 and request.think_s >= 0):
+            raise ValueError(
+                f"arrival_s and think_s must be at least 0 seconds and finite, request {request.request_id!r} has {request.arrival_s}"
+            )
+    names = {r.request_id for r in requests}
+    if len(names) < len(requests):
+        seen: set[str] = set()
+        twice = next(r.request_id for r in requests if r.request_id in seen or seen.add(r.request_id))
+        raise ValueError(f"request ids must be unique, got {twice!r} twice")
+    parents = {r.request_id: r.parent_id for r in requests if r.parent_id is not None}
+    for name, parent in parents.items():
+        if parent not in names:
+            raise ValueError(f"parent_id must name a request of the trace, {name!r} has {parent!r}. {did_you_mean(parent, list(names))}")
+        ancestors = {name}
+        while parent is not None:
+            if parent in ancestors:
+                raise ValueError(f"a session must begin with a request without parent_id, got a circle through {name!r}")
+            ancestors.add(parent)
+            parent = parents.get(parent)
+    return requests
+
+
+def _check_options(
+    policy: Any, jobs: Sequence[FinetuneJob], clock: str, planning: Any, overlap: bool, measure: Any, executor: Executor
+) -> None:
+    if inspect.isclass(policy) or not callable(policy):
+        name = getattr(policy, "__name__", repr(policy))
+        raise TypeError(f"policy must be callable as policy(view, plan), got {name}. Pass an instance, such as {name}().")
+    require(clock in ("virtual", "wall"), "clock must be 'virtual' or 'wall'", clock)
+    if isinstance(planning, str):
+        require(planning in ("measured", "recorded"), "planning must be 'measured', 'recorded' or seconds", planning)
+        if planning == "recorded" and not hasattr(executor, "planning_s"):
+            raise ValueError(
+                f"planning='recorded' needs an executor that recorded planning times, got {executor.info.name!r}. Use Recorded(replay), or seconds."
+            )
+    else:
+        require(planning >= 0, "planning must be at least 0 seconds, 'measured' or 'recorded'", planning)
+    require(not (overlap and clock == "wall"), "overlap=True needs clock='virtual'", clock)
+    require(measure is None or 0 <= measure[0] < measure[1], "measure must be (start_s, end_s) with 0 <= start_s < end_s", measure)
+    ids = [job.id for job in jobs]
+    twice = next((i for i in ids if ids.count(i) > 1), None)
+    require(twice is None, "job ids must be unique", twice, "Give one of them a job_id.")
+
+
+def _check_slo(slo: SLO | Mapping[str, SLO] | None, requests: Sequence[Request]) -> None:
+    if isinstance(slo, Mapping):
+        from workbench.metrics import slo_of
+
+        for slo_class in {r.slo_class for r in requests}:
+            slo_of(slo, slo_class)
+
+
+def _check_result(result: StepResult) -> None:
+    if not (math.isfinite(result.duration_s) and result.duration_s >= 0):
+        raise RuntimeError(f"an executor must report a finite duration of at least 0 s, got {result.duration_s}")
+
+
+def _warn_of_ties(requests: Sequence[Request]) -> None:
+    """Whole-second clocks tie arrivals that were apart, which moves tails of TTFT by a factor."""
+    times = [r.arrival_s for r in requests]
+    num_tied = len(times) - len(set(times))
+    if num_tied and len(set(times)) > 1 and all(t == int(t) for t in times):
+        warnings.warn(
+            f"all arrivals fall on whole seconds and {num_tied} of {len(times)} tie, which distorts waiting times: "
+            "spread them with trace.jitter(1.0, seed=0)",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,269 @@
+"""What a replay leaves: rows of events, steps and work as frames, outputs, and where it all came from. Saved as parquet + JSON."""
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from workbench.config import SLO, FinetuneJob, Provenance
+from workbench.core import ExecutorInfo, Request, Sampling, StepResult
+from workbench.features import NAMES
+
+EVENT_COLUMNS = ("time_s", "step", "kind", "owner", "adapter", "value", "note")
+STEP_COLUMNS = (
+    "step",
+    "start_s",
+    "end_s",
+    "duration_s",
+    "gpu_s",
+    "host_s",
+    "plan_s",
+    "predicted_s",
+    "stopped_early",
+    "digest",
+    "waiting",
+    "running",
+    "free_blocks",
+    *NAMES,
+)
+WORK_COLUMNS = ("step", "owner", "kind", "start", "tokens", "adapter", "version")
+RECORD_FILE = "replay.json"
+
+
+class Replay:
+    """One policy on one trace and one executor.
+
+    `events`, `steps` and `work` are frames of what happened; `requests` and `jobs` are derived from them by `metrics`. Times in seconds
+    on the replay clock. `results` keeps every StepResult, so that `Recorded(replay)` can play it again. An `interrupted` replay, or one
+    with an `error`, holds everything up to its last complete step.
+    """
+
+    def __init__(
+        self,
+        *,
+        events: pd.DataFrame,
+        steps: pd.DataFrame,
+        work: pd.DataFrame,
+        results: Sequence[StepResult],
+        outputs: Mapping[str, tuple[int, ...]],
+        trace_requests: Sequence[Request],
+        finetune_jobs: Sequence[FinetuneJob],
+        executor: ExecutorInfo,
+        provenance: Provenance,
+        settings: Mapping[str, Any],
+        slo: SLO | Mapping[str, SLO] | None,
+        measure: tuple[float, float] | None,
+        interrupted: bool = False,
+        error: str | None = None,
+    ) -> None:
+        self.events = events
+        self.steps = steps
+        self.work = work
+        self.results = tuple(results)
+        self.outputs = dict(outputs)
+        self.trace_requests = tuple(trace_requests)
+        self.finetune_jobs = tuple(finetune_jobs)
+        self.executor = executor
+        self.provenance = provenance
+        self.settings = dict(settings)
+        self.slo = slo
+        self.measure = measure
+        self.interrupted = interrupted
+        self.error = error
+
+    @property
+    def policy(self) -> str:
+        """The policy's label."""
+        return self.provenance.policy
+
+    @property
+    def seed(self) -> int:
+        return self.provenance.seed
+
+    @cached_property
+    def requests(self) -> pd.DataFrame:
+        """One row per arrived request, by `metrics.request_frame`."""
+        from workbench.metrics import request_frame
+
+        return request_frame(self.trace_requests, self.events, self.slo)
+
+    @cached_property
+    def jobs(self) -> pd.DataFrame:
+        """One row per fine-tune job, by `metrics.job_frame`."""
+        from workbench.metrics import job_frame
+
+        return job_frame(self.finetune_jobs, self.events)
+
+    def summary(self) -> Any:
+        """The headline numbers, by `metrics.summary`."""
+        from workbench.metrics import summary
+
+        return summary(self)
+
+    def __repr__(self) -> str:
+        end = f", interrupted={self.interrupted}, error={self.error!r}" if self.interrupted or self.error else ""
+        loop = self.settings.get("loop", "open")
+        return f"Replay({self.policy} on {self.executor.name}, {len(self.trace_requests)} requests ({loop} loop), {len(self.steps)} steps{end})"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the replay as parquet and JSON files into `folder`, which is made; `load_replay` reads it back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("events", "steps", "work"):
+            getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
+        pd.DataFrame([_result_row(r) for r in self.results], columns=_RESULT_COLUMNS).to_parquet(folder / "results.parquet", index=False)
+        rows = [{f.name: getattr(r, f.name) for f in fields(Request)} for r in self.trace_requests]
+        for row in rows:
+            for name in ("prompt_token_ids", "prefix_ids"):
+                row[name] = json.dumps(row[name])
+            row["sampling"] = json.dumps(asdict(row["sampling"]))
+        frame = pd.DataFrame(rows, columns=[f.name for f in fields(Request)])
+        for name in ("output_tokens", "max_tokens"):
+            frame[name] = frame[name].astype("Int64")
+        frame.to_parquet(folder / "requests.parquet", index=False)
+        record = {
+            "format": 1,
+            "outputs": {name: list(ids) for name, ids in self.outputs.items()},
+            "jobs": [_job_record(job) for job in self.finetune_jobs],
+            "executor": asdict(self.executor) | {"can": sorted(self.executor.can), "eos_token_ids": sorted(self.executor.eos_token_ids)},
+            "provenance": asdict(self.provenance) | {"versions": dict(self.provenance.versions)},
+            "settings": self.settings,
+            "slo": _slo_record(self.slo),
+            "measure": self.measure,
+            "interrupted": self.interrupted,
+            "error": self.error,
+        }
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return folder
+
+
+def load_replay(folder: str | Path) -> Replay:
+    """The replay that `Replay.save(folder)` wrote, without its jobs' data. Raises FileNotFoundError without one there."""
+    folder = Path(folder)
+    if not (folder / RECORD_FILE).is_file():
+        raise FileNotFoundError(f"a replay folder must hold {RECORD_FILE}, got {str(folder)!r}. Pass the folder given to save().")
+    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    executor = record["executor"] | {name: frozenset(record["executor"][name]) for name in ("can", "eos_token_ids")}
+    return Replay(
+        **{name: _objects(pd.read_parquet(folder / f"{name}.parquet")) for name in ("events", "steps", "work")},
+        results=[_result_of(row) for row in pd.read_parquet(folder / "results.parquet").itertuples(index=False)],
+        outputs={name: tuple(ids) for name, ids in record["outputs"].items()},
+        trace_requests=[_request_of(row) for row in _objects(pd.read_parquet(folder / "requests.parquet")).to_dict("records")],
+        finetune_jobs=[_job_of(job) for job in record["jobs"]],
+        executor=ExecutorInfo(**executor),
+        provenance=Provenance(**record["provenance"]),
+        settings=record["settings"],
+        slo=_slo_of(record["slo"]),
+        measure=None if record["measure"] is None else tuple(record["measure"]),
+        interrupted=record["interrupted"],
+        error=record["error"],
+    )
+
+
+def rows_to_frame(rows: Sequence[tuple[Any, ...]], columns: Sequence[str]) -> pd.DataFrame:
+    """A frame from row tuples, with text columns as objects whatever the rows hold."""
+    data = dict(zip(columns, zip(*rows, strict=True), strict=True)) if rows else {name: [] for name in columns}
+    frame = pd.DataFrame({name: pd.Series(data[name], dtype=_dtype(name)) for name in columns})
+    if columns[0] == "time_s" and not frame["time_s"].is_monotonic_increasing:
+        frame = frame.sort_values("time_s", kind="stable", ignore_index=True)
+    return frame
+
+
+_TEXT = ("kind", "owner", "adapter", "note", "digest")
+_INTEGERS = ("step", "waiting", "running", "free_blocks", "start", "tokens", "version")
+
+
+def _dtype(name: str) -> Any:
+    return object if name in _TEXT else "int64" if name in _INTEGERS else "bool" if name == "stopped_early" else "float64"
+
+
+def _objects(frame: pd.DataFrame) -> pd.DataFrame:
+    """Text columns as objects with None for what is missing, as `rows_to_frame` makes them."""
+    for name in frame.columns:
+        if isinstance(frame[name].dtype, pd.StringDtype) or frame[name].dtype == object or isinstance(frame[name].dtype, pd.Int64Dtype):
+            column = frame[name].astype(object)
+            frame[name] = column.where(column.notna(), None)
+    return frame
+
+
+_RESULT_COLUMNS = [f.name for f in fields(StepResult)]
+_MAPPINGS = ("tokens", "layers_done", "losses", "eval_losses", "published")
+
+
+def _result_row(result: StepResult) -> list[Any]:
+    values = [getattr(result, name) for name in _RESULT_COLUMNS]
+    return [json.dumps(dict(v)) if n in _MAPPINGS else v for n, v in zip(_RESULT_COLUMNS, values, strict=True)]
+
+
+def _result_of(row: Any) -> StepResult:
+    values = {name: json.loads(getattr(row, name)) if name in _MAPPINGS else getattr(row, name) for name in _RESULT_COLUMNS}
+    for name in ("losses", "eval_losses"):
+        values[name] = {owner: (pair[0], pair[1]) for owner, pair in values[name].items()}
+    return StepResult(**values)
+
+
+def _request_of(row: dict[Any, Any]) -> Request:
+    ids = json.loads(row["prompt_token_ids"])
+    values = row | {
+        "prompt_token_ids": None if ids is None else tuple(ids),
+        "prefix_ids": tuple(json.loads(row["prefix_ids"])),
+        "sampling": Sampling(**json.loads(row["sampling"])),
+    }
+    deadline = values["deadline_s"]
+    values["deadline_s"] = None if deadline is None or deadline != deadline else deadline
+    return Request(**values)
+
+
+def _job_record(job: FinetuneJob) -> dict[str, Any]:
+    values = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("data", "evaluation", "checkpoint")}
+    return values | {"data": type(job.data).__name__, "evaluation": None if job.evaluation is None else type(job.evaluation).__name__}
+
+
+def _job_of(record: dict[str, Any]) -> FinetuneJob:
+    return FinetuneJob(**record | {"targets": tuple(record["targets"]), "betas": tuple(record["betas"])})
+
+
+def _slo_record(slo: SLO | Mapping[str, SLO] | None) -> dict[str, Any] | None:
+    if slo is None:
+        return None
+    return {"one": asdict(slo)} if isinstance(slo, SLO) else {"classes": {name: asdict(one) for name, one in slo.items()}}
+
+
+def _slo_of(record: dict[str, Any] | None) -> SLO | Mapping[str, SLO] | None:
+    if record is None:
+        return None
+    return SLO(**record["one"]) if "one" in record else {name: SLO(**one) for name, one in record["classes"].items()}
+
+
+@cache
+def commit_of_code() -> str:
+    """The commit of the code that runs, with "+changes" if files differ from it; "unknown" outside a checkout."""
+    folder = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+@cache
+def versions_of_code() -> Mapping[str, str]:
+    """Versions of what a result depends on."""
+    import platform
+
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "peft", "numpy", "pandas", "simpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
