@@ -187,7 +187,7 @@ class Trace:
             return self.derived(kept, "arrivals", f"thinned to {rate:g}/s", *cut)
         require(rate >= self.rate, f'how="superpose" needs a rate of at least the trace\'s {self.rate:.4g}/s', rate, 'Use how="thin".')
         frame = trace_ops.superposed(self._frame, round(rate * self.duration_s), self.duration_s, seed)
-        span = max(self.duration_s, float(frame["arrival_s"].max()))
+        span = max(self.duration_s, float(frame["arrival_s"].to_numpy().max()))
         return replace(self.derived(frame, "arrivals", f"superposed to {rate:g}/s"), duration_s=span)
 
     # ---- what a request is
