@@ -115,15 +115,11 @@ def load_peft(directory: str | Path, dims: Dims, name: str) -> AdapterWeights:
     """
     require(bool(name), "adapter must be a non-empty name", name)
     folder = Path(directory)
-    config = _read_config(_inside(folder, CONFIG_FILE))
+    config = read_config(inside(folder, CONFIG_FILE))
     where = folder / CONFIG_FILE
     _check_config(config, where)
-    file = _inside(folder, WEIGHTS_FILE)
-    try:
-        flat = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: must be a complete safetensors file, got: {error}. Save the adapter again.") from error
-    tensors = _pairs(flat, dims, file)
+    file = inside(folder, WEIGHTS_FILE)
+    tensors = _pairs(read_tensors(file), dims, file)
     _check_coverage(config, set(tensors), dims, where)
     alphas = {}
     for key, (a, _) in tensors.items():
@@ -150,10 +146,18 @@ def save_peft(weights: AdapterWeights, directory: str | Path, base_model_name: s
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    save_file(peft_tensors(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = peft_config(weights, base_model_name)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def peft_config(weights: AdapterWeights, base_model_name: str | None = None) -> dict[str, Any]:
+    """What `adapter_config.json` says of these weights."""
     ranks = {key: a.shape[0] for key, (a, _) in weights.tensors.items()}
-    layers = 1 + max(layer for layer, _ in ranks)
-    is_full = all((layer, target) in ranks for layer in range(layers) for target in weights.targets)
-    config = {
+    layers = sorted({layer for layer, _ in ranks})
+    is_product = len(ranks) == len(layers) * len(weights.targets)
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name or weights.base,
@@ -166,22 +170,25 @@ def save_peft(weights: AdapterWeights, directory: str | Path, base_model_name: s
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": list(weights.targets) if is_full else [module_path(key) for key in ranks],
+        "target_modules": list(weights.targets) if is_product else [module_path(key) for key in ranks],
+        "layers_to_transform": layers if is_product else None,
         "rank_pattern": {module_path(key): rank for key, rank in ranks.items() if rank != weights.rank},
         "alpha_pattern": {module_path(key): alpha for key, alpha in weights.alphas.items()},
         "modules_to_save": None,
     }
-    flat = {}
-    for key, pair in weights.tensors.items():
-        for letter, tensor in zip("AB", pair, strict=True):
-            flat[f"base_model.model.{module_path(key)}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
-    save_file(flat, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return folder
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of the folder, if it is there and really lies inside."""
+def peft_tensors(weights: AdapterWeights) -> dict[str, Tensor]:
+    """The weights under the names of `adapter_model.safetensors`, on the CPU."""
+    return {
+        f"base_model.model.{module_path(key)}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
+        for key, pair in weights.tensors.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of an adapter's folder, if it is there and really lies inside. Raises FileNotFoundError, ValueError."""
     if not folder.is_dir():
         raise FileNotFoundError(f"an adapter must be a directory, got {str(folder)!r}. Pass the folder that PEFT's save_pretrained wrote.")
     file = folder / name
@@ -198,7 +205,8 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError for anything else."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -206,6 +214,14 @@ def _read_config(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: must be a JSON object, got: {error}. Save the adapter again.") from error
     return config
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file. Raises ValueError for a damaged one."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: must be a complete safetensors file, got: {error}. Save the adapter again.") from error
 
 
 # Fields that leave the result as it is, or that are read here; and those that change it in a way that only PEFT implements.
