@@ -55,7 +55,10 @@ MOVE_ADVICE = (
     "shared base weights cannot be moved or cast through a view. Load the base where and as it is needed "
     "(load_base(path, device=, dtype=)) and make the view of that, or move a model of its own: copy.deepcopy(view)."
 )
-RESIZE_ADVICE = "shared embeddings cannot be resized through a view. Resize a model of its own (copy.deepcopy(view)), or the base before views are made."
+RESIZE_ADVICE = (
+    "shared embeddings cannot be resized through a view. "
+    "Resize a model of its own (copy.deepcopy(view)), or the base before it has views."
+)
 
 
 class _Shared(Tensor):
@@ -77,7 +80,8 @@ class SharedParameter(nn.Parameter):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise SharedWeightsError(WRITE_ADVICE)
+        if value is not self:  # a move that changes nothing assigns the parameter to itself
+            raise SharedWeightsError(WRITE_ADVICE)
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
