@@ -58,7 +58,7 @@ def canonical(frame: pd.DataFrame) -> pd.DataFrame:
     columns["adapter"] = _texts(frame, "adapter") if "adapter" in frame else pd.Series([None] * len(frame), dtype=object)
     for name, default in TEXTS.items():
         if name != "adapter" and name in frame:
-            columns[name] = _texts(frame, name).map(lambda text, default=default: default if text is None else text).astype(object)
+            columns[name] = pd.Series([default if text is None else text for text in _texts(frame, name)], dtype=object)
     for name in ("prompt_token_ids", "prefix_ids"):
         if name in frame:
             columns[name] = _id_sequences(frame, name)
