@@ -16,7 +16,7 @@ import simpy
 import simpy.rt
 
 from workbench.config import SLO, FinetuneJob, Provenance, did_you_mean, require
-from workbench.core import Batch, Executor, JobShape, Request, StepResult
+from workbench.core import AdapterInfo, Batch, Executor, JobShape, Request, StepResult
 from workbench.expected import length_predictor
 from workbench.ledger import Ledger
 from workbench.plan import Plan
@@ -33,6 +33,7 @@ from workbench.replay_result import (
     versions_of_code,
 )
 from workbench.states import RequestState
+from workbench.tape import Tape
 from workbench.views import Oracle, View
 
 __all__ = ["Replay", "ReplayError", "load_replay", "replay"]
@@ -67,8 +68,8 @@ def replay(
 ) -> Replay:
     """Serve `trace` (a Trace, or a sequence of Request) beside `jobs` on `executor` under `policy`.
 
-    `planning` is what a decision costs: the measured time of the policy, the recorded one (of an executor that has it), or fixed
-    seconds. `lengths` gives `RequestView.expected_output`. `overlap=True` plans each step from the view before the previous one, while
+    `planning` is what a decision costs: the measured time of the policy (on `Recorded`: the one measured then), "recorded" to insist
+    on that, or fixed seconds. `lengths` gives `RequestView.expected_output`. `overlap=True` plans each step from the view before the previous one, while
     that runs; only what planning takes longer than the step then counts. `until`: "requests" ends once every request has ended (the
     default; jobs stop there), "jobs" once all jobs have ended too (the default without requests), a number at that second.
     `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`.
@@ -138,12 +139,15 @@ class _Run:
         self.outputs: dict[str, tuple[int, ...]] = {}
         self.resolved: dict[str, Request] = {}
         self.bar: Any = None
+        self.tape = Tape()
+        self.num_polls = 0
+        self.known_adapters: dict[str, AdapterInfo] = {}
 
     # the outside of the loop
 
     def run(self, progress: bool | None) -> Replay:
         _warn_of_ties(self.open)
-        self.shapes = self.executor.begin(self.jobs, seed=self.seed)
+        self.shapes = self.tape.shapes = self.executor.begin(self.jobs, seed=self.seed)
         interrupted = False
         try:
             for job in self.jobs:
@@ -213,6 +217,7 @@ class _Run:
         try:
             resolved = self.executor.admissible(request)
         except ValueError as error:
+            self.tape.refusals[request.request_id] = str(error)
             self.ledger.refuse(request, at, str(error))
         except BaseException as error:
             self.failure, self.where = error, "executor.admissible failed"
@@ -278,9 +283,8 @@ class _Run:
         idle_tries = 0
         while True:
             now = float(env.now)
-            for command in self.executor.poll():
-                ledger.command(command, now)
             ledger.now_s = now
+            self._poll(now)
             ledger.sync_adapters(now)
             self._settle()
             if self._is_over():
@@ -318,6 +322,20 @@ class _Run:
                         f"could go on and nothing was to arrive (last reason: {plan.why or 'none given'!r}). "
                         "Plan some of view.running, view.waiting or view.jobs, reject what you refuse, or call plan.wait."
                     )
+
+    def _poll(self, now: float) -> None:
+        """Commands to jobs, and adapters that were loaded, published or unloaded."""
+        for command in self.executor.poll():
+            self.tape.commands.append((self.num_polls, command))
+            self.ledger.command(command, now)
+        infos = self.ledger.adapter_infos = self.executor.adapter_infos
+        known = self.known_adapters
+        if known != infos:
+            for name in known.keys() | infos.keys():
+                if known.get(name) != infos.get(name):
+                    self.tape.adapters.append((self.num_polls, name, infos.get(name)))
+            self.known_adapters = dict(infos)
+        self.num_polls += 1
 
     def _sleep(self, until_s: float) -> Generator[simpy.Event, Any, None]:
         """Until something arrives, or `until_s`, or the end that was asked for."""
@@ -371,12 +389,13 @@ class _Run:
         took_s = time.perf_counter() - begin
         self.ledger.planned()
         self.where = "replay"
-        if self.planning == "measured":
-            return plan, took_s
-        if self.planning == "recorded":
-            return plan, self.executor.planning_s(self.ledger.step)  # type: ignore[attr-defined]
-        assert isinstance(self.planning, (int, float))
-        return plan, float(self.planning)
+        if isinstance(self.planning, str):
+            planning_s = getattr(self.executor, "planning_s", None)
+            plan_s = took_s if planning_s is None else planning_s(len(self.tape.plan_times_s))
+        else:
+            plan_s = float(self.planning)
+        self.tape.plan_times_s.append(plan_s)
+        return plan, plan_s
 
     def _step(self, plan: Plan, plan_s: float) -> Generator[simpy.Event, Any, None]:
         env, ledger = self.env, self.ledger
@@ -483,6 +502,8 @@ class _Run:
                 trace_checksum=checksum,
             ),
             settings=settings,
+            tape=self.tape,
+            predictor=self.ledger.predictor,
             slo=self.slo,
             measure=self.measure,
             interrupted=interrupted,

@@ -12,8 +12,9 @@ from typing import Any
 import pandas as pd
 
 from workbench.config import SLO, FinetuneJob, Provenance
-from workbench.core import ExecutorInfo, Request, Sampling, StepResult
+from workbench.core import ExecutorInfo, Predictor, Request, Sampling, StepResult
 from workbench.features import NAMES
+from workbench.tape import Tape
 
 EVENT_COLUMNS = ("time_s", "step", "kind", "owner", "adapter", "value", "note")
 STEP_COLUMNS = (
@@ -57,10 +58,12 @@ class Replay:
         executor: ExecutorInfo,
         provenance: Provenance,
         settings: Mapping[str, Any],
+        tape: Tape,
         slo: SLO | Mapping[str, SLO] | None,
         measure: tuple[float, float] | None,
         interrupted: bool = False,
         error: str | None = None,
+        predictor: Predictor | None = None,
     ) -> None:
         self.events = events
         self.steps = steps
@@ -72,6 +75,8 @@ class Replay:
         self.executor = executor
         self.provenance = provenance
         self.settings = dict(settings)
+        self.tape = tape
+        self.predictor = predictor
         self.slo = slo
         self.measure = measure
         self.interrupted = interrupted
@@ -134,6 +139,7 @@ class Replay:
             "executor": asdict(self.executor) | {"can": sorted(self.executor.can), "eos_token_ids": sorted(self.executor.eos_token_ids)},
             "provenance": asdict(self.provenance) | {"versions": dict(self.provenance.versions)},
             "settings": self.settings,
+            "tape": self.tape.to_record(),
             "slo": _slo_record(self.slo),
             "measure": self.measure,
             "interrupted": self.interrupted,
@@ -159,6 +165,7 @@ def load_replay(folder: str | Path) -> Replay:
         executor=ExecutorInfo(**executor),
         provenance=Provenance(**record["provenance"]),
         settings=record["settings"],
+        tape=Tape.from_record(record["tape"]),
         slo=_slo_of(record["slo"]),
         measure=None if record["measure"] is None else tuple(record["measure"]),
         interrupted=record["interrupted"],
