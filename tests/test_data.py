@@ -1,6 +1,7 @@
 """Fine-tune data: examples become documents, documents rows, rows micro-batches; and they survive a checkpoint."""
 
 import json
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -261,7 +262,7 @@ def test_a_bad_line_is_an_error_with_its_number(case, tmp_path):
 
 def test_a_file_in_another_encoding_is_an_error_with_its_line(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff\xfe"}\n')
-    with pytest.raises(ValueError, match="line 2: .* UTF-8"):
+    with pytest.raises(ValueError, match=r"line 2: .* UTF-8"):
         prepared(tmp_path / "data.jsonl")
 
 
@@ -310,10 +311,11 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint):
 
 
 def test_a_checkpoint_beyond_the_jobs_end_is_refused(checkpoint):
-    with pytest.raises(ValueError, match="micro_batches_done must be at most 1 .* got 2"):
-        record = json.loads((checkpoint / "job.json").read_text())
-        (checkpoint / "job.json").write_text(json.dumps(record | {"micro_batches_done": 2}))
-        prepare(replace(FinetuneJob.from_checkpoint(checkpoint), batch_size=2), vocab_size=300)
+    record = json.loads((checkpoint / "job.json").read_text())
+    (checkpoint / "job.json").write_text(json.dumps(record | {"micro_batches_done": 2}))
+    resumed = replace(FinetuneJob.from_checkpoint(checkpoint), batch_size=2)
+    with pytest.raises(ValueError, match=r"micro_batches_done must be at most 1 .* got 2"):
+        prepare(resumed, vocab_size=300)
 
 
 def test_damaged_checkpoint_files_are_refused(checkpoint):
@@ -344,3 +346,11 @@ def test_micro_batches_beyond_the_end_do_not_exist():
 
 def test_numpy_token_ids_are_token_ids():
     assert prepared([np.array([3, 4, 5])]).documents(0)[0].token_ids == (3, 4, 5)
+
+
+def test_a_prepared_job_travels_to_another_process():
+    result = prepared([[1, 2, 3]] * 5, accumulation=2, evaluation=[[1, 2]])
+    result.micro_batch(0)
+    copy = pickle.loads(pickle.dumps(result))
+    assert copy == result
+    assert [copy.micro_batch(i) for i in range(5)] == [result.micro_batch(i) for i in range(5)]

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from workbench.core import MicroBatch, Request
 from workbench.examples import Document, encoder_of
 from workbench.seeds import generator
 
-PREFIX_TOKENS = 512  # tokens that one entry of `Request.prefix_ids` stands for (Mooncake's and Qwen-Bailian's hash blocks are fixed-size)
+PREFIX_TOKENS = 512  # tokens that one entry of `Request.prefix_ids` stands for: Mooncake's block size
 JOB_FILE = "job.json"
 DATA_FILE = "data.safetensors"
 Row = tuple[Document, ...]
@@ -42,6 +42,7 @@ class PreparedJob:
     evaluate_every: int | None
     first_micro_batch: int = 0
     _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _micro_batches: dict[int, MicroBatch] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def num_rows(self) -> int:
@@ -72,15 +73,14 @@ class PreparedJob:
     def micro_batch(self, index: int) -> MicroBatch:
         """Sizes of micro-batch `index`: token count of each document, labelled tokens, and its window's labelled tokens."""
         self._check(index)
-        documents, labelled = self._sizes(index)
-        start = index - index % self.accumulation
-        window = range(start, min(start + self.accumulation, self.num_micro_batches))
-        return MicroBatch(
-            documents=documents,
-            labelled=labelled,
-            ends_window=index == window[-1],
-            window_labelled=sum(self._sizes(i)[1] for i in window),
-        )
+        if index not in self._micro_batches:
+            start = index - index % self.accumulation
+            window = range(start, min(start + self.accumulation, self.num_micro_batches))
+            sizes = [self._sizes(i) for i in window]
+            total = sum(labelled for _, labelled in sizes)
+            for i, (documents, labelled) in zip(window, sizes, strict=True):
+                self._micro_batches[i] = MicroBatch(documents, labelled, ends_window=i == window[-1], window_labelled=total)
+        return self._micro_batches[index]
 
     def evaluation(self) -> Sequence[MicroBatch]:
         """The held-out set as micro-batches of `batch_size` rows; one window, normalised by all its labelled tokens."""
@@ -105,16 +105,14 @@ class PreparedJob:
         )
 
     @cached_property
-    def _sizes(self) -> Callable[[int], tuple[tuple[int, ...], int]]:
-        row_sizes = [(tuple(len(d) for d in row), sum(d.labelled for d in row)) for row in self.rows]
+    def _row_sizes(self) -> list[tuple[tuple[int, ...], int]]:
+        """(token counts, labelled tokens) of each row."""
+        return [(tuple(len(d) for d in row), sum(d.labelled for d in row)) for row in self.rows]
 
-        @lru_cache(maxsize=4096)
-        def sizes(index: int) -> tuple[tuple[int, ...], int]:
-            first = index * self.batch_size
-            chosen = [row_sizes[self._position(i)] for i in range(first, min(first + self.batch_size, self.num_rows))]
-            return tuple(length for lengths, _ in chosen for length in lengths), sum(labelled for _, labelled in chosen)
-
-        return sizes
+    def _sizes(self, index: int) -> tuple[tuple[int, ...], int]:
+        first = index * self.batch_size
+        chosen = [self._row_sizes[self._position(i)] for i in range(first, min(first + self.batch_size, self.num_rows))]
+        return tuple(length for lengths, _ in chosen for length in lengths), sum(labelled for _, labelled in chosen)
 
     def _row(self, index: int) -> Row:
         return self.rows[self._position(index)]
