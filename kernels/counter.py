@@ -73,7 +73,7 @@ def _threshold(p: float) -> int:
 
 
 @triton.jit
-def _gumbel_kernel(seeds, positions, out, V, BLOCK: tl.constexpr):
+def gumbel_kernel(seeds, positions, out, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     seed = tl.load(seeds + row)
@@ -90,7 +90,7 @@ def _gumbel_kernel(seeds, positions, out, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _dropout_kernel(rows, out, seed, micro_step, tag, threshold, keep_scale, C, BLOCK: tl.constexpr):
+def dropout_kernel(rows, out, seed, micro_step, tag, threshold, keep_scale, C, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     c0 = group.to(tl.uint32)
@@ -124,7 +124,7 @@ def gumbel_noise(seeds: Int64[torch.Tensor, " B"], positions: Int64[torch.Tensor
     out = torch.empty(seeds.shape[0], vocab_size, dtype=torch.float32, device=seeds.device)
     if out.numel():
         grid = (seeds.shape[0], triton.cdiv(vocab_size, 4 * _BLOCK))
-        _gumbel_kernel[grid](seeds.contiguous(), positions.contiguous(), out, vocab_size, BLOCK=_BLOCK)
+        gumbel_kernel[grid](seeds.contiguous(), positions.contiguous(), out, vocab_size, BLOCK=_BLOCK)
     return out
 
 
@@ -149,7 +149,7 @@ def dropout_mask(
         # The seed's 64 bits as a signed number: negative seeds are sign-extended on every path.
         key = ((seed + 2**63) % 2**64) - 2**63
         grid = (rows.shape[0], triton.cdiv(columns, 4 * _BLOCK))
-        _dropout_kernel[grid](
+        dropout_kernel[grid](
             rows.contiguous(), out, key, micro_step % 2**32, _dropout_tag(layer, module), _threshold(p), 1 / (1 - p), columns, BLOCK=_BLOCK
         )
     return out

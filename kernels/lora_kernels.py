@@ -173,7 +173,9 @@ def expand_dx_kernel(
     row_mask = tl.arange(0, BLOCK_T) < num_rows
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for slice in range(0, J):
-        a, _b, rank, _scale, _column, _width = load_entry(entries, slot, num_slots, slice, dx.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
+        a, _b, rank, _scale, _column, _width = load_entry(
+            entries, slot, num_slots, slice, dx.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE
+        )
         for r0 in range(0, rank, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             dv = load_partials(partials, rows, row_mask, r, rank, split_stride, R, SPLITS)
@@ -213,7 +215,9 @@ def outer_kernel(
     slot = tl.load(chunks + chunk * 4)
     first = tl.load(chunks + chunk * 4 + 1)
     num_rows = tl.load(chunks + chunk * 4 + 2)
-    _a, _b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
+    _a, _b, rank, scale, column, width = load_entry(
+        entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE
+    )
     length = K
     if IS_DB:
         length = width

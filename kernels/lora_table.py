@@ -17,7 +17,7 @@ ENTRY_WORDS = 8
 
 def largest_power_of_two_divisor(numbers: Sequence[int]) -> int:
     """The largest power of two, at most 16, that divides every number: what a kernel may assume of its addresses."""
-    return min((number & -number for number in (*numbers, 16)))
+    return min(number & -number for number in (*numbers, 16))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,140 @@
+"""Seeded problems with their errors against a float64 reference, for one device: shared by CPU tests, GPU tests and the bench.
+
+Every function returns {what: max |a - b| / max |b|}; buffers that an op allocates are poisoned with NaN meanwhile.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.layout import SegmentLayout
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.paged_attention import paged_attention, paged_attention_reference
+from kernels.segmented_lora import lora_gradients, lora_gradients_reference, segmented_lora_, segmented_lora_reference
+from kernels.testing import poisoned_memory, random_table, random_tensor, relative_error, widened
+from kernels.varlen_attention import varlen_attention, varlen_attention_reference
+
+Errors = dict[str, float]
+
+
+def bounds(lengths: Sequence[int], device: str) -> torch.Tensor:
+    """cu_seqlens [N+1] int32 of these lengths."""
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32).to(device)
+
+
+def lora_errors(
+    row_slots: Sequence[tuple[int | None, int]],
+    ranks: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    in_features: int = 96,
+    out_features: Sequence[int] = (80, 48),
+    block_rows: int | None = None,
+    seed: int = 0,
+) -> Errors:
+    """segmented_lora_ and lora_gradients on `row_slots` with ranks[slice][slot] (0: none): y, dx, and the worst dA and dB."""
+    table = random_table(in_features, out_features, ranks, dtype, device, seed)
+    layout = SegmentLayout.build(row_slots, device, block_rows=block_rows)
+    rows, columns = layout.num_rows, sum(out_features)
+    x = random_tensor((rows, in_features), seed + 1, dtype, device)
+    y = random_tensor((rows, columns), seed + 2, dtype, device)
+    dy = random_tensor((rows, columns), seed + 3, dtype, device)
+    with poisoned_memory():
+        out = segmented_lora_(y.clone(), x, table, layout)
+        dx, gradients = lora_gradients(dy, x, table, layout)
+
+    wide, cpu_layout = widened(table), SegmentLayout.build(row_slots, "cpu")
+    expected = segmented_lora_reference(y.double().cpu(), x.double().cpu(), wide, cpu_layout)
+    expected_dx, expected_gradients = lora_gradients_reference(dy.double().cpu(), x.double().cpu(), wide, cpu_layout, True)
+    assert dx is not None
+    assert expected_dx is not None
+    assert gradients.keys() == expected_gradients.keys(), (gradients.keys(), expected_gradients.keys())
+    errors = {"y": relative_error(out, expected), "dx": relative_error(dx, expected_dx), "da": 0.0, "db": 0.0}
+    for key, (da, db) in gradients.items():
+        errors["da"] = max(errors["da"], relative_error(da, expected_gradients[key][0]))
+        errors["db"] = max(errors["db"], relative_error(db, expected_gradients[key][1]))
+    untouched = torch.ones(rows, dtype=torch.bool)
+    for _, first, count in layout.runs:
+        untouched[first : first + count] = False
+    assert torch.equal(out.cpu()[untouched], y.cpu()[untouched]), "a row without an adapter changed"
+    return errors
+
+
+def paged_attention_errors(
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
+    heads: tuple[int, int],
+    head_size: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    block_tokens: int = 16,
+    seed: int = 0,
+) -> Errors:
+    """paged_attention with shuffled blocks, NaN in every KV slot that holds no token, and q a slice of a wider buffer."""
+    num_heads, kv_heads = heads
+    tokens, per_sequence = sum(query_lens), max(1, -(-max(context_lens, default=0) // block_tokens))
+    num_blocks = max(len(context_lens), 1) * per_sequence
+    generator = torch.Generator().manual_seed(seed)
+    tables = torch.randperm(num_blocks, generator=generator)[: len(context_lens) * per_sequence].view(-1, per_sequence)
+    shape = (num_blocks * block_tokens, kv_heads, head_size)
+    caches = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)]
+    for i, context in enumerate(context_lens):
+        slots = (tables[i].repeat_interleave(block_tokens) * block_tokens + torch.arange(block_tokens).repeat(per_sequence))[:context]
+        for c, cache in enumerate(caches):
+            cache[slots] = random_tensor((context, kv_heads, head_size), seed + 7 * i + c, dtype)
+    k_cache, v_cache = (cache.view(num_blocks, block_tokens, kv_heads, head_size) for cache in caches)
+    q = random_tensor((tokens, num_heads + 2 * kv_heads, head_size), seed + 1, dtype)[:, :num_heads]
+    scale, cu = head_size**-0.5, bounds(query_lens, "cpu")
+    contexts, tables = torch.tensor(context_lens, dtype=torch.int32), tables.to(torch.int32)
+    with poisoned_memory():
+        out = paged_attention(
+            random_tensor((tokens, num_heads + 2 * kv_heads, head_size), seed + 1, dtype, device)[:, :num_heads],
+            *(t.to(device) for t in (k_cache, v_cache, tables, cu, contexts)),
+            max(query_lens, default=0),
+            max(context_lens, default=0),
+            scale,
+        )
+    expected = paged_attention_reference(q.double(), k_cache.double(), v_cache.double(), tables, cu, contexts, scale)
+    return {"out": relative_error(out, expected)}
+
+
+def varlen_attention_errors(
+    query_lens: Sequence[int],
+    key_lens: Sequence[int],
+    heads: tuple[int, int],
+    head_size: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    seed: int = 0,
+) -> Errors:
+    """varlen_attention forward and its three gradients."""
+    shapes = ((sum(query_lens), heads[0]), (sum(key_lens), heads[1]), (sum(key_lens), heads[1]), (sum(query_lens), heads[0]))
+    q, k, v, grad = (random_tensor((*shape, head_size), seed + i, dtype) for i, shape in enumerate(shapes))
+    scale, cu_q, cu_k = head_size**-0.5, bounds(query_lens, "cpu"), bounds(key_lens, "cpu")
+    ours = [t.to(device).detach().requires_grad_() for t in (q, k, v)]
+    out = varlen_attention(*ours, cu_q.to(device), cu_k.to(device), max(query_lens, default=0), max(key_lens, default=0), scale)
+    out.backward(grad.to(device))
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = varlen_attention_reference(*wide, cu_q, cu_k, scale)
+    expected.backward(grad.double())
+    names = ("dq", "dk", "dv")
+    errors = {name: relative_error(a.grad, b.grad) for name, a, b in zip(names, ours, wide, strict=True)}  # type: ignore[arg-type]
+    return {"out": relative_error(out, expected), **errors}
+
+
+def cross_entropy_errors(
+    rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: str, *, scale: float = 0.25, seed: int = 0
+) -> Errors:
+    """linear_cross_entropy: loss and gradient."""
+    hidden = random_tensor((rows, hidden_size), seed, dtype)
+    weight = random_tensor((vocab_size, hidden_size), seed + 1, dtype, std=2 * hidden_size**-0.5)
+    labels = torch.randint(vocab_size, (rows,), generator=torch.Generator().manual_seed(seed))
+    with poisoned_memory():
+        loss, grad = linear_cross_entropy(hidden.to(device), weight.to(device), labels.to(device), scale, True)
+    expected_loss, expected_grad = linear_cross_entropy_reference(hidden.double(), weight.double(), labels, scale, True)
+    assert grad is not None
+    assert expected_grad is not None
+    return {"loss": relative_error(loss, expected_loss), "grad": relative_error(grad, expected_grad)}

@@ -1,0 +1,103 @@
+"""The Triton sources on CPU tensors. Run by test_kernels_interpreter.py in a process with TRITON_INTERPRET=1; no test file by itself.
+
+Tolerances are max |a - b| / max |b|: fp32 differs by the order of sums; bf16 rounds v, dv or the softmax weights, and the output, to
+8 bits each (2^-8 = 0.004).
+"""
+
+import pytest
+import torch
+
+from kernels import counters, layout
+from kernels.backend import IS_INTERPRETED
+from kernels.counter import dropout_mask, dropout_mask_reference, gumbel_noise, gumbel_noise_reference
+from kernels.layout import SegmentLayout
+from kernels.paged_attention import store_kv
+from kernels.plan import plan
+from kernels.problems import cross_entropy_errors, lora_errors, paged_attention_errors
+from kernels.segmented_lora import SlotWeights, segmented_lora
+from kernels.testing import random_tensor, relative_error
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(autouse=True)
+def only_triton():
+    assert IS_INTERPRETED
+    counters.calls.clear()
+    yield
+    assert not counters.references_on("cpu")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_mixed_ranks_ragged_rows_and_missing_slices(dtype):
+    ranks = [[1, 3, 8, 16, 17, 64], [8, 0, 128, 3, 0, 1]]
+    row_slots = [(0, 1), (None, 5), (1, 15), (2, 0), (3, 33), (4, 2), (5, 18), (0, 4)]
+    errors = lora_errors(row_slots, ranks, dtype, "cpu", in_features=40, out_features=(32, 19))
+    assert max(errors.values()) < TOLERANCE[dtype], errors
+    assert counters.calls == {("segmented_lora", "triton", "cpu"): 1, ("lora_gradients", "triton", "cpu"): 1}
+
+
+def test_a_long_run_is_chunked_and_a_long_input_is_split(monkeypatch):
+    monkeypatch.setattr(layout, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(layout, "MAX_CHUNKS", 3)
+    assert SegmentLayout.build([(0, 40)], "cpu").chunks_per_slot == (3,)
+    sizes = {"rows": 16, "length": 1100, "programs": 3, "processors": 132, "itemsize": 4}
+    assert plan("shrink", **sizes).splits > 1
+    errors = lora_errors([(0, 40)], [[70]], torch.float32, "cpu", in_features=1100, out_features=(48,), block_rows=32)
+    assert max(errors.values()) < TOLERANCE[torch.float32], errors
+
+
+@pytest.mark.parametrize("row_slots", [[], [(None, 3)], [(1, 2), (None, 1)]])
+def test_batches_without_weights_change_nothing(row_slots):
+    errors = lora_errors(row_slots, [[4, 0], [4, 0]], torch.float32, "cpu", in_features=16, out_features=(8, 8))
+    assert max(errors.values()) == 0
+
+
+def test_autograd_through_the_kernels_equals_the_formula():
+    a, b = random_tensor((3, 24), 0, torch.float32).requires_grad_(), random_tensor((20, 3), 1, torch.float32).requires_grad_()
+    x, y = random_tensor((18, 24), 2, torch.float32).requires_grad_(), random_tensor((18, 20), 3, torch.float32).requires_grad_()
+    dy = random_tensor((18, 20), 4, torch.float32)
+    out = segmented_lora(x, y * 1, SegmentLayout.build([(0, 17), (None, 1)], "cpu"), [[SlotWeights(a, b, 0.5)]], (20,))
+    ours = torch.autograd.grad(out, (x, y, a, b), dy)
+    rows = (torch.arange(18) < 17).float()[:, None]
+    expected = torch.autograd.grad(y + 0.5 * rows * (x @ a.T @ b.T), (x, y, a, b), dy)
+    assert max(relative_error(p, q) for p, q in zip(ours, expected, strict=True)) < TOLERANCE[torch.float32]
+
+
+ATTENTION = {
+    "chunk with a prefix, a decode row and an empty sequence": ([5, 1, 0, 9], [7, 90, 0, 9], (6, 2), 16),
+    "decode split over keys": ([1, 1], [1, 300], (8, 1), 32),
+    "head size that is no power of two": ([2, 1], [2, 33], (3, 1), 80),
+    "no sequences": ([], [], (2, 2), 16),
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_paged_attention(case, dtype):
+    errors = paged_attention_errors(*ATTENTION[case], dtype, "cpu", block_tokens=8 if dtype == torch.float32 else 16)
+    assert errors["out"] < TOLERANCE[dtype], errors
+
+
+def test_linear_cross_entropy():
+    errors = cross_entropy_errors(5, 16, 5000, torch.float32, "cpu")
+    assert max(errors.values()) < TOLERANCE[torch.float32], errors
+
+
+def test_counter_bits_are_equal():
+    seeds, positions = torch.tensor([1, -5, 2**62]), torch.tensor([0, 7, 2**33])
+    ours, expected = gumbel_noise(seeds, positions, 101), gumbel_noise_reference(seeds, positions, 101)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    for arguments in [(0, 1, 3, 4), (2**63 + 5, 2**32 - 1, 0, 0), (-3, 0, 7, 255)]:
+        rows = torch.tensor([0, 1, 2**31 + 7])
+        ours = dropout_mask(*arguments, rows, 101, 0.3, torch.float32)
+        assert torch.equal(ours, dropout_mask_reference(*arguments, rows, 101, 0.3, torch.float32))
+
+
+def test_store_kv_writes_strided_rows():
+    buffer, slots = random_tensor((5, 9, 8), 0, torch.float32), torch.tensor([3, 1, 15, 7, 8])
+    caches = torch.zeros(4, 4, 3, 8), torch.zeros(4, 4, 3, 8)
+    store_kv(buffer[:, :3], buffer[:, 4:7], *caches, slots)
+    for cache, rows in zip(caches, (buffer[:, :3], buffer[:, 4:7]), strict=True):
+        assert torch.equal(cache.view(16, 3, 8)[slots], rows)
+        assert cache.abs().sum() == rows.abs().sum()

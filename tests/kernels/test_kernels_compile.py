@@ -1,0 +1,64 @@
+"""Every Triton kernel compiles ahead of time for three GPUs, without one: a syntax or type error needs no device to show."""
+
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed on this platform")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import counter, linear_cross_entropy, lora_kernels, paged_attention
+
+TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TYPES = {
+    "source": "*bf16", "y": "*bf16", "dx": "*bf16", "tiles": "*i32", "chunks": "*i32", "entries": "*i64", "partials": "*fp32",
+    "out": "*fp32", "q": "*bf16", "k": "*bf16", "v": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "block_tables": "*i32",
+    "cu_seqlens_q": "*i32", "context_lens": "*i32", "logsums": "*fp32", "parts": "*fp32", "slot_mapping": "*i64", "logits":
+    "*bf16", "labels": "*i64", "rows": "i32", "losses": "*fp32", "seeds": "*i64", "positions": "*i64", "scale": "fp32",
+    "scale_log2": "fp32", "keep_scale": "fp32", "seed": "i64", "tag": "i64", "threshold": "i64",
+}  # fmt: skip
+LORA = {"R": 256, "RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "SPLITS": 4, "BLOCK_T": 16, "BLOCK_R": 16, "WIDE": False}
+ATTENTION = {"BLOCK_TOKENS": 16, "G": 4, "D": 64, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 64, "WIDE": False}
+KERNELS = {
+    "shrink": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": False, "BLOCK_K": 64}),
+    "shrink backward": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": True, "BLOCK_K": 64}),
+    "expand": (lora_kernels.expand_kernel, LORA | {"BLOCK_N": 64}),
+    "expand dx": (lora_kernels.expand_dx_kernel, LORA | {"BLOCK_N": 64}),
+    "outer": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": True}),
+    "outer transposed": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": False}),
+    "attention": (paged_attention.attention_kernel, ATTENTION | {"SPLITS": 1, "BLOCK_Q": 4, "IS_DECODE": False}),
+    "attention decode": (paged_attention.attention_kernel, ATTENTION | {"SPLITS": 4, "BLOCK_Q": 1, "IS_DECODE": True}),
+    "merge": (paged_attention.merge_kernel, {"D": 64, "SPLITS": 4, "BLOCK_D": 64}),
+    "store": (paged_attention.store_kernel, {"H": 2, "D": 64, "BLOCK": 128}),
+    "softmax": (linear_cross_entropy.softmax_loss_kernel, {"NEEDS_GRAD": True, "BLOCK": 256}),
+    "gumbel": (counter.gumbel_kernel, {"BLOCK": 64}),
+    # A launch with the value 1 makes the argument a constant.
+    "dropout": (counter.dropout_kernel, {"BLOCK": 64, "micro_step": 1}),
+}
+UNALIGNED = ("num_slots", "J", "N", "T", "V", "C", "rows", "head_stride", "table_stride", "micro_step", "seed", "tag", "threshold")
+
+
+def compiled(kernel, constants, target):
+    names = kernel.arg_names
+    types = TYPES | ({"rows": "*i64", "out": "*bf16"} if kernel is counter.dropout_kernel else {})
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [n for n in names if n not in constants and n not in UNALIGNED and not signature[n].startswith("fp")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_compiles_ahead_of_time(name, target):
+    binary = compiled(*KERNELS[name], TARGETS[target])
+    # AMD's local memory is the smallest of the three.
+    assert binary.metadata.shared <= 64 * 1024
+
+
+@pytest.mark.parametrize("name", ["shrink", "expand"])
+def test_weights_behind_a_pointer_table_are_read_in_vectors(name):
+    ptx = compiled(*KERNELS[name], TARGETS["sm_90"]).asm["ptx"]
+    assert not re.search(r"ld\.global\.b16", ptx), "a 2-byte load: some address lost its declared alignment"
+    assert re.search(r"cp\.async\.cg|ld\.global\.v4", ptx)

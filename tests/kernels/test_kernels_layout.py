@@ -1,0 +1,113 @@
+"""The tables that the kernels read: layout of rows, table of adapter weights, and what they refuse."""
+
+import pytest
+import torch
+
+from kernels.layout import CHUNK_ROWS, SegmentLayout
+from kernels.lora_table import LoraTable, SlotWeights
+from kernels.testing import POPULARITIES, adapters_of_rows, random_tensor
+
+
+@pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
+@pytest.mark.parametrize("row_slots", [[], [(None, 7)], [(0, 0), (1, 1)], [(2, 300), (None, 3), (0, 15), (2, 1000)], [(0, 5), (0, 6)]])
+def test_tiles_and_chunks_cover_each_adapter_row_once(row_slots, block_rows):
+    expected = {}
+    row = 0
+    for slot, rows in row_slots:
+        expected |= {row + i: slot for i in range(rows) if slot is not None}
+        row += rows
+    layout = SegmentLayout.build(row_slots, "cpu", block_rows=block_rows)
+    assert layout.num_rows == row
+    for table in (layout.tiles, layout.chunks):
+        covered = [(first + i, slot) for slot, first, rows, _ in table.tolist() for i in range(rows)]
+        assert sorted(covered) == sorted(expected.items())
+    assert all(rows <= block_rows for _, _, rows, _ in layout.tiles.tolist())
+    owners = [slot for slot, *_ in layout.chunks.tolist()]
+    assert owners == [slot for slot, n in zip(layout.slots, layout.chunks_per_slot, strict=True) for _ in range(n)]
+
+
+def test_neighbouring_runs_of_one_slot_are_one_run():
+    assert SegmentLayout.build([(1, 3), (1, 4), (None, 0), (1, 1)], "cpu").runs == ((1, 0, 8),)
+
+
+def test_a_long_run_has_at_most_eight_chunks():
+    assert SegmentLayout.build([(0, 3 * CHUNK_ROWS)], "cpu").chunks.shape[0] == 3
+    assert SegmentLayout.build([(0, 100 * CHUNK_ROWS)], "cpu").chunks.shape[0] == 8
+
+
+def test_a_padded_layout_takes_over_another_batch_and_refuses_a_larger_one():
+    ours = SegmentLayout.build([(0, 20)], "cpu", block_rows=16, num_tiles=4)
+    other = SegmentLayout.build([(1, 10), (2, 10)], "cpu", block_rows=16, num_tiles=4)
+    ours.copy_(other)
+    assert torch.equal(ours.tiles, other.tiles)
+    with pytest.raises(ValueError, match="num_tiles must be at least the 5 tiles"):
+        SegmentLayout.build([(0, 80)], "cpu", block_rows=16, num_tiles=4)
+    with pytest.raises(ValueError, match="takes over one with equal"):
+        ours.copy_(SegmentLayout.build([(0, 21)], "cpu", block_rows=16, num_tiles=4))
+
+
+@pytest.mark.parametrize("row_slots", [[(-1, 2)], [(0, -2)]])
+def test_a_layout_refuses_negative_slots_and_counts(row_slots):
+    with pytest.raises(ValueError, match="at least 0"):
+        SegmentLayout.build(row_slots, "cpu")
+
+
+def test_a_table_entry_follows_set_and_clear():
+    table = LoraTable(8, (4, 6), 3, device="cpu", dtype=torch.float32)
+    a, b = random_tensor((2, 8), 0, torch.float32), random_tensor((6, 2), 1, torch.float32)
+    table.set(1, 1, a, b, 0.5)
+    assert table.entries[1, 1].tolist() == [a.data_ptr(), b.data_ptr(), 2, 0x3F000000, 4, 6, 0, 0]
+    assert table.entries[0, 1].tolist() == [0, 0, 0, 0, 0, 4, 0, 0]
+    assert (table.max_rank, table.rank_multiple, table.column_multiple) == (2, 2, 2)
+    table.clear(1)
+    assert table.entries[1, 1].tolist() == [0, 0, 0, 0, 4, 6, 0, 0]
+    assert table.get(1, 1) is None
+    assert table.max_rank == 0
+
+
+def test_a_table_of_slices_equals_one_that_was_set():
+    a, b = random_tensor((3, 8), 0, torch.float32), random_tensor((6, 3), 1, torch.float32)
+    ours = LoraTable.of([[None, None], [SlotWeights(a, b, -2.0), None]], 8, (4, 6))
+    other = LoraTable(8, (4, 6), 2, device="cpu", dtype=torch.float32)
+    other.set(0, 1, a, b, -2.0)
+    assert torch.equal(ours.entries, other.entries)
+    assert ours.max_rank == other.max_rank
+    with pytest.raises(ValueError, match="at least one slot"):
+        LoraTable.of([[None]], 8, (4,))
+
+
+A, B = torch.zeros(2, 8), torch.zeros(4, 2)
+REFUSED = {
+    "slot": ((3, 0, A, B), "slot must lie in 0..1, got 3"),
+    "slice": ((0, 1, A, B), "slice must lie in 0..0, got 1"),
+    "rank 0": ((0, 0, A[:0], B[:, :0]), "rank must lie in 1..256, got 0"),
+    "rank 257": ((0, 0, torch.zeros(257, 8), torch.zeros(4, 257)), "rank must lie in 1..256, got 257"),
+    "shape of a": ((0, 0, torch.zeros(2, 9), B), r"a must have shape \(2, 8\), got \(2, 9\)"),
+    "shape of b": ((0, 0, A, torch.zeros(5, 2)), r"b must have shape \(4, 2\), got \(5, 2\)"),
+    "dtype": ((0, 0, A.double(), B), "a must be torch.float32"),
+    "gaps": ((0, 0, torch.zeros(8, 2).T, B), "a must be contiguous"),
+    "alignment": ((0, 0, torch.zeros(17)[1:].view(2, 8), B), "a must start at a multiple of 16 bytes"),
+    "device": ((0, 0, A.to("meta"), B), "a must be on cpu"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_table_refuses_weights_that_a_kernel_could_not_read(case):
+    table = LoraTable(8, (4,), 2, device="cpu", dtype=torch.float32)
+    arguments, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        table.set(*arguments, 1.0)
+    assert not table.weights
+    assert not table.entries[..., :4].any()
+
+
+def test_popularities_give_every_row_a_slot_in_packed_order():
+    for popularity in POPULARITIES:
+        slots = adapters_of_rows(popularity, 200, 8)
+        assert slots == sorted(slots)
+        assert len(slots) == 200
+        assert 0 <= min(slots) <= max(slots) < 8
+    assert set(adapters_of_rows("identical", 9, 4)) == {0}
+    assert set(adapters_of_rows("distinct", 9, 4)) == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="popularity must be one of"):
+        adapters_of_rows("zip", 1, 1)
