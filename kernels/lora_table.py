@@ -4,7 +4,7 @@ Legend: K input features, N_j output features of slice j (q, k, v are three slic
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +48,9 @@ class LoraTable:
         *,
         device: torch.device | str,
         dtype: torch.dtype,
+        weights: Mapping[tuple[int, int], SlotWeights] | None = None,
     ) -> None:
-        """An empty table. Raises ValueError for a size below 1."""
+        """A table with `weights` by (slice, slot), in one host-to-device copy. Raises ValueError for a size below 1, or as `set` does."""
         if min(num_slots, in_features, len(out_features), *out_features) < 1:
             raise ValueError(
                 "num_slots, in_features and every one of out_features must be at least 1, "
@@ -62,29 +63,12 @@ class LoraTable:
         self.device = torch.device(device)
         self.dtype = dtype
         self.weights: dict[tuple[int, int], SlotWeights] = {}
-        self.max_rank = 0
-        self.rank_multiple = 16
+        for (slice, slot), given in (weights or {}).items():
+            self._keep(slot, slice, given)
+        self._summarise()
         self.column_multiple = largest_power_of_two_divisor(self.out_features)
-        self.entries = self._upload([self._words(j, None) for j in range(self.num_slices) for _ in range(num_slots)])
-        self.entries = self.entries.view(self.num_slices, num_slots, ENTRY_WORDS)
-
-    @classmethod
-    def of(cls, slices: Sequence[Sequence[SlotWeights | None]], in_features: int, out_features: Sequence[int]) -> "LoraTable":
-        """A table from `slices[slice][slot]`, filled with one host-to-device copy. Raises ValueError as `set` does, or if all are None."""
-        given = [weights for row in slices for weights in row if weights is not None]
-        if not given:
-            raise ValueError("slices must hold weights for at least one slot, got none. Skip the call.")
-        if len(slices) != len(out_features) or len({len(row) for row in slices}) != 1:
-            raise ValueError(f"slices must be {len(out_features)} rows of equal length, got lengths {[len(row) for row in slices]}")
-        table = cls(in_features, out_features, len(slices[0]), device=given[0].a.device, dtype=given[0].a.dtype)
-        for j, row in enumerate(slices):
-            for slot, weights in enumerate(row):
-                if weights is not None:
-                    table._keep(slot, j, weights)
-        words = [table._words(j, weights) for j, row in enumerate(slices) for weights in row]
-        table.entries = table._upload(words).view_as(table.entries)
-        table._summarise()
-        return table
+        words = [self._words(j, self.get(j, slot)) for j in range(self.num_slices) for slot in range(num_slots)]
+        self.entries = self._upload(words).view(self.num_slices, num_slots, ENTRY_WORDS)
 
     @property
     def num_slices(self) -> int:

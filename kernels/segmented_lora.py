@@ -305,16 +305,15 @@ def segmented_lora(
     product and get their gradient in their own dtype, accumulated in fp32: fp32 masters under bf16 activations work. `out_features` are
     the N_j. Raises ValueError where shapes, dtypes or slots do not fit.
     """
-    places = [(j, slot) for j, row in enumerate(slices) for slot, weights in enumerate(row) if weights is not None]
-    if not places:
+    given = {(j, slot): weights for j, row in enumerate(slices) for slot, weights in enumerate(row) if weights is not None}
+    if not given:
         return y
-    flat: list[torch.Tensor] = []
-    cast: list[list[SlotWeights | None]] = [[None] * len(row) for row in slices]
-    for j, slot in places:
-        weights = slices[j][slot]
-        assert weights is not None
-        flat += [weights.a, weights.b]
-        a, b = (t.detach().to(x.dtype).contiguous() for t in (weights.a, weights.b))
-        cast[j][slot] = SlotWeights(a, b, weights.scale)
-    table = LoraTable.of(cast, x.shape[1], out_features)
-    return _SegmentedLora.apply(x, y, table, layout, places, *flat)
+    if len(slices) != len(out_features) or len({len(row) for row in slices}) != 1:
+        raise ValueError(f"slices must be {len(out_features)} rows of equal length, got lengths {[len(row) for row in slices]}")
+    flat = [tensor for weights in given.values() for tensor in (weights.a, weights.b)]
+    cast = {
+        place: SlotWeights(w.a.detach().to(x.dtype).contiguous(), w.b.detach().to(x.dtype).contiguous(), w.scale)
+        for place, w in given.items()
+    }
+    table = LoraTable(x.shape[1], out_features, len(slices[0]), device=x.device, dtype=x.dtype, weights=cast)
+    return _SegmentedLora.apply(x, y, table, layout, tuple(given), *flat)

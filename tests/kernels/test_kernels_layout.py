@@ -65,15 +65,13 @@ def test_a_table_entry_follows_set_and_clear():
     assert table.max_rank == 0
 
 
-def test_a_table_of_slices_equals_one_that_was_set():
+def test_a_table_made_with_weights_equals_one_that_was_set():
     a, b = random_tensor((3, 8), 0, torch.float32), random_tensor((6, 3), 1, torch.float32)
-    ours = LoraTable.of([[None, None], [SlotWeights(a, b, -2.0), None]], 8, (4, 6))
+    ours = LoraTable(8, (4, 6), 2, device="cpu", dtype=torch.float32, weights={(1, 0): SlotWeights(a, b, -2.0)})
     other = LoraTable(8, (4, 6), 2, device="cpu", dtype=torch.float32)
     other.set(0, 1, a, b, -2.0)
     assert torch.equal(ours.entries, other.entries)
-    assert ours.max_rank == other.max_rank
-    with pytest.raises(ValueError, match="at least one slot"):
-        LoraTable.of([[None]], 8, (4,))
+    assert (ours.max_rank, ours.rank_multiple) == (other.max_rank, other.rank_multiple) == (3, 1)
 
 
 A, B = torch.zeros(2, 8), torch.zeros(4, 2)

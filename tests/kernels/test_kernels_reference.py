@@ -186,6 +186,10 @@ def test_dropout_masks_belong_to_rows_not_to_positions():
 
 
 BAD_CALLS = {
+    "slices": (
+        lambda _, layout: segmented_lora(torch.zeros(2, 8), torch.zeros(2, 9), layout, [[weights(1, 5, 1)]], (5, 4)),
+        "slices must be 2 rows of equal length",
+    ),
     "rows": (lambda t, layout: segmented_lora_(torch.zeros(3, 9), torch.zeros(2, 8), t, layout), "y must have shape"),
     "features": (lambda t, layout: segmented_lora_(torch.zeros(2, 9), torch.zeros(2, 7), t, layout), "x must have shape"),
     "dtype": (lambda t, layout: segmented_lora_(torch.zeros(2, 9).double(), torch.zeros(2, 8), t, layout), "y must be torch.float32"),
