@@ -56,8 +56,7 @@ MOVE_ADVICE = (
     "(load_base(path, device=, dtype=)) and make the view of that, or move a model of its own: copy.deepcopy(view)."
 )
 RESIZE_ADVICE = (
-    "shared embeddings cannot be resized through a view. "
-    "Resize a model of its own (copy.deepcopy(view)), or the base before it has views."
+    "shared embeddings cannot be resized through a view. Resize a model of its own (copy.deepcopy(view)), or the base before it has views."
 )
 
 
@@ -213,6 +212,11 @@ class VirtualModule(metaclass=_IsView):
         _VIEWS.setdefault(base, WeakSet()).add(view)
         _ALL_VIEWS.add(view)
         return view
+
+    @classmethod
+    def with_adapter(cls, base: nn.Module, weights: AdapterWeights) -> Any:
+        """A view of `base` with these weights on it, in their own dtype: as PEFT computes with them."""
+        return cls(base).attach(CarriedAdapter.of(weights))
 
 
 def has_views(base: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -314,7 +315,7 @@ def load_base(path: str | Path, *, device: str | torch.device = "cpu", dtype: to
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: the checkpoint must fit its config.json, got: {error}. Fetch the model again.") from error
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(what):
