@@ -217,8 +217,11 @@ class Ledger:
             return f"prompt_tokens must be at least 1, got {prompt}"
         if s.limit < 1:
             return f"at least 1 token must be generated, got output_tokens={s.request.output_tokens}, max_tokens={s.max_tokens}"
-        if prompt + s.limit > info.max_model_len:
-            return f"prompt and output must fit max_model_len={info.max_model_len}, got {prompt} + {s.limit} tokens"
+        room, wanted = info.max_model_len - prompt, s.request.output_tokens
+        # where the context alone bounds the output, a longer one would be cut without anybody having asked for it
+        asked = wanted if wanted is not None and wanted > s.max_tokens == room else s.limit
+        if asked > room:
+            return f"prompt and output must fit max_model_len={info.max_model_len}, got {prompt} + {asked} tokens"
         context = prompt + s.limit - 1
         if -(-context // info.block_tokens) > info.num_blocks:
             return f"prompt and output must fit the pool of {info.num_blocks} blocks of {info.block_tokens}, got {context} tokens"
@@ -498,6 +501,8 @@ class Ledger:
             self.set_paused(self.jobs[owner], paused, start_s)
         commit_requests(self, batch, result, start_s, now_s)
         commit_jobs(self, batch, result, now_s)
+        if not self.num_resident:
+            self.slots.unprotect()
         self.step += not plan.empty
         self._at_start = []
         return self.events[first:]

@@ -43,7 +43,10 @@ class BlockPool:
 
 @dataclass(slots=True)
 class Slot:
-    """One adapter version on the device. `fresh`: loaded ahead and not used yet, so that it is not evicted on demand."""
+    """One adapter version on the device. `fresh`: loaded ahead and not used yet, so that it is not evicted on demand.
+
+    The protection ends when no request is resident: else versions that nobody came for could block every slot for ever.
+    """
 
     index: int
     bytes: int
@@ -121,6 +124,12 @@ class SlotTable:
         slot = self.entries[version]
         self.num_evictable -= slot.refs == 0
         slot.refs += 1
+
+    def unprotect(self) -> None:
+        """What was loaded ahead and not used yet may be evicted on demand, too."""
+        for slot in self.entries.values():
+            self.num_evictable += slot.fresh
+            slot.fresh = False
 
     def victim(self, keep: Container[Version]) -> Version:
         """The least recently used version that nobody holds and `keep` does not name."""
