@@ -182,7 +182,7 @@ def test_qwen_bailian_jsonl_keeps_sessions_and_regroups_its_blocks(tmp_path):
     assert [r.session for r in trace.requests] == ["1", "1", "1"]
     assert (second.arrival_s, second.parent_id, second.slo_class) == (8.5, None, "text")
     assert first.prefix_ids[0] == second.prefix_ids[0] != third.prefix_ids[0]
-    assert first.prefix_ids[1] != second.prefix_ids[1]
+    assert len({first.prefix_ids[1], second.prefix_ids[1], third.prefix_ids[1]}) == 3
     assert "closed loop" in repr(trace.closed_sessions(2.0))
 
 
