@@ -105,7 +105,8 @@ def _flash(
     if head_size % 8:
         # Columns of zeros change neither scores nor outputs; the operators take multiples of 8.
         q, k, v = (F.pad(t, (0, 8 - head_size % 8)) for t in (q, k, v))
-    out: torch.Tensor = _Flash.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)  # type: ignore[assignment]
+    # At a bound of 1 the forward swaps groups for rows and keeps its log-sums in a shape that the backward does not expect.
+    out: torch.Tensor = _Flash.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max(max_q, 2), max_k, scale)  # type: ignore[assignment]
     return out[..., :head_size]
 
 
@@ -126,7 +127,9 @@ def varlen_attention(
     """
     if q.shape[1] % k.shape[1] or k.shape != v.shape or k.shape[2] != q.shape[2]:
         raise ValueError(f"query heads must be a multiple of key-value heads, with one head size, got {q.shape}, {k.shape} and {v.shape}")
-    if q.is_cuda and q.shape[0] and q.dtype in (torch.bfloat16, torch.float16):
+    if not q.shape[0]:
+        return q * 0
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         count("varlen_attention", "flash", q.device.type)
         return _flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale)
     count("varlen_attention", "reference", q.device.type)

@@ -10,6 +10,7 @@ import torch
 from kernels import counters, varlen_attention
 from kernels.counter import dropout_mask, dropout_mask_reference, gumbel_noise, gumbel_noise_reference
 from kernels.layout import SegmentLayout
+from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.paged_attention import store_kv
 from kernels.problems import bounds, cross_entropy_errors, lora_errors, paged_attention_errors, varlen_attention_errors
 from kernels.segmented_lora import SlotWeights, lora_gradients, segmented_lora, segmented_lora_
@@ -25,11 +26,10 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 @pytest.fixture(autouse=True)
 def only_fused_paths(request):
-    """No reference runs on CUDA, and something does."""
+    """No reference runs on CUDA."""
     counters.calls.clear()
     yield
     assert not counters.references_on("cuda") or "fp32_attention" in request.node.name
-    assert any(device == "cuda" for _, _, device in counters.calls)
 
 
 def assert_close(errors: dict[str, float], dtype: torch.dtype) -> None:
@@ -49,7 +49,8 @@ def test_segmented_lora_of_ragged_rows_and_mixed_ranks(rows, dtype):
     ranks = [list(RANKS), list(reversed(RANKS)), [0, 8] * 4]
     row_slots = [(slot, max(0, rows - slot)) for slot in range(len(RANKS))] + [(None, 3), (2, rows)]
     assert_close(lora_errors(row_slots, ranks, dtype, "cuda", in_features=300, out_features=(256, 40, 24)), dtype)
-    assert counters.calls == {("segmented_lora", "triton", "cuda"): 1, ("lora_gradients", "triton", "cuda"): 1}
+    launched = {("segmented_lora", "triton", "cuda"): 1, ("lora_gradients", "triton", "cuda"): 1}
+    assert counters.calls == (launched if rows else {})
 
 
 @pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
@@ -149,7 +150,12 @@ def test_paged_attention_of_other_block_sizes(block_tokens, dtype):
     assert_close(paged_attention_errors([5, 1], [90, 33], (8, 2), 64, dtype, "cuda", block_tokens=block_tokens), dtype)
 
 
-VARLEN = {"one document": ([300], [300]), "packed": ([1, 63, 500, 100], [1, 63, 500, 100]), "chunks": ([40, 1, 0, 100], [300, 64, 5, 100])}
+VARLEN = {
+    "single tokens": ([1, 1], [1, 1]),
+    "one document": ([300], [300]),
+    "packed": ([1, 63, 500, 100], [1, 63, 500, 100]),
+    "chunks": ([40, 1, 0, 100], [300, 64, 5, 100]),
+}
 
 
 @pytest.mark.parametrize("lengths", VARLEN)
@@ -162,7 +168,6 @@ def test_flash_attention_with_groups_forward_and_backward(heads, head_size, leng
 
 def test_flash_attention_takes_groups_as_they_are():
     """If this fails, varlen_attention still works (next test), with copies of the keys and values."""
-    counters.count("varlen_attention", "flash", "cuda")
     assert varlen_attention.flash_accepts_groups(0)
 
 
@@ -189,9 +194,7 @@ def test_linear_cross_entropy(rows, vocab_size, dtype):
 
 
 def test_linear_cross_entropy_never_holds_all_logits():
-    hidden, weight = torch.randn(4096, 64, dtype=torch.bfloat16, device="cuda"), torch.randn(32000, 64, dtype=torch.bfloat16, device="cuda")
-    from kernels.linear_cross_entropy import linear_cross_entropy
-
+    hidden, weight = (random_tensor((n, 64), n, torch.bfloat16, "cuda") for n in (4096, 32000))
     labels = torch.randint(32000, (4096,), device="cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
