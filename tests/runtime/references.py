@@ -125,7 +125,7 @@ def random_mix(driver: Driver, draw: random.Random, requests: list[str], jobs: l
         if run.length - run.cached > 1 or not run.is_known:
             if draw.random() < 0.7:
                 driver.prefill(request_id, draw.randint(1, 20))
-        elif draw.random() < 0.8:
+        elif run.length < SMALL.max_model_len and draw.random() < 0.8:
             driver.decode([request_id])
     for job_id in jobs:
         state = driver.jobs[job_id]

@@ -1,11 +1,12 @@
 """Losses, gradients and whole training runs against PEFT + autograd, fp32, with decodes in the same batches and cuts everywhere."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
-from references import SMALL, job, make_adapter, make_base, random_mix, reference, reference_logits, request, rows_of, shake
+from tests.runtime.references import SMALL, job, make_adapter, make_base, random_mix, record_hidden, reference, reference_logits, request, rows_of, shake
 from transformers import AutoModelForCausalLM
 
 from workbench.config import LINEARS, FinetuneJob
@@ -113,27 +114,23 @@ def test_reported_losses_equal_peft(base, adapters, tmp_path):
         total, count = total + loss, count + n
         with torch.no_grad():
             assert total / count == pytest.approx(float(window_loss(model, prepared, [0])), rel=1e-4)
-            class Held:
-                documents = staticmethod(prepared.evaluation_documents)
-            assert evaluated / labelled == pytest.approx(float(window_loss(model, Held, [0])), rel=1e-4)
+            held_out = SimpleNamespace(documents=prepared.evaluation_documents)
+            assert evaluated / labelled == pytest.approx(float(window_loss(model, held_out, [0])), rel=1e-4)
 
 
 def test_fifty_optimiser_steps_beside_serving_equal_peft_and_leave_other_adapters_alone(base, adapters, tmp_path):
     engine = Engine.from_pretrained(base, adapters=adapters, device="cpu", config=SMALL)
-    j = job("mine", rows=12, steps=50, schedule="cosine", warmup_steps=5, weight_decay=0.01, publish="never", learning_rate=2e-3)
+    j = job("mine", rows=12, length=12, steps=50, schedule="cosine", warmup_steps=5, weight_decay=0.01, publish="never", learning_rate=2e-3)
     draw = random.Random(0)
     probe = list(range(3, 40))
+    hidden = record_hidden(engine)
 
     def probe_logits():
         with Driver(engine) as driver:
             driver.add(request("probe", len(probe), "other", prompt_token_ids=tuple(probe)))
             driver.prefill("probe")
-            batch = driver.take()
-            inputs = None
-            engine._admit(batch, undo := __import__("workbench.runtime.engine", fromlist=["_Undo"])._Undo())
-            engine._load(batch, undo)
-            inputs = engine._inputs(batch)
-            return engine.runner.forward(inputs, {}).logits
+            driver.step()
+            return hidden[-1]
 
     before = probe_logits()
     with Driver(engine, [j]) as driver:
@@ -155,7 +152,7 @@ def test_fifty_optimiser_steps_beside_serving_equal_peft_and_leave_other_adapter
                 group["lr"] = j.learning_rate * learning_rate_factor(j, step, 50)
             optimizer.step()
         moved = torch.cat([((b @ a) - start[key]).flatten() for key, (a, b) in state.master.items()])
-        expected = torch.cat([(parameters[key][1] @ parameters[key][0] - start[key]).flatten() for key in state.master])
+        expected = torch.cat([(parameters[key][1] @ parameters[key][0] - start[key]).flatten() for key in state.master]).detach()
     assert float((moved - expected).norm() / expected.norm()) <= 1e-3
     assert float(expected.norm()) > 0.1, "the run must move the weights for the comparison to mean something"
     assert torch.equal(before, probe_logits())
@@ -224,20 +221,7 @@ def test_trained_adapter_is_published_without_disk_and_saved_adapter_loads_in_pe
         token = driver.step().tokens["r"]
     assert token == int(expected[-1].argmax())
     assert float((expected - reference_logits(base, None, tokens)).abs().max()) > 0.05, "training must have moved the logits"
-    with engine_view(engine) as view_logits:
-        assert float((view_logits(tokens) - expected).abs().max() / expected.abs().max()) <= 1e-4
+    found = engine.view("mine")(torch.tensor([tokens])).logits[0].detach()
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-4
     reference.cache_clear()
 
-
-class engine_view:
-    """Logits of `engine.view("mine")`, the running base with the adapter on."""
-
-    def __init__(self, engine):
-        self.engine = engine
-
-    def __enter__(self):
-        view = self.engine.view("mine")
-        return lambda tokens: view(torch.tensor([tokens])).logits[0].detach()
-
-    def __exit__(self, *error):
-        return None

@@ -27,6 +27,7 @@ from workbench.runtime.kv_cache import Arena, KVPool
 from workbench.runtime.memory import choose_limits, resolve_device, resolve_dtype
 from workbench.runtime.sampling import request_seed, sample
 from workbench.runtime.slots import AdapterTable
+from workbench.runtime.virtual import CarriedAdapter, VirtualModule, attach_adapter, pin
 from workbench.runtime.weights import assert_aliases, fuse, load_base, random_base
 from workbench.runtime.weights import tokenizer as load_tokenizer
 
@@ -63,6 +64,7 @@ class Engine:
         self.base, self.tokenizer, self.name, self.config = base, tokenizer, name, config
         self.fused = fuse(base)
         assert_aliases(base, self.fused)
+        pin(base, "The engine's fused buffers are this module's own weights. Build a new engine with device= or dtype=.")
         self.device, self.dtype = self.fused.embed.device, self.fused.embed.dtype
         self.lock = threading.RLock()
         self._limits = choose_limits(self.fused.dims, config, self.device, self.dtype)
@@ -71,6 +73,7 @@ class Engine:
         self.runner = Runner(self.fused, pool, table, self._limits.max_model_len, self.device)
         self._table = table
         self._current: dict[str, int] = {}
+        self._infos: dict[str, AdapterInfo] = {}
         self._versions: dict[Version, AdapterWeights] = {}
         self._last_version: dict[str, int] = {}
         self._made_by_jobs: set[str] = set()
@@ -148,12 +151,7 @@ class Engine:
 
     @property
     def adapter_infos(self) -> Mapping[str, AdapterInfo]:
-        infos = {}
-        for name, version in self._current.items():
-            weights = self._versions[name, version]
-            size = sum(t.numel() for pair in weights.tensors.values() for t in pair) * self.dtype.itemsize
-            infos[name] = AdapterInfo(name=name, version=version, rank=weights.rank, bytes=size)
-        return infos
+        return self._infos
 
     def load_adapter(self, name: str, directory: str | Path) -> int:
         """Load a PEFT directory under `name`, as a new version if the name is taken; returns the version.
@@ -170,7 +168,7 @@ class Engine:
         """Stop serving `name`: requests in flight finish on their version, waiting ones are rejected with a reason."""
         with self.lock:
             self._known(name)
-            del self._current[name]
+            self._unregister(name)
             self._forget_unused()
 
     def save_adapter(self, name: str, directory: str | Path) -> None:
@@ -187,8 +185,12 @@ class Engine:
         self._last_version[weights.name] = version
         self._current[weights.name] = version
         self._versions[weights.name, version] = weights
+        self._infos[weights.name] = weights.info(version, self.dtype)
         self._forget_unused()
         return version
+
+    def _unregister(self, name: str) -> None:
+        del self._current[name], self._infos[name]
 
     def _forget_unused(self) -> None:
         used = set(self._current.items()) | set(self._slots.values()) | {s.pinned for s in self._sequences.values()}
@@ -197,12 +199,10 @@ class Engine:
 
     def view(self, name: str | None = None) -> Any:
         """This engine's base as a `VirtualModule`, with one adapter (a PEFT model over shared weights) or none."""
-        from workbench.runtime.virtual import VirtualModule
-
         if name is None:
             return VirtualModule(self.base)
         self._known(name)
-        return VirtualModule.with_adapter(self.base, self._versions[name, self._current[name]])
+        return attach_adapter(VirtualModule(self.base), CarriedAdapter.of(self._versions[name, self._current[name]]))
 
     # ---- executor
 
@@ -269,7 +269,7 @@ class Engine:
             return
         self._known(adapter)
         entry, weights = self._table.num_entries - 1, self._versions[adapter, self._current[adapter]]
-        self._table.put(entry, weights.tensors, weights.scaling)
+        self._table.put(entry, weights.tensors, weights.scales)
         try:
             yield entry
         finally:
@@ -281,9 +281,6 @@ class Engine:
         with self.lock:
             assert_aliases(self.base, self.fused)
             self.end()
-            for name in self._made_by_jobs & set(self._current):
-                del self._current[name]
-            self._made_by_jobs.clear()
             self._states, self._seed = {}, seed
             for i, job in enumerate(jobs):
                 self._states[job.id] = self._create_state(job, self.config.num_slots + i)
@@ -303,7 +300,7 @@ class Engine:
         if job.checkpoint is not None:
             restore_state(state, Path(job.checkpoint))
         self._table.put(entry, state.compute, {key: job.scaling for key in state.compute})
-        if job.adapter not in self._current:
+        if job.adapter not in self._current or job.adapter in self._made_by_jobs:
             self._register(self.trained_weights(state, device=self.device))
             self._made_by_jobs.add(job.adapter)
         return state
@@ -427,7 +424,7 @@ class Engine:
             self._table.clear(slot)
             return
         weights = self._versions[version]
-        self._table.put(slot, weights.tensors, weights.scaling)
+        self._table.put(slot, weights.tensors, weights.scales)
         self._slots[slot] = version
 
     def _inputs(self, batch: Batch) -> StepInputs:
@@ -561,10 +558,7 @@ class Engine:
         source = state.compute if device == self.device and device.type != "cpu" else state.master
         tensors = {key: tuple(t.detach().to(device, copy=True) for t in pair) for key, pair in source.items()}
         job = state.job
-        scaling = {key: job.scaling for key in tensors}
-        return AdapterWeights(
-            name=job.adapter, rank=job.rank, alpha=job.alpha, scaling=scaling, tensors=tensors, base=self.name, use_rslora=job.use_rslora
-        )
+        return AdapterWeights(name=job.adapter, rank=job.rank, alpha=job.alpha, tensors=tensors, base=self.name, use_rslora=job.use_rslora)
 
     def publish(self, state: TrainState) -> int:
         """Serve the job's weights as a new version of its adapter; requests in flight keep theirs."""

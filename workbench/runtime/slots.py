@@ -38,9 +38,14 @@ class AdapterTable:
                 for index, target in enumerate(targets):
                     pair = tensors.get((layer, target))
                     if pair is not None:
-                        a, b = (t.to(self.device, self.dtype).contiguous() for t in pair)
+                        a, b = (self._aligned(t.to(self.device, self.dtype).contiguous()) for t in pair)
                         tables[group].set(entry, index, a, b, scales[layer, target])
         self.targets[entry] = frozenset(tensors)
+
+    @staticmethod
+    def _aligned(tensor: Tensor) -> Tensor:
+        """The tensor at an address that the kernels can load 16 bytes from; tensors mapped from a file may lie anywhere."""
+        return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
     def clear(self, entry: int) -> None:
         if self.targets[entry]:

@@ -1,0 +1,253 @@
+"""The engine as an executor: versions in flight, transactions, checkpoints, and what it refuses."""
+
+import random
+
+import pytest
+import torch
+from tests.runtime.references import SMALL, job, make_adapter, make_base, random_mix, reference_logits, request, shake
+
+from workbench.config import EngineConfig, FinetuneJob
+from workbench.core import Executor
+from workbench.runtime.driver import Driver
+from workbench.runtime.engine import Engine, OutOfMemory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base") / "base", "llama")
+
+
+@pytest.fixture(scope="module")
+def adapters(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: make_adapter(folder / name, base, rank=rank, seed=seed) for name, rank, seed in (("a", 4, 1), ("b", 9, 2))}
+
+
+@pytest.fixture
+def engine(base, adapters):
+    return Engine.from_pretrained(base, adapters=adapters, device="cpu", config=SMALL)
+
+
+def test_engine_is_an_executor(engine):
+    engine.predictor = None
+    with engine.uncalibrated():
+        assert isinstance(engine, Executor)
+
+
+def test_a_request_keeps_the_version_it_was_admitted_with_while_the_adapter_is_replaced_and_unloaded(engine, base, adapters):
+    with Driver(engine) as driver:
+        driver.add(request("old", 10, "a"))
+        driver.prefill("old")
+        driver.step()
+        assert engine.load_adapter("a", adapters["b"]) == 2
+        driver.add(request("new", 10, "a"))
+        driver.prefill("new")
+        driver.decode(["old"])
+        driver.step()
+        engine.unload_adapter("a")
+        driver.decode(["old", "new"])
+        driver.step()
+        for name, directory in (("old", adapters["a"]), ("new", adapters["b"])):
+            tokens = engine._sequences[name].tokens
+            expected = reference_logits(base, directory, tokens[:-1])[9:].argmax(-1).tolist()
+            assert tokens[10:] == expected
+        driver.release("old")
+        driver.release("new")
+        driver.step()
+    assert ("a", 1) not in engine._versions and ("a", 2) not in engine._versions, "versions that nobody holds are let go"
+
+
+def test_adapters_with_different_targets_and_base_only_requests_share_a_batch(engine, base, adapters, tmp_path):
+    engine.load_adapter("narrow", make_adapter(tmp_path / "narrow", base, rank=2, targets=("k_proj",), seed=6))
+    with Driver(engine) as driver:
+        names = {"r0": None, "r1": "narrow", "r2": "a"}
+        for request_id, name in names.items():
+            driver.add(request(request_id, 14, name))
+            driver.prefill(request_id)
+        tokens = driver.step().tokens
+        for request_id, name in names.items():
+            directory = {"narrow": tmp_path / "narrow", "a": adapters["a"], None: None}[name]
+            prompt = engine._sequences[request_id].tokens[:-1]
+            assert tokens[request_id] == int(reference_logits(base, directory, prompt)[-1].argmax())
+
+
+def test_unknown_adapter_is_an_error_with_a_suggestion(engine, adapters):
+    engine.load_adapter("summaries", adapters["a"])
+    with pytest.raises(ValueError, match="no adapter is called 'sumaries'. Did you mean 'summaries'?"):
+        engine.admissible(request("r", 4, "sumaries"))
+    with pytest.raises(ValueError, match="no adapter is called 'x'. Known: 'a', 'b', 'summaries'"):
+        engine.unload_adapter("x")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("boom"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["forward", "backward", "sample"])
+def test_a_step_that_fails_leaves_the_engine_as_it_was(engine, base, monkeypatch, error, where):
+    j = job("mine")
+    results = []
+    for fails in (False, True):
+        with Driver(engine, [j]) as driver:
+            shake(engine, j.id)
+            draw = random.Random(3)
+            for i, name in enumerate(("a", "b", None)):
+                driver.add(request(f"r{i}", 15, name))
+            tokens = []
+            for _ in range(14):
+                random_mix(driver, draw, list(driver.runs), [j.id])
+                batch = driver.take()
+                if fails:
+                    target = {"forward": "forward", "backward": "backward"}.get(where)
+                    with monkeypatch.context() as patch:
+                        if target:
+                            original = getattr(engine.runner, target)
+
+                            def failing(*args, original=original):
+                                original(*args)
+                                raise error
+
+                            patch.setattr(engine.runner, target, failing)
+                        else:
+
+                            def failing_sample(*args):
+                                raise error
+
+                            patch.setattr(engine, "_sample", failing_sample)
+                        ran = bool(batch.backwards) if where == "backward" else bool(batch.segments)
+                        if ran:
+                            with pytest.raises(OutOfMemory if isinstance(error, torch.OutOfMemoryError) else type(error)):
+                                engine.step(batch)
+                tokens.append(dict(engine.step(batch).tokens))
+            state = engine._states[j.id]
+            results.append((tokens, [t.clone() for t in state.params + state.accumulated], state.micro_batches_done))
+    assert results[0][0] == results[1][0] and results[0][2] == results[1][2]
+    assert all(torch.equal(x, y) for x, y in zip(results[0][1], results[1][1], strict=True))
+
+
+def run_job(engine, j, *, micro_batches, folder=None):
+    """Train until `micro_batches` are committed, forwards in chunks of 13 tokens and backwards of one layer, then checkpoint mid-flight."""
+    with Driver(engine, [j]) as driver:
+        while driver.jobs[j.id].index < micro_batches:
+            while not driver.finetune(j.id, 13):
+                driver.step()
+            driver.step()
+            while not driver.backward(j.id, 1):
+                driver.step()
+            driver.step()
+        if folder is not None:
+            driver.finetune(j.id, 5)
+            driver.step()
+            engine.jobs[j.adapter].checkpoint(folder)
+        state = engine._states[j.id]
+        return [t.clone() for t in [*state.params, *state.accumulated]] + [
+            v.clone() for p in state.params for v in state.optimizer.state[p].values()
+        ]
+
+
+@pytest.mark.parametrize("boundary", [2, 3])
+def test_resumed_and_uninterrupted_runs_are_bit_equal_at_any_micro_batch_boundary(base, tmp_path, boundary):
+    config = EngineConfig(**{**SMALL.__dict__, "deterministic": True})
+    make = lambda: Engine.from_pretrained(base, device="cpu", config=config)  # noqa: E731
+    j = job("mine", steps=3, accumulation=2, schedule="linear", dropout=0.1)
+    whole = run_job(make(), j, micro_batches=6)
+    run_job(make(), j, micro_batches=boundary, folder=tmp_path / "checkpoint")
+    resumed = FinetuneJob.from_checkpoint(tmp_path / "checkpoint")
+    engine = make()
+    again = run_job(engine, resumed, micro_batches=6)
+    assert engine._states[resumed.id].micro_batches_done == 6
+    assert all(torch.equal(x, y) for x, y in zip(whole, again, strict=True))
+
+
+def test_small_bf16_updates_are_not_lost(base):
+    engine = Engine.from_pretrained(base, device="cpu", dtype=torch.bfloat16, config=SMALL)
+    j = job("mine", learning_rate=1e-5, steps=2, accumulation=1)
+    with Driver(engine, [j]) as driver:
+        start = [p.clone() for p in engine._states[j.id].params]
+        while driver.jobs[j.id].index < 2:
+            while not driver.finetune(j.id):
+                driver.step()
+            driver.step()
+            driver.backward(j.id)
+            driver.step()
+        state = engine._states[j.id]
+        for (a, b), (a0, b0) in zip(state.master.values(), zip(start[::2], start[1::2], strict=True), strict=True):
+            assert a.dtype == torch.float32
+            assert float((b != b0).float().mean()) > 0.99 and float((a != a0).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(prompt_tokens=0), "a prompt must have at least 1 token, got 0"),
+        (dict(prompt_tokens=500), "must fit the context of 192 tokens, got 564"),
+        (dict(prompt_tokens=100, output_tokens=10**9), "must fit the context"),
+        (dict(prompt_tokens=10, output_tokens=None, max_tokens=500), "prompt and max_tokens must fit 192 tokens"),
+        (dict(prompt_tokens=4, prompt="hello"), "needs a tokenizer"),
+        (dict(prompt_tokens=4, prompt_token_ids=(1, 2, 999)), "prompt token ids must lie in"),
+    ],
+)
+def test_requests_that_can_never_run_are_refused_with_rule_value_and_next_step(engine, values, message):
+    values = dict(request_id="r", prompt_tokens=4, adapter=None) | values
+    with pytest.raises(ValueError, match=message):
+        engine.admissible(request(**values))
+
+
+def test_a_pool_too_small_for_one_request_is_refused(base):
+    engine = Engine.from_pretrained(base, device="cpu", config=EngineConfig(max_model_len=128, num_blocks=2))
+    with pytest.raises(ValueError, match=r"the KV pool must hold one request \(32 tokens\), got 74. Raise EngineConfig.num_blocks"):
+        engine.admissible(request("r", 10, None))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for CUDA where there is none")
+def test_cuda_where_there_is_none_is_an_error_that_says_what_to_do(base):
+    with pytest.raises(ValueError, match="on a machine without CUDA. Pass device='cpu'"):
+        Engine.from_pretrained(base, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(dtype="int8"), "dtype must be float32, bfloat16 or float16, got 'int8'"),
+        (dict(config=EngineConfig(max_model_len=100_000)), "max_model_len must be at most 256"),
+        (dict(device="tpu"), "device"),
+    ],
+)
+def test_bad_engine_options_are_refused(base, values, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Engine.from_pretrained(base, **({"device": "cpu"} | values))
+
+
+def test_commands_need_a_running_replay(engine):
+    j = job("mine")
+    with Driver(engine, [j]) as driver:
+        handle = engine.jobs["mine"]
+        handle.pause()
+        assert engine.poll() == [("pause", j.id)] and engine.poll() == []
+        assert driver.shapes[j.id].num_micro_batches == 8
+    with pytest.raises(RuntimeError, match="pause needs a running replay"):
+        handle.pause()
+
+
+def test_a_job_adapter_serves_from_the_start_and_the_next_replay_starts_afresh(engine, base):
+    j = job("mine", steps=1)
+    first = None
+    for _ in range(2):
+        with Driver(engine, [j]) as driver:
+            version = engine.adapters["mine"].version
+            while not driver.finetune(j.id):
+                driver.step()
+            loss = driver.step().losses[j.id]
+            first = first or loss
+            assert loss == first, "a job starts from the same initial weights in every replay"
+            driver.backward(j.id)
+            driver.step()
+            while not driver.finetune(j.id):
+                driver.step()
+            driver.step()
+            driver.backward(j.id)
+            assert driver.step().published == {"mine": version + 1}
+
+
+def test_nll_equals_the_reference(engine, base, adapters):
+    ids = list(range(3, 60))
+    expected = torch.nn.functional.cross_entropy(reference_logits(base, adapters["a"], ids)[:-1], torch.tensor(ids[1:]))
+    assert engine.nll([ids, ids], adapter="a") == pytest.approx(float(expected), rel=1e-4)
+    assert engine.nll([ids]) != pytest.approx(float(expected), rel=1e-3)

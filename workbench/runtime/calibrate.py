@@ -1,0 +1,154 @@
+"""Measure an engine: a random mix of steps of every kind, for the latency model beside it and for profiles that travel."""
+
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from workbench.config import FinetuneJob, RandomTokens
+from workbench.core import Request, StepResult
+from workbench.features import NAMES
+from workbench.latency import LatencyModel
+from workbench.runtime.driver import Driver
+
+if TYPE_CHECKING:
+    from workbench.runtime.engine import Engine
+
+JOB = "calibration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """How far the mix reaches: resident requests, prompt tokens, tokens of a chunk, and the fine-tune micro-batch."""
+
+    max_resident: int
+    max_prompt_tokens: int
+    max_chunk_tokens: int
+    example_tokens: int
+    batch_size: int
+
+    @classmethod
+    def for_engine(cls, engine: "Engine") -> "Mix":
+        """Small on the CPU (a few seconds), up to the engine's own limits on a GPU."""
+        info = engine.info
+        on_cpu = engine.device.type == "cpu"
+        prompt = min(256 if on_cpu else 2048, info.max_model_len // 2)
+        example = min(128 if on_cpu else 1024, info.activation_tokens // 2)
+        return cls(
+            max_resident=min(12 if on_cpu else 128, info.max_requests, info.num_blocks * info.block_tokens // (2 * prompt + 1)),
+            max_prompt_tokens=prompt,
+            max_chunk_tokens=min(256 if on_cpu else 2048, info.max_batch_tokens // 2),
+            example_tokens=example,
+            batch_size=1 if on_cpu else 2,
+        )
+
+
+class _Mixer:
+    """Draws one step after another; the same seed draws the same steps."""
+
+    def __init__(self, driver: Driver, mix: Mix, adapters: list[str | None], job_id: str, seed: int) -> None:
+        self.driver, self.mix, self.adapters, self.job_id = driver, mix, adapters, job_id
+        self.draw = random.Random(seed)
+        self.count = 0
+
+    def _size(self, most: int) -> int:
+        """Log-uniform in 1..most, so that small and large both occur."""
+        return max(1, round(most ** self.draw.random()))
+
+    def collect(self) -> None:
+        mode = self.draw.choices(("serve", "train", "both"), (0.4, 0.25, 0.35))[0]
+        if mode != "train":
+            self._serve()
+        if mode != "serve":
+            self._train()
+
+    def _serve(self) -> None:
+        driver, mix = self.driver, self.mix
+        for request_id, run in list(driver.runs.items()):
+            if run.length + 1 >= min(driver.info.max_model_len, 2 * mix.max_prompt_tokens) or self.draw.random() < 0.03:
+                driver.release(request_id)
+        if len(driver.runs) < self._size(mix.max_resident) or not driver.runs:
+            for _ in range(self._size(max(1, mix.max_resident // 4))):
+                if len(driver.runs) < mix.max_resident:
+                    self._arrive()
+        unfinished = [r for r, run in driver.runs.items() if not run.is_known or run.length - run.cached > 1]
+        ready = [r for r in driver.runs if r not in unfinished]
+        budget = self._size(mix.max_chunk_tokens)
+        for request_id in unfinished:
+            if budget > 0:
+                run = driver.runs[request_id]
+                tokens = min(budget, run.length - run.cached)
+                driver.prefill(request_id, tokens)
+                budget -= tokens
+        if ready:
+            driver.decode(self.draw.sample(ready, min(len(ready), self._size(2 * len(ready)))))
+
+    def _arrive(self) -> None:
+        self.count += 1
+        self.driver.add(
+            Request(
+                request_id=f"{JOB}-{self.count}",
+                arrival_s=0.0,
+                prompt_tokens=self._size(self.mix.max_prompt_tokens),
+                output_tokens=1,
+                adapter=self.draw.choice(self.adapters),
+            )
+        )
+
+    def _train(self) -> None:
+        driver, state = self.driver, self.driver.jobs[self.job_id]
+        layers = driver.info.num_layers
+        if state.layers_left:
+            driver.backward(self.job_id, self.draw.choice((layers, layers, max(1, layers // 2), max(1, layers // 4))))
+        else:
+            left = driver.shapes[self.job_id].micro_batch(state.index).tokens - state.offset
+            driver.finetune(self.job_id, left if self.draw.random() < 0.5 else self._size(left))
+
+
+def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 10.0, seed: int = 0, mix: Mix | None = None) -> pd.DataFrame:
+    """Steps of every kind in random mixes: one row a step, `features.NAMES` and durations in seconds.
+
+    Stops after `max_steps` or `seconds`. On CUDA the same steps run once before, so that compilation stays out of the numbers.
+    Raises RuntimeError while a replay is running.
+    """
+    if engine.is_running:
+        raise RuntimeError("calibration needs the engine to be idle, got a running replay. Call engine.calibrate() before it.")
+    mix = mix or Mix.for_engine(engine)
+    adapters: list[str | None] = [None, *sorted(engine.adapters)][: 1 + engine.config.num_slots]
+    rows: list[dict[str, float]] = []
+    for is_measured in (False, True):
+        if not is_measured and engine.device.type == "cpu":
+            continue
+        rows, started = [], time.perf_counter()
+        job = FinetuneJob(
+            adapter=JOB,
+            job_id=JOB,
+            data=RandomTokens(examples=8, tokens=mix.example_tokens),
+            batch_size=mix.batch_size,
+            accumulation=2,
+            epochs=1_000,
+            max_tokens=mix.example_tokens,
+            publish="never",
+        )
+        with Driver(engine, [job], seed=seed) as driver:
+            mixer = _Mixer(driver, mix, adapters, job.id, seed)
+            while len(rows) < max_steps and time.perf_counter() - started < seconds:
+                mixer.collect()
+                rows.append(_row(driver, driver.step()))
+    engine.unload_adapter(JOB)
+    return pd.DataFrame(rows[1:])  # the first step pays for warming up
+
+
+def _row(driver: Driver, result: StepResult) -> dict[str, float]:
+    times = {"duration_s": result.duration_s, "gpu_s": result.gpu_s, "host_s": result.host_s}
+    return dict(zip(NAMES, driver.work.values, strict=True)) | times
+
+
+def calibrate(engine: "Engine", **options: object) -> LatencyModel:
+    """A latency model fitted to `measure(engine)`; its `report` says how well it predicts steps that were held out."""
+    steps = measure(engine, **options)  # type: ignore[arg-type]
+    return LatencyModel.fit(
+        steps, info=engine.info, adapters=dict(engine.adapters), vocab_size=engine.fused.dims.vocab_size, tokenizer=engine.tokenizer
+    )
