@@ -79,7 +79,9 @@ def check_batch(ledger: Ledger, plan: Plan, batch: Batch) -> None:
     serving = [s for s in batch.segments if s.kind in ("prefill", "decode")]
     assert len({(s.adapter, s.version) for s in serving if s.adapter}) <= info.max_batch_adapters
     assert len({s.owner for s in batch.segments} | {b.owner for b in batch.backwards}) == len(batch.segments) + len(batch.backwards)
-    assert [s.kind for s in batch.segments] == sorted([s.kind for s in batch.segments], key=("finetune", "evaluate", "prefill", "decode").index)
+    assert [s.kind for s in batch.segments] == sorted(
+        [s.kind for s in batch.segments], key=("finetune", "evaluate", "prefill", "decode").index
+    )
     blocks = [b for s in serving for b in s.blocks]
     assert len(blocks) == len(set(blocks))
     for s in serving:
@@ -225,7 +227,10 @@ def test_a_request_keeps_its_version_through_replacement_and_preemption():
     plan.preempt(view.running[0])
     ledger.commit(ledger.apply(plan), StepResult(duration_s=0.0), 2.0)
     again = serve_step(ledger, view, 3.0)
-    assert {(s.owner, s.kind, s.version, s.start, s.tokens) for s in again.segments} == {("x", "prefill", 1, 0, 22), ("y", "decode", 2, 20, 1)}
+    assert {(s.owner, s.kind, s.version, s.start, s.tokens) for s in again.segments} == {
+        ("x", "prefill", 1, 0, 22),
+        ("y", "decode", 2, 20, 1),
+    }
 
 
 def test_unloading_rejects_the_waiting_and_lets_requests_in_flight_finish():
@@ -279,7 +284,15 @@ def test_a_job_goes_forward_backward_window_evaluation_and_ends():
     kinds = [(e[2], e[5]) for e in ledger.events if e[2] in ("committed", "optimizer_step", "eval_loss", "loss", "job_finished")]
     micro_batch = [("loss", 100 / 48), ("committed", 50.0)]
     window = [*micro_batch, *micro_batch]
-    assert kinds == [*window, ("optimizer_step", 1), ("eval_loss", 2.0), *window, ("optimizer_step", 2), ("eval_loss", 2.0), ("job_finished", None)]
+    assert kinds == [
+        *window,
+        ("optimizer_step", 1),
+        ("eval_loss", 2.0),
+        *window,
+        ("optimizer_step", 2),
+        ("eval_loss", 2.0),
+        ("job_finished", None),
+    ]
     assert ledger.released == ["job:t"]
     assert not ledger.jobs and not any(ledger.in_use().values())
 

@@ -15,7 +15,9 @@ from workbench.replay import Replay, ReplayError, replay
 from workbench.testing import FixedCost, FixedShape, fixed_info
 from workbench.views import RequestView, View
 
-FindingKind = Literal["raises", "named twice", "exceeds budgets", "starves a request", "starves a job", "plans nothing", "hidden state", "never ends"]
+FindingKind = Literal[
+    "raises", "named twice", "exceeds budgets", "starves a request", "starves a job", "plans nothing", "hidden state", "never ends"
+]
 MAX_OVERTAKEN = 60
 """A request starves when so many later ones end before it begins."""
 

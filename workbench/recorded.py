@@ -44,11 +44,12 @@ class Recorded:
         return {job.id: shapes[job.id] for job in jobs}
 
     def admissible(self, request: Request) -> Request:
+        """The recorded request, or the recorded refusal. Raises RuntimeError for one that the recording lacks."""
         name = request.request_id
         if name in self.recording.tape.refusals:
             raise ValueError(self.recording.tape.refusals[name])
         if name not in self.known:
-            raise ValueError(f"a request must be part of the recording, got {name!r}. {did_you_mean(name, list(self.known))}")
+            raise RuntimeError(f"a request must be part of the recording, got {name!r}. {did_you_mean(name, list(self.known))}")
         return self.known[name]
 
     def step(self, batch: Batch) -> StepResult:
@@ -57,7 +58,9 @@ class Recorded:
         if k >= len(self.digests):
             raise RuntimeError(f"the recording ends after {len(self.digests)} steps, step {k} was planned. Record a run that goes on.")
         if batch.digest() != self.digests[k]:
-            raise RuntimeError(f"step {k} differs from the recording: {self._difference(batch)}. Use the same trace, jobs, seed and policy.")
+            raise RuntimeError(
+                f"step {k} differs from the recording: {self._difference(batch)}. Use the same trace, jobs, seed and policy."
+            )
         return self.recording.results[k]
 
     def _difference(self, batch: Batch) -> str:

@@ -197,9 +197,7 @@ class _Run:
             self.num_opened += 1
             self._arrive(request, request.arrival_s)
 
-    def _bring_child(self, request: Request) -> Generator[simpy.Event, Any, None]:
-        at = self.env.now + request.think_s
-        heapq.heappush(self.thinking, (at, request.request_id))
+    def _bring_child(self, request: Request, at: float) -> Generator[simpy.Event, Any, None]:
         yield self.env.timeout(request.think_s)
         self.thinking.remove((at, request.request_id))
         heapq.heapify(self.thinking)
@@ -243,7 +241,9 @@ class _Run:
             self.lengths.learn(s)
             self._keep_output(s)
             for child in self.children.get(s.id, ()):
-                self.env.process(self._bring_child(child))
+                at = float(self.env.now) + child.think_s
+                heapq.heappush(self.thinking, (at, child.request_id))
+                self.env.process(self._bring_child(child, at))
         if self.bar is not None:
             self.bar.update(len(ended))
 

@@ -84,5 +84,9 @@ def _shape_of(record: dict[str, Any]) -> RecordedShape:
         return [MicroBatch(**row | {"documents": tuple(row["documents"])}) for row in rows]
 
     return RecordedShape(
-        micro_batches(record["kinds"]), record["order"], frozenset(record["evaluated"]), micro_batches(record["held_out"]), record["first_micro_batch"]
+        micro_batches(record["kinds"]),
+        record["order"],
+        frozenset(record["evaluated"]),
+        micro_batches(record["held_out"]),
+        record["first_micro_batch"],
     )
