@@ -129,7 +129,8 @@ class CountsInAField:
 def test_each_broken_rule_is_found_and_named(policy, kind):
     report = check_policy(policy)
     assert kind in report.kinds, report
-    assert not report.ok and f"  - {kind} (" in repr(report)
+    assert not report.ok
+    assert f"  - {kind} (" in repr(report)
 
 
 def test_declared_state_is_allowed_and_a_random_draw_from_the_view_too():

@@ -1,5 +1,6 @@
 """The ledger under random plans, preemptions, aborts, executor errors: nothing leaks, nothing is counted wrongly."""
 
+import itertools
 import re
 from random import Random
 
@@ -62,7 +63,7 @@ def check_by_recount(ledger: Ledger) -> None:
     assert ledger.slots.num_evictable == sum(slot.refs == 0 and not slot.fresh for slot in ledger.slots.entries.values())
     ranges = sorted(ledger.arena.ranges.values())
     assert all(start >= 0 and start + rows <= info.activation_tokens for start, rows in ranges)
-    assert all(a[0] + a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(ranges))
     assert {j.id: j.rows for j in ledger.jobs.values() if j.rows is not None} == {o: s for o, (s, _) in ledger.arena.ranges.items()}
     for j in ledger.jobs.values():
         busy = j.layers_left > 0 or (j.phase in ("forward", "evaluate") and j.offset > 0)
@@ -294,7 +295,8 @@ def test_a_job_goes_forward_backward_window_evaluation_and_ends():
         ("job_finished", None),
     ]
     assert ledger.released == ["job:t"]
-    assert not ledger.jobs and not any(ledger.in_use().values())
+    assert not ledger.jobs
+    assert not any(ledger.in_use().values())
 
 
 def test_a_micro_batch_larger_than_the_arena_is_refused_with_the_field_to_raise():
@@ -319,7 +321,8 @@ def test_a_request_that_could_never_run_is_rejected_with_the_rule_and_the_value(
     assert not ledger.arrive(asked, 1.0)
     assert [e[2] for e in ledger.events] == ["arrived", "rejected"]
     assert re.search(reason, ledger.events[-1][6])
-    assert ledger.in_use() == before and not ledger.requests
+    assert ledger.in_use() == before
+    assert not ledger.requests
 
 
 def test_rows_without_a_reported_token_are_an_error_that_can_be_rolled_back():
@@ -349,5 +352,6 @@ def test_an_error_in_the_middle_of_a_step_leaves_a_usable_partial_replay_and_not
     assert caught.value.__cause__ is error
     partial = caught.value.replay
     assert len(partial.steps) == len(partial.results) == 7
-    assert partial.events["step"].max() == 6 and "executor failed" in partial.error
+    assert partial.events["step"].max() == 6
+    assert "executor failed" in partial.error
     assert executor.num_open == 0

@@ -53,7 +53,8 @@ def test_serve_first_trains_only_when_nobody_waits_and_within_its_seconds():
     result = run(ServeFirst(step_s=0.010), [one(f"r{i}", 0.02 * i, 60, 10) for i in range(12)], jobs=1, max_requests=3)
     waiting = result.steps.set_index("step")["waiting"]
     training = result.work[result.work["kind"].isin(["finetune", "backward"])]
-    assert len(training) and (waiting[training["step"].unique()] == 0).all()
+    assert len(training)
+    assert (waiting[training["step"].unique()] == 0).all()
     assert result.steps.set_index("step").loc[training["step"].unique(), "predicted_s"].max() <= 0.010
     serving = result.steps[~result.steps["step"].isin(training["step"])]
     assert len(serving)
@@ -83,7 +84,8 @@ def test_loquetier_drops_what_waited_over_six_seconds_and_nothing_that_began():
     assert outcomes == dict.fromkeys(("x", "y", "z", "late"), "finished")
     assert slow.requests["outcome"].to_dict() == {"x": "finished", "y": "finished", "z": "rejected", "late": "finished"}
     rejected = slow.events.query("kind == 'rejected'")
-    assert rejected["note"].tolist() == ["waited over 6 s"] and 7.0 < rejected["time_s"].iloc[0] < 7.05
+    assert rejected["note"].tolist() == ["waited over 6 s"]
+    assert 7.0 < rejected["time_s"].iloc[0] < 7.05
 
 
 def test_loquetier_admits_while_fewer_than_b_are_resident():

@@ -76,7 +76,9 @@ def test_a_policy_cannot_write_through_any_view():
             room.tokens = 10**9
     with pytest.raises(TypeError):
         bench.view.adapters["a"] = adapter
-    assert isinstance(bench.view.running, tuple) and isinstance(bench.view.waiting, tuple) and isinstance(bench.view.jobs, tuple)
+    assert isinstance(bench.view.running, tuple)
+    assert isinstance(bench.view.waiting, tuple)
+    assert isinstance(bench.view.jobs, tuple)
     with pytest.raises(TypeError, match="views are live"):
         copy.deepcopy(request)
     assert bench.ledger.snapshot() == before
@@ -96,7 +98,8 @@ def test_a_view_is_live_and_hides_the_true_output_length():
     bench.run(plan)
     assert (request.prefill_left, request.generated, request.first_token_s) == (0, 1, 2.0)
     assert bench.view.running == (request,)
-    assert request.max_tokens == 512 - 20 and request.expected_output == 492.0
+    assert request.max_tokens == 512 - 20
+    assert request.expected_output == 492.0
     hidden = {name for name in dir(request) if not name.startswith("_")}
     assert not hidden & {"output_tokens", "limit", "request"}
 
@@ -142,12 +145,14 @@ def test_adapter_view_says_where_it_is_and_who_wants_it():
     bench.arrive("y", adapter="a")
     a = bench.view.adapters["a"]
     assert (a.state, a.waiting, a.running, a.uses, a.pinned) == ("host", 2, 0, 0, False)
-    assert a.load_s == pytest.approx(0.002) and a.ready_s == pytest.approx(0.002)
+    assert a.load_s == pytest.approx(0.002)
+    assert a.ready_s == pytest.approx(0.002)
     plan = bench.plan()
     plan.prefill(bench.of("x"))
     bench.run(plan)
     assert (a.state, a.waiting, a.running, a.uses, a.pinned, a.last_used_s) == ("gpu", 1, 1, 1, True, 1.0)
-    assert list(bench.view.adapters) == list("abcdef") and isinstance(a, AdapterView)
+    assert list(bench.view.adapters) == list("abcdef")
+    assert isinstance(a, AdapterView)
 
 
 def test_last_step_says_what_was_really_done():
@@ -174,10 +179,12 @@ def test_tokens_bound_a_step_and_the_last_prefill_is_cut():
     for name in "xyz":
         bench.arrive(name, prompt=30)
     plan = bench.plan()
-    assert plan.prefill(bench.view.waiting) == 64 and plan.why == "tokens"
+    assert plan.prefill(bench.view.waiting) == 64
+    assert plan.why == "tokens"
     assert [(s.id, n) for s, n, _ in plan.prefills] == [("x", 30), ("y", 30), ("z", 4)]
     assert plan.left.tokens == 0
-    assert plan.finetune(job) == 0 and plan.why == "tokens"
+    assert plan.finetune(job) == 0
+    assert plan.why == "tokens"
     assert plan.left.activation_tokens == 512
 
 
@@ -186,7 +193,8 @@ def test_whole_prefills_are_taken_whole_or_not_at_all():
     for name in "xyz":
         bench.arrive(name, prompt=30)
     plan = bench.plan()
-    assert plan.prefill(bench.view.waiting, whole=True) == 60 and plan.why == "tokens"
+    assert plan.prefill(bench.view.waiting, whole=True) == 60
+    assert plan.why == "tokens"
     assert len(plan.prefills) == 2
 
 
@@ -206,7 +214,8 @@ def test_residents_are_bounded():
     for name in "xyz":
         bench.arrive(name)
     plan = bench.plan()
-    assert plan.prefill(bench.view.waiting) == 40 and plan.why == "requests"
+    assert plan.prefill(bench.view.waiting) == 40
+    assert plan.why == "requests"
     assert plan.left.requests == 0
 
 
@@ -217,13 +226,15 @@ def test_distinct_adapters_in_a_batch_and_slots_are_bounded():
     bench.arrive("base")
     plan = bench.plan()
     plan.prefill(bench.view.waiting, skip=("batch_adapters",))
-    assert [s.id for s, _, _ in plan.prefills] == ["a", "b", "base"] and plan.why == "batch_adapters"
+    assert [s.id for s, _, _ in plan.prefills] == ["a", "b", "base"]
+    assert plan.why == "batch_adapters"
     bench = Bench(max_batch_adapters=4, num_slots=2)
     for name in "abc":
         bench.arrive(name, adapter=name)
     plan = bench.plan()
     plan.prefill(bench.view.waiting)
-    assert plan.why == "slots" and plan.left.slots == 0
+    assert plan.why == "slots"
+    assert plan.left.slots == 0
     assert {load.adapter for load in bench.run(plan).loads} == {"a", "b"}
 
 
@@ -245,14 +256,17 @@ def test_the_arena_bounds_jobs_and_a_micro_batch_keeps_its_rows_until_its_backwa
     first, second = bench.job("t"), bench.job("u")
     plan = bench.plan()
     assert plan.finetune(first) == 64
-    assert plan.finetune(second) == 0 and plan.why == "activation"
+    assert plan.finetune(second) == 0
+    assert plan.why == "activation"
     bench.run(plan)
     plan = bench.plan()
     assert plan.backward(first) == 4
-    assert plan.finetune(second) == 0 and plan.why == "activation"
+    assert plan.finetune(second) == 0
+    assert plan.why == "activation"
     bench.run(plan)
     plan = bench.plan()
-    assert plan.finetune(second) == 64 and plan.why == ""
+    assert plan.finetune(second) == 64
+    assert plan.why == ""
 
 
 def test_a_decode_without_a_free_block_preempts_the_youngest_other_or_is_skipped():
@@ -280,7 +294,8 @@ def test_within_s_takes_the_largest_amount_that_fits_the_whole_plan():
         plan = bench.plan()
         plan.decode(view.running)
         taken = verb(plan, target)
-        assert 0 < taken < 100 and plan.why == "within_s"
+        assert 0 < taken < 100
+        assert plan.why == "within_s"
         assert plan.predicted_s <= target < plan.predicted_s + 5e-5
         assert view.predict(plan) == plan.predicted_s == executor.predict(plan.work)
         assert verb(bench.plan(), 0.001) == 0
@@ -288,14 +303,15 @@ def test_within_s_takes_the_largest_amount_that_fits_the_whole_plan():
     plan.finetune(job)
     bench.run(plan)
     plan = bench.plan()
-    assert plan.backward(job, within_s=0.004 + 2.5 * 100 * 2e-5) == 2 and plan.why == "within_s"
+    assert plan.backward(job, within_s=0.004 + 2.5 * 100 * 2e-5) == 2
+    assert plan.why == "within_s"
 
 
 def test_without_a_predictor_a_time_bound_is_refused_with_the_next_step():
     bench = Bench()
     bench.ledger.predictor = None
     request, plan = bench.arrive("x"), bench.plan()
-    with pytest.raises(PlanError, match="predictor=None. Fit a LatencyModel"):
+    with pytest.raises(PlanError, match=r"predictor=None\. Fit a LatencyModel"):
         plan.prefill(request, within_s=0.1)
     with pytest.raises(ValueError, match="Fit a LatencyModel"):
         bench.view.remaining_s(request)
@@ -321,9 +337,11 @@ def test_a_verb_that_the_executor_cannot_do_takes_nothing_and_says_unsupported(l
     running, waiting, job = bench.running("x")[0], bench.arrive("y", prompt=50), bench.job()
     plan = bench.plan()
     if lacking == "mixed":
-        assert plan.decode(running) and plan.prefill(waiting) == 0
+        assert plan.decode(running)
+        assert plan.prefill(waiting) == 0
     elif lacking == "chunk":
-        assert plan.prefill(waiting, 10) == 0 and plan.why == "unsupported"
+        assert plan.prefill(waiting, 10) == 0
+        assert plan.why == "unsupported"
         assert plan.finetune(job, 10) == 0
     elif lacking == "safepoint":
         plan.stop_on_arrival()
@@ -335,7 +353,8 @@ def test_a_verb_that_the_executor_cannot_do_takes_nothing_and_says_unsupported(l
         plan = bench.plan()
         assert plan.backward(job, 2) == 0
     assert plan.why == "unsupported"
-    assert plan.merge("a") is False and plan.why == "unsupported"
+    assert plan.merge("a") is False
+    assert plan.why == "unsupported"
     if lacking != "mixed":
         assert plan.empty
 
@@ -344,7 +363,8 @@ def test_preempting_to_the_host_is_unsupported_and_changes_nothing():
     bench = Bench()
     running = bench.running("x")[0]
     plan = bench.plan()
-    assert not plan.preempt(running, keep="host") and plan.why == "unsupported"
+    assert not plan.preempt(running, keep="host")
+    assert plan.why == "unsupported"
     assert plan.decode(running)
 
 
@@ -401,7 +421,8 @@ def test_a_rejected_request_is_passed_over_by_later_verbs_and_ends_with_its_reas
     running, waiting = bench.running("x")[0], bench.arrive("y")
     bench.arrive("z")
     plan = bench.plan()
-    assert plan.reject(waiting, "late") and plan.reject(running, "enough")
+    assert plan.reject(waiting, "late")
+    assert plan.reject(running, "enough")
     assert plan.decode(bench.view.running) == ()
     assert plan.prefill(bench.view.waiting) == 20
     assert plan.left.blocks == 64 - 2
@@ -415,20 +436,26 @@ def test_load_ahead_is_kept_until_its_first_use_and_evict_is_unusable_in_the_sam
     bench = Bench(num_slots=2)
     bench.running("x", adapter="a", output=30)
     plan = bench.plan()
-    assert plan.load("b") and not plan.empty
-    assert not plan.load("c") and plan.why == "slots"
+    assert plan.load("b")
+    assert not plan.empty
+    assert not plan.load("c")
+    assert plan.why == "slots"
     plan.decode(bench.view.running)
     assert [load.adapter for load in bench.run(plan).loads] == ["b"]
     waiting = bench.arrive("y", adapter="c")
     plan = bench.plan()
-    assert plan.prefill(waiting) == 0 and plan.why == "slots"
-    assert not plan.evict("a") and plan.why == "phase"
-    assert plan.evict("b") and plan.left.slots == 1
+    assert plan.prefill(waiting) == 0
+    assert plan.why == "slots"
+    assert not plan.evict("a")
+    assert plan.why == "phase"
+    assert plan.evict("b")
+    assert plan.left.slots == 1
     assert plan.prefill(waiting) == 20
     bench.run(plan)
     other = bench.arrive("z", adapter="b")
     plan = bench.plan()
-    assert plan.prefill(other) == 0 and plan.why == "slots"
+    assert plan.prefill(other) == 0
+    assert plan.why == "slots"
 
 
 def test_a_held_job_keeps_its_rows_and_does_nothing_until_let_go():
@@ -438,13 +465,18 @@ def test_a_held_job_keeps_its_rows_and_does_nothing_until_let_go():
     plan.finetune(job, 10)
     bench.run(plan)
     plan = bench.plan()
-    assert plan.hold(job) and plan.train(job) == 0 and plan.why == "phase"
+    assert plan.hold(job)
+    assert plan.train(job) == 0
+    assert plan.why == "phase"
     bench.run(plan)
-    assert job.phase == "paused" and bench.ledger.in_use()["arena_rows"] == 64
+    assert job.phase == "paused"
+    assert bench.ledger.in_use()["arena_rows"] == 64
     plan = bench.plan()
-    assert plan.train(job) == 0 and plan.hold(job, False)
+    assert plan.train(job) == 0
+    assert plan.hold(job, False)
     bench.run(plan)
-    assert job.phase == "forward" and [e[2] for e in bench.ledger.events][-2:] == ["job_paused", "job_resumed"]
+    assert job.phase == "forward"
+    assert [e[2] for e in bench.ledger.events][-2:] == ["job_paused", "job_resumed"]
     plan = bench.plan()
     assert plan.train(job) == 54
 
@@ -457,7 +489,8 @@ def test_a_copy_is_independent_of_its_original():
     plan.decode(bench.view.running)
     before = (plan.left, plan.predicted_s, repr(plan))
     other = plan.copy()
-    assert other.finetune(job) == 64 and other.predicted_s > plan.predicted_s
+    assert other.finetune(job) == 64
+    assert other.predicted_s > plan.predicted_s
     assert (plan.left, plan.predicted_s, repr(plan)) == before
     assert plan.finetune(job, 3) == 3
 

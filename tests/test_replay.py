@@ -88,7 +88,9 @@ def test_same_trace_seed_and_policy_give_identical_frames_and_recorded_gives_the
             pd.testing.assert_frame_equal(getattr(first, name), getattr(other, name), check_exact=True)
         assert other.outputs == first.outputs
     assert loaded.summary().keys() == first.summary().keys()
-    assert loaded.provenance == first.provenance and loaded.trace_requests == first.trace_requests and loaded.slo == first.slo
+    assert loaded.provenance == first.provenance
+    assert loaded.trace_requests == first.trace_requests
+    assert loaded.slo == first.slo
     assert first.requests.loc["nobody", "outcome"] == "rejected"
     assert first.events.query("kind == 'rejected'")["note"].iloc[0].startswith("unknown adapter 'zz'")
 
@@ -120,7 +122,8 @@ def test_work_is_conserved_under_every_policy():
         assert [result.steps[k].sum() for k in ("prefill_tokens", "decode_tokens")] == [work["prefill"], work["decode"]]
         if policy != FCFS():
             assert jobs["committed_tokens"].tolist() == [3 * 128] == [work["finetune"]]
-            assert jobs["outcome"].tolist() == ["finished"] and jobs["optimizer_steps"].tolist() == [3]
+            assert jobs["outcome"].tolist() == ["finished"]
+            assert jobs["optimizer_steps"].tolist() == [3]
         assert len(result.steps) == len(result.results)
 
 
@@ -257,7 +260,8 @@ def test_a_session_goes_on_think_time_after_its_turn_ended():
     result = run(trace)
     assert times(result, "arrived", "y")[0] == pytest.approx(times(result, "finished", "x")[0] + 2.0)
     assert times(result, "arrived", "z")[0] == pytest.approx(times(result, "finished", "y")[0] + 0.5)
-    assert "closed loop" in repr(result) and "open loop" in repr(run([one()]))
+    assert "closed loop" in repr(result)
+    assert "open loop" in repr(run([one()]))
 
 
 def test_generation_ends_at_the_trace_length_at_max_tokens_or_at_end_of_sequence():
@@ -270,7 +274,8 @@ def test_generation_ends_at_the_trace_length_at_max_tokens_or_at_end_of_sequence
     executor = FixedCost(info=fixed_info(eos_token_ids=frozenset({99})), token=lambda owner, i: 99 if i == 2 and owner != "long" else i)
     result = run(trace, executor=executor)
     assert result.requests["output_tokens"].to_dict() == {"trace": 5, "cap": 4, "text": 3, "long": 7}
-    assert result.outputs["text"] == (0, 1, 99) and result.outputs["trace"] == (0, 1, 99, 3, 4)
+    assert result.outputs["text"] == (0, 1, 99)
+    assert result.outputs["trace"] == (0, 1, 99, 3, 4)
 
 
 def test_the_replay_ends_with_its_requests_or_jobs_or_at_a_time():
@@ -279,12 +284,14 @@ def test_the_replay_ends_with_its_requests_or_jobs_or_at_a_time():
     assert run(trace, ServeFirst(), jobs=[job()], until="jobs").jobs["outcome"].tolist() == ["finished"]
     assert run([], ServeFirst(), jobs=[job()]).jobs["committed_tokens"].tolist() == [384]
     result = run([one(f"r{i}", i * 1.0) for i in range(10)], until=4.5)
-    assert len(result.requests) == 5 and result.steps["start_s"].max() < 4.5
+    assert len(result.requests) == 5
+    assert result.steps["start_s"].max() < 4.5
 
 
 def test_a_job_that_arrives_later_starts_later():
     result = run([], ServeFirst(), jobs=[job("t"), job("u", arrival_s=5.0)])
-    assert times(result, "job_arrived") == [0.0, 5.0] and min(times(result, "forward", "job:u")) >= 5.0
+    assert times(result, "job_arrived") == [0.0, 5.0]
+    assert min(times(result, "forward", "job:u")) >= 5.0
 
 
 def test_commands_pause_resume_stop_and_publish_between_steps():
@@ -300,8 +307,10 @@ def test_commands_pause_resume_stop_and_publish_between_steps():
     kinds = result.events.set_index("kind")["step"]
     assert [kinds[k] for k in ("job_paused", "job_resumed", "job_stopped")] == [5, 9, 15]
     training = set(result.work.query("owner == 'job:t'")["step"])
-    assert training & set(range(5)) and not training & {*range(5, 9), *range(15, 99)}
-    assert result.jobs["outcome"].tolist() == ["stopped"] and "published" in kinds
+    assert training & set(range(5))
+    assert not training & {*range(5, 9), *range(15, 99)}
+    assert result.jobs["outcome"].tolist() == ["stopped"]
+    assert "published" in kinds
     again = run([one("x", 0.0, 20, 30)], ServeFirst(step_s=1.0), Recorded(result), jobs=[job(epochs=900, steps=None, publish="step")])
     pd.testing.assert_frame_equal(result.events, again.events)
 
@@ -326,7 +335,8 @@ def test_stop_on_arrival_ends_the_backward_at_the_next_layer():
     trace = [one("x", 0.030, 20, 1)]
     shape = {"job:t": FixedShape((250,), 2)}
     polite, rude = (run(trace, p, FixedCost(shapes=shape), jobs=[job()]) for p in (backs_off, ServeFirst(step_s=9.0)))
-    assert polite.steps["stopped_early"].any() and not rude.steps["stopped_early"].any()
+    assert polite.steps["stopped_early"].any()
+    assert not rude.steps["stopped_early"].any()
     assert times(polite, "scheduled", "x")[0] < times(rude, "scheduled", "x")[0]
     assert polite.work.query("kind == 'backward'")["tokens"].iloc[0] < 4
 
@@ -409,7 +419,8 @@ def test_bad_input_is_refused_before_anything_runs(trace, options, error, messag
     executor = FixedCost()
     with pytest.raises(error, match=message):
         run(trace, executor=executor, **options)
-    assert executor.num_open == 0 and not executor.batches
+    assert executor.num_open == 0
+    assert not executor.batches
 
 
 def fails_at_step_5(view, plan):
@@ -438,7 +449,9 @@ def test_a_failing_policy_gives_a_replay_error_with_the_partial_replay(policy, m
     with pytest.raises(ReplayError, match=message) as caught:
         run([one(f"r{i}", i * 1e-3) for i in range(6)], policy, executor)
     partial = caught.value.replay
-    assert partial.error and len(partial.events) and executor.num_open == 0
+    assert partial.error
+    assert len(partial.events)
+    assert executor.num_open == 0
     assert partial.requests["outcome"].isin(["finished", "unfinished"]).all()
 
 
@@ -454,7 +467,10 @@ def test_ctrl_c_in_the_middle_gives_the_partial_replay(tmp_path):
 
     executor = FixedCost(fails=interrupts)
     result = run(requests(20), executor=executor)
-    assert result.interrupted and result.error is None and len(result.steps) == 6 and executor.num_open == 0
+    assert result.interrupted
+    assert result.error is None
+    assert len(result.steps) == 6
+    assert executor.num_open == 0
     assert load_replay(result.save(tmp_path)).interrupted
 
 
@@ -467,7 +483,8 @@ def test_ctrl_c_while_idle_on_the_wall_clock_gives_the_partial_replay():
     finally:
         timer.cancel()
     assert time.perf_counter() - begin < 10.0
-    assert result.interrupted and result.requests["outcome"].tolist() == ["finished"]
+    assert result.interrupted
+    assert result.requests["outcome"].tolist() == ["finished"]
 
 
 def test_whole_second_arrivals_that_tie_are_warned_about():
@@ -479,7 +496,8 @@ def test_in_use_is_zero_after_every_replay_and_the_counts_in_steps_are_plain():
     per_adapter = defaultdict(int)
     result = run(requests(40, rate=60.0), ServeFirst(), FixedCost(info=fixed_info(num_blocks=20, max_model_len=200)), jobs=[job()])
     assert (result.events["kind"] == "preempted").any()
-    assert result.steps["free_blocks"].between(0, 20).all() and result.steps["running"].max() <= 8
+    assert result.steps["free_blocks"].between(0, 20).all()
+    assert result.steps["running"].max() <= 8
     for adapter in result.work["adapter"]:
         per_adapter[adapter] += 1
     assert len(per_adapter) >= 4

@@ -94,7 +94,7 @@ def check_policy(policy: Policy, *, workloads: Iterable[Workload] | None = None,
         first = _Check(policy, workload, max_steps)
         first.run()
         findings += first.findings
-        trains = trains or (first.result is not None and (first.result.work["kind"].isin(["finetune", "backward"])).any())
+        trains = trains or (first.result is not None and not {"finetune", "backward"}.isdisjoint(first.result.work["kind"]))
         if not first.findings:
             findings += _differences(first, policy, workload, max_steps)
     if not trains and any(w.num_jobs for w in chosen):
@@ -227,9 +227,12 @@ class _Check:
                 what = "never began" if owner not in begun else f"waited {until - at:.3f} s"
                 self.add("starves a request", f"{owner!r} {what}, while {overtakers} requests that came later were served")
                 break
-        committed = result.jobs["committed_tokens"] if len(result.jobs) else []
-        if len(committed) > 1 and min(committed) == 0 and max(committed) >= 10 * 128:
-            self.add("starves a job", f"{committed.idxmin()!r} committed nothing, {committed.idxmax()!r} {max(committed):.0f} tokens")
+        committed: dict[str, float] = dict(zip(result.jobs.index, result.jobs["committed_tokens"], strict=True))
+        if len(committed) < 2:
+            return
+        least, most = min(committed, key=lambda j: committed[j]), max(committed, key=lambda j: committed[j])
+        if committed[least] == 0 and committed[most] >= 10 * 128:
+            self.add("starves a job", f"{least!r} committed nothing, {most!r} {committed[most]:.0f} tokens")
 
 
 class _WatchedPlan(Plan):

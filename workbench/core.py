@@ -243,8 +243,11 @@ class MicroBatch:
 class JobShape(Protocol):
     """The sizes of a prepared job; implemented by `workbench.data.PreparedJob`."""
 
-    num_micro_batches: int
-    first_micro_batch: int
+    @property
+    def num_micro_batches(self) -> int: ...
+
+    @property
+    def first_micro_batch(self) -> int: ...
 
     def micro_batch(self, index: int) -> MicroBatch: ...
 
@@ -277,7 +280,8 @@ class Executor(Protocol):
     a user gave through `engine.jobs[...]` since the last call.
     """
 
-    predictor: "Predictor | None"
+    @property
+    def predictor(self) -> "Predictor | None": ...
 
     @property
     def info(self) -> ExecutorInfo: ...

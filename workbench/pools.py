@@ -58,7 +58,7 @@ class Slot:
 class SlotTable:
     """Which adapter version sits in which device slot, with reference counts; least recently used first out."""
 
-    __slots__ = ("entries", "free", "num_slots", "num_evictable")
+    __slots__ = ("entries", "free", "num_evictable", "num_slots")
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots

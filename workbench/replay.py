@@ -3,10 +3,8 @@
 import copy
 import hashlib
 import heapq
-import inspect
 import math
 import time
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -15,13 +13,14 @@ from typing import Any, Literal
 import simpy
 import simpy.rt
 
-from workbench.config import SLO, FinetuneJob, Provenance, did_you_mean, require
+from workbench.config import SLO, FinetuneJob, Provenance, require
 from workbench.core import AdapterInfo, Batch, Executor, JobShape, Request, StepResult
 from workbench.expected import length_predictor
 from workbench.ledger import Ledger
 from workbench.plan import Plan
 from workbench.policy import Policy, policy_label
 from workbench.redo import is_same_work, redo
+from workbench.replay_checks import check_options, check_result, check_slo, checked_requests, warn_of_ties
 from workbench.replay_result import (
     EVENT_COLUMNS,
     STEP_COLUMNS,
@@ -69,11 +68,13 @@ def replay(
     """Serve `trace` (a Trace, or a sequence of Request) beside `jobs` on `executor` under `policy`.
 
     `planning` is what a decision costs: the measured time of the policy (on `Recorded`: the one measured then), "recorded" to insist
-    on that, or fixed seconds. `lengths` gives `RequestView.expected_output`. `overlap=True` plans each step from the view before the previous one, while
-    that runs; only what planning takes longer than the step then counts. `until`: "requests" ends once every request has ended (the
-    default; jobs stop there), "jobs" once all jobs have ended too (the default without requests), a number at that second.
+    on that, or fixed seconds. `lengths` gives `RequestView.expected_output`. `overlap=True` plans each step from the view before the
+    previous one, while that runs; only what planning takes longer than the step then counts. `until`: "requests" ends once every
+    request has ended (the default; jobs stop there), "jobs" once all jobs have ended too (the default without requests), a number at
+    that second. Within `measure=(start_s, end_s)` tokens and requests count for `summary()`; None is the whole replay.
     `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`.
-    Raises ValueError or TypeError for bad input before anything runs, ReplayError (with the partial result) when policy or executor fail.
+    Raises ValueError or TypeError for bad input before anything runs, ReplayError (with the partial result) when policy or executor
+    fail.
     """
     run = _Run(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until)
     return run.run(progress)
@@ -98,11 +99,11 @@ class _Run:
         until: str | float | None,
     ) -> None:
         self.trace, self.executor, self.seed, self.slo, self.measure = trace, executor, seed, slo, measure
-        self.requests = _checked_requests(trace)
+        self.requests = checked_requests(trace)
         self.jobs = tuple(jobs)
         self.is_wall, self.overlap = clock == "wall", overlap
-        _check_options(policy, self.jobs, clock, planning, overlap, measure, executor)
-        _check_slo(slo, self.requests)
+        check_options(policy, self.jobs, clock, planning, overlap, measure, executor)
+        check_slo(slo, self.requests)
         self.planning = planning
         self.until = until if until is not None else "requests" if self.requests else "jobs"
         require(
@@ -146,7 +147,7 @@ class _Run:
     # the outside of the loop
 
     def run(self, progress: bool | None) -> Replay:
-        _warn_of_ties(self.open)
+        warn_of_ties(self.open)
         self.shapes = self.tape.shapes = self.executor.begin(self.jobs, seed=self.seed)
         interrupted = False
         try:
@@ -318,8 +319,8 @@ class _Run:
                 if idle_tries >= MAX_IDLE_TRIES:
                     self.where = "policy planned nothing"
                     raise RuntimeError(
-                        f"{self.label} planned no work in {idle_tries} calls while {len(ledger.requests)} requests and {len(ledger.jobs)} jobs "
-                        f"could go on and nothing was to arrive (last reason: {plan.why or 'none given'!r}). "
+                        f"{self.label} planned no work in {idle_tries} calls while {len(ledger.requests)} requests and "
+                        f"{len(ledger.jobs)} jobs could go on and nothing was to arrive (last reason: {plan.why or 'none given'!r}). "
                         "Plan some of view.running, view.waiting or view.jobs, reject what you refuse, or call plan.wait."
                     )
 
@@ -412,7 +413,7 @@ class _Run:
         try:
             self.where = "executor failed"
             result = self.executor.step(batch)
-            _check_result(result)
+            check_result(result)
         except BaseException:
             ledger.rollback(batch)
             raise
@@ -508,80 +509,4 @@ class _Run:
             measure=self.measure,
             interrupted=interrupted,
             error=error,
-        )
-
-
-def _checked_requests(trace: Any) -> tuple[Request, ...]:
-    """The trace's requests. Raises TypeError for anything else, ValueError for a name twice, a bad time or a parent that is not there."""
-    requests = tuple(getattr(trace, "requests", trace))
-    for request in requests:
-        if not isinstance(request, Request):
-            raise TypeError(f"a trace must hold Request values, got {type(request).__name__}. Use Trace.from_frame, or a list of Request.")
-        if not (math.isfinite(request.arrival_s) and request.arrival_s >= 0 and request.think_s >= 0):
-            raise ValueError(
-                f"arrival_s and think_s must be at least 0 seconds and finite, request {request.request_id!r} has {request.arrival_s}"
-            )
-    names = {r.request_id for r in requests}
-    if len(names) < len(requests):
-        seen: set[str] = set()
-        twice = next(r.request_id for r in requests if r.request_id in seen or seen.add(r.request_id))
-        raise ValueError(f"request ids must be unique, got {twice!r} twice")
-    parents = {r.request_id: r.parent_id for r in requests if r.parent_id is not None}
-    for name, parent in parents.items():
-        if parent not in names:
-            raise ValueError(f"parent_id must name a request of the trace, {name!r} has {parent!r}. {did_you_mean(parent, list(names))}")
-        ancestors = {name}
-        while parent is not None:
-            if parent in ancestors:
-                raise ValueError(f"a session must begin with a request without parent_id, got a circle through {name!r}")
-            ancestors.add(parent)
-            parent = parents.get(parent)
-    return requests
-
-
-def _check_options(
-    policy: Any, jobs: Sequence[FinetuneJob], clock: str, planning: Any, overlap: bool, measure: Any, executor: Executor
-) -> None:
-    if inspect.isclass(policy) or not callable(policy):
-        name = getattr(policy, "__name__", repr(policy))
-        raise TypeError(f"policy must be callable as policy(view, plan), got {name}. Pass an instance, such as {name}().")
-    require(clock in ("virtual", "wall"), "clock must be 'virtual' or 'wall'", clock)
-    if isinstance(planning, str):
-        require(planning in ("measured", "recorded"), "planning must be 'measured', 'recorded' or seconds", planning)
-        if planning == "recorded" and not hasattr(executor, "planning_s"):
-            raise ValueError(
-                f"planning='recorded' needs an executor that recorded planning times, got {executor.info.name!r}. Use Recorded(replay), or seconds."
-            )
-    else:
-        require(planning >= 0, "planning must be at least 0 seconds, 'measured' or 'recorded'", planning)
-    require(not (overlap and clock == "wall"), "overlap=True needs clock='virtual'", clock)
-    require(measure is None or 0 <= measure[0] < measure[1], "measure must be (start_s, end_s) with 0 <= start_s < end_s", measure)
-    ids = [job.id for job in jobs]
-    twice = next((i for i in ids if ids.count(i) > 1), None)
-    require(twice is None, "job ids must be unique", twice, "Give one of them a job_id.")
-
-
-def _check_slo(slo: SLO | Mapping[str, SLO] | None, requests: Sequence[Request]) -> None:
-    if isinstance(slo, Mapping):
-        from workbench.metrics import slo_of
-
-        for slo_class in {r.slo_class for r in requests}:
-            slo_of(slo, slo_class)
-
-
-def _check_result(result: StepResult) -> None:
-    if not (math.isfinite(result.duration_s) and result.duration_s >= 0):
-        raise RuntimeError(f"an executor must report a finite duration of at least 0 s, got {result.duration_s}")
-
-
-def _warn_of_ties(requests: Sequence[Request]) -> None:
-    """Whole-second clocks tie arrivals that were apart, which moves tails of TTFT by a factor."""
-    times = [r.arrival_s for r in requests]
-    num_tied = len(times) - len(set(times))
-    if num_tied and len(set(times)) > 1 and all(t == int(t) for t in times):
-        warnings.warn(
-            f"all arrivals fall on whole seconds and {num_tied} of {len(times)} tie, which distorts waiting times: "
-            "spread them with trace.jitter(1.0, seed=0)",
-            UserWarning,
-            stacklevel=4,
         )

@@ -113,8 +113,8 @@ class Replay:
 
     def __repr__(self) -> str:
         end = f", interrupted={self.interrupted}, error={self.error!r}" if self.interrupted or self.error else ""
-        loop = self.settings.get("loop", "open")
-        return f"Replay({self.policy} on {self.executor.name}, {len(self.trace_requests)} requests ({loop} loop), {len(self.steps)} steps{end})"
+        loop, num = self.settings.get("loop", "open"), len(self.trace_requests)
+        return f"Replay({self.policy} on {self.executor.name}, {num} requests ({loop} loop), {len(self.steps)} steps{end})"
 
     def save(self, folder: str | Path) -> Path:
         """Write the replay as parquet and JSON files into `folder`, which is made; `load_replay` reads it back."""
@@ -156,8 +156,11 @@ def load_replay(folder: str | Path) -> Replay:
         raise FileNotFoundError(f"a replay folder must hold {RECORD_FILE}, got {str(folder)!r}. Pass the folder given to save().")
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     executor = record["executor"] | {name: frozenset(record["executor"][name]) for name in ("can", "eos_token_ids")}
+    frames = {name: _objects(pd.read_parquet(folder / f"{name}.parquet")) for name in ("events", "steps", "work")}
     return Replay(
-        **{name: _objects(pd.read_parquet(folder / f"{name}.parquet")) for name in ("events", "steps", "work")},
+        events=frames["events"],
+        steps=frames["steps"],
+        work=frames["work"],
         results=[_result_of(row) for row in pd.read_parquet(folder / "results.parquet").itertuples(index=False)],
         outputs={name: tuple(ids) for name, ids in record["outputs"].items()},
         trace_requests=[_request_of(row) for row in _objects(pd.read_parquet(folder / "requests.parquet")).to_dict("records")],
@@ -233,7 +236,8 @@ def _job_record(job: FinetuneJob) -> dict[str, Any]:
 
 
 def _job_of(record: dict[str, Any]) -> FinetuneJob:
-    return FinetuneJob(**record | {"targets": tuple(record["targets"]), "betas": tuple(record["betas"])})
+    values: dict[str, Any] = record | {"targets": tuple(record["targets"]), "betas": tuple(record["betas"])}
+    return FinetuneJob(**values)
 
 
 def _slo_record(slo: SLO | Mapping[str, SLO] | None) -> dict[str, Any] | None:

@@ -81,7 +81,7 @@ def _shape_record(shape: JobShape) -> dict[str, Any]:
 
 def _shape_of(record: dict[str, Any]) -> RecordedShape:
     def micro_batches(rows: list[dict[str, Any]]) -> list[MicroBatch]:
-        return [MicroBatch(**row | {"documents": tuple(row["documents"])}) for row in rows]
+        return [MicroBatch(tuple(r["documents"]), r["labelled"], r["ends_window"], r["window_labelled"]) for r in rows]
 
     return RecordedShape(
         micro_batches(record["kinds"]),
