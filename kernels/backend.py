@@ -27,14 +27,17 @@ except ImportError:
 
     triton = tl = _Missing()  # type: ignore[assignment]
 
+# Triton's decorator without its types: kernels are a dialect, and launches pass plain numbers for its constants.
+jit: Any = triton.jit
+
 # Triton reads the variable when a kernel is decorated, so it counts as it was at import.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-__all__ = ["IS_INTERPRETED", "dot", "num_processors", "tl", "triton", "uses_triton", "wide_dtype"]
+__all__ = ["IS_INTERPRETED", "dot", "jit", "num_processors", "tl", "triton", "uses_triton", "wide_dtype"]
 
 
-@triton.jit
-def dot(a, b, acc, WIDE: tl.constexpr):
+@jit
+def dot(a, b, acc, WIDE: tl.constexpr):  # type: ignore[valid-type]
     """acc + a b with fp32 accumulation; fp32 inputs are multiplied exactly (no TF32). WIDE: the interpreter's bf16 product is wrong."""
     if WIDE:
         a = a.to(tl.float32)

@@ -95,9 +95,7 @@ def _attention_case(op: str, query: int, context: int, sequences: int) -> Case:
     return Case(
         op=op,
         shape=f"B={sequences}, {query} queries on {context} keys, 32/8 heads of 128",
-        check=lambda: problems.paged_attention_errors(
-            [query] * min(sequences, 4), [context] * min(sequences, 4), (8, 2), size, BF16, "cuda"
-        ),
+        check=lambda: problems.paged_attention_errors([query] * checked, [context] * checked, (8, 2), size, BF16, "cuda"),
         prepare=prepare,
         num_bytes=2 * sequences * size * (2 * context * kv_heads + 2 * query * heads),
         flops=4 * pairs * heads * size,

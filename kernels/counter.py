@@ -11,7 +11,7 @@ Legend: B sequences, V vocabulary, T rows. The CPU path and the Triton path give
 import torch
 from jaxtyping import Float, Int64
 
-from kernels.backend import tl, triton, uses_triton
+from kernels.backend import jit, tl, triton, uses_triton
 from kernels.counters import count
 
 _MASK = 0xFFFFFFFF
@@ -72,7 +72,7 @@ def _threshold(p: float) -> int:
     return min(round(p * 2**32), _MASK)
 
 
-@triton.jit
+@jit
 def gumbel_kernel(seeds, positions, out, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -89,7 +89,7 @@ def gumbel_kernel(seeds, positions, out, V, BLOCK: tl.constexpr):
         tl.store(out + row * V + token, -tl.log(-tl.log(uniform)), mask=token < V)
 
 
-@triton.jit
+@jit
 def dropout_kernel(rows, out, seed, micro_step, tag, threshold, keep_scale, C, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

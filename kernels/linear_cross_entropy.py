@@ -9,7 +9,7 @@ Ideas: Liger Kernel's fused linear cross-entropy (arXiv 2410.10989), Cut Cross-E
 import torch
 from jaxtyping import Float, Int64
 
-from kernels.backend import num_processors, tl, triton, uses_triton, wide_dtype
+from kernels.backend import jit, num_processors, tl, uses_triton, wide_dtype
 from kernels.counters import count
 from kernels.plan import plan
 
@@ -35,7 +35,7 @@ def linear_cross_entropy_reference(
     return loss.to(torch.float32), grad
 
 
-@triton.jit
+@jit
 def softmax_loss_kernel(logits, labels, losses, V, scale, NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """One row: its cross-entropy, and scale * (softmax - onehot) over its logits in place."""
     row = tl.program_id(0).to(tl.int64)

@@ -9,18 +9,18 @@ added up by their reader, always in the same order. One program owns one tile (o
 to one address and nothing is atomic. v is rounded to the input's dtype before the second product, as in PEFT.
 """
 
-from kernels.backend import dot, tl, triton
+from kernels.backend import dot, jit, tl
 
 _WORDS = tl.constexpr(8)
 
 
-@triton.jit
+@jit
 def load_entry(entries, slot, num_slots, slice, dtype: tl.constexpr, RANK_MULTIPLE: tl.constexpr, COLUMN_MULTIPLE: tl.constexpr):
     """(A, B, rank, scale, first column, width) of a table entry."""
     entry = entries + (slice * num_slots + slot).to(tl.int64) * _WORDS
     # Addresses come from memory, so the compiler must be told their alignment, or it emits one scalar load per element.
-    a = tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16)
-    b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16)
+    a = tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16)  # type: ignore[arg-type]
+    b = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16)  # type: ignore[arg-type]
     rank = tl.multiple_of(tl.load(entry + 2).to(tl.int32), RANK_MULTIPLE)
     scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
     column = tl.multiple_of(tl.load(entry + 4).to(tl.int32), COLUMN_MULTIPLE)
@@ -28,7 +28,7 @@ def load_entry(entries, slot, num_slots, slice, dtype: tl.constexpr, RANK_MULTIP
     return a, b, rank, scale, column, width
 
 
-@triton.jit
+@jit
 def load_partials(partials, rows, row_mask, r, rank, split_stride, R: tl.constexpr, SPLITS: tl.constexpr):
     """v [rows, ranks] in fp32: the sum of its splits, in order. `partials` points at the slice."""
     at = partials + rows[:, None] * R + r[None, :]
@@ -40,7 +40,7 @@ def load_partials(partials, rows, row_mask, r, rank, split_stride, R: tl.constex
     return total
 
 
-@triton.jit
+@jit
 def shrink_kernel(
     source,
     tiles,
@@ -99,7 +99,7 @@ def shrink_kernel(
         tl.store(out + r[None, :], acc, mask=row_mask[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@jit
 def expand_kernel(
     y,
     tiles,
@@ -142,7 +142,7 @@ def expand_kernel(
     tl.store(y_at, (old.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=y_mask)
 
 
-@triton.jit
+@jit
 def expand_dx_kernel(
     dx,
     tiles,
@@ -185,7 +185,7 @@ def expand_dx_kernel(
     tl.store(dx + rows[:, None] * K + k[None, :], acc.to(dx.dtype.element_ty), mask=row_mask[:, None] & (k < K)[None, :])
 
 
-@triton.jit
+@jit
 def outer_kernel(
     source,
     chunks,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32, Int64
 
-from kernels.backend import IS_INTERPRETED, dot, num_processors, tl, triton, uses_triton
+from kernels.backend import IS_INTERPRETED, dot, jit, num_processors, tl, triton, uses_triton
 from kernels.counters import count
 from kernels.plan import Launch, plan, power_of_two
 
@@ -63,7 +63,7 @@ def _padded_decode(
     return out[:, :, 0]
 
 
-@triton.jit
+@jit
 def find_sequence(tile, cu_seqlens_q, N, BLOCK_Q: tl.constexpr):
     """The last sequence i whose first tile, cu_seqlens_q[i] // BLOCK_Q + i, is at most `tile`. Every sequence has tiles enough."""
     low = 0
@@ -77,7 +77,7 @@ def find_sequence(tile, cu_seqlens_q, N, BLOCK_Q: tl.constexpr):
     return low
 
 
-@triton.jit
+@jit
 def attention_kernel(
     q,
     k_cache,
@@ -173,7 +173,7 @@ def attention_kernel(
         tl.store(logsums + place, logsum, mask=m_mask)
 
 
-@triton.jit
+@jit
 def merge_kernel(parts, logsums, out, rows, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[row] = sum over splits of 2^logsum part / sum of 2^logsum, row counting (query, head)."""
     row = tl.program_id(0).to(tl.int64)
@@ -187,7 +187,7 @@ def merge_kernel(parts, logsums, out, rows, D: tl.constexpr, SPLITS: tl.constexp
     tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@jit
 def store_kernel(
     k,
     v,
