@@ -1,7 +1,9 @@
 """Adapters as values: PEFT directories in and out with equal logits; every directory that PEFT would serve otherwise refused."""
 
+import copy
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +36,6 @@ def made_by_peft(folder: Path, base=BASE, **options) -> torch.Tensor:
 
 def merged_logits(base, weights: AdapterWeights) -> torch.Tensor:
     """Logits of the base with W + scale B A written out: an oracle that knows nothing of PEFT."""
-    import copy
-
     model = copy.deepcopy(base).double()
     for key, (a, b) in weights.tensors.items():
         linear = model.get_submodule(module_path(key))
@@ -220,11 +220,18 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_an_adapter_that_cannot_be_served_exactly_is_refused(case, tmp_path):
-    damage, error, message = BAD[case]
-    folder = tmp_path / "mine"
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
     made_by_peft(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_adapter_that_cannot_be_served_exactly_is_refused(case, good, tmp_path):
+    damage, error, message = BAD[case]
+    folder = Path(shutil.copytree(good, tmp_path / "mine"))
+    load_peft(folder, DIMS, "mine")
     damage(folder)
     with pytest.raises(error, match=message):
         load_peft(folder, DIMS, "mine")

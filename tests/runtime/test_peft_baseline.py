@@ -1,5 +1,6 @@
 """The baseline is what it stands for: transformers and PEFT, static padded batches, an ordinary training loop."""
 
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -52,11 +53,15 @@ def request(name: str, length: int, adapter: str | None = None, **values) -> Req
     return Request(request_id=name, prompt_tokens=length, adapter=adapter, prompt_token_ids=ids, **values)
 
 
+@cache
+def alone(model_path: Path, adapter: str | None) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    return model if adapter is None else peft.PeftModel.from_pretrained(model, model_path / "adapters" / adapter).eval()
+
+
 def generated(model_path: Path, asked: Request, tokens: int) -> list[int]:
     """The same request alone, by transformers' own generate."""
-    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
-    if asked.adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, model_path / "adapters" / asked.adapter).eval()
+    model = alone(model_path, asked.adapter)
     ids = torch.tensor([asked.prompt_token_ids])
     out = model.generate(input_ids=ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0)
     return out[0, ids.shape[1] :].tolist()
@@ -94,6 +99,12 @@ def test_a_static_batch_gives_the_tokens_of_transformers_generate(baseline, mode
         driver.step()
     for r in asked:
         assert driver.outputs[r.request_id] == generated(model_path, r, 6)
+
+
+def test_the_requests_of_these_tests_get_varied_tokens(model_path):
+    outputs = [generated(model_path, request("r", 11, adapter), 6) for adapter in (None, *ADAPTERS)]
+    assert len({tuple(o) for o in outputs}) == 3
+    assert all(len(set(o)) >= 3 for o in outputs)
 
 
 def test_adapters_and_the_base_take_turns_without_touching_one_another(baseline, model_path):

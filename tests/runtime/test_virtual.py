@@ -213,7 +213,7 @@ def test_training_goes_on_after_attach_as_if_the_adapter_had_stayed(base):
 
 
 CHILD = """
-import pickle, sys, torch
+import transformers, pickle, sys, torch
 from workbench.runtime.virtual import VirtualModule
 from workbench.runtime.weights import random_base
 carried = pickle.load(open(sys.argv[1], "rb"))
