@@ -55,9 +55,10 @@ check: $(STAMP) ## format, lint (notebooks too) and types
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-format: $(STAMP) ## format and sort imports in place
+format: $(STAMP) ## format and sort imports in place, refresh README's tree
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+	$(PY) scripts/readme_tree.py
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(OFFLINE) $(PY) -m pytest tests/gpu $(PYTEST_ARGS)

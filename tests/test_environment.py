@@ -41,7 +41,9 @@ def requirements(extra: str | None = None) -> dict[str, Requirement]:
 def pins() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in found), "constraints.txt holds exact pins and comments only"
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in found), (
+        "constraints.txt holds exact pins and comments only"
+    )
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in found)}
 
 
@@ -121,5 +123,7 @@ def test_every_import_of_the_packages_is_a_declared_dependency(folder):
 
 
 def test_every_import_of_the_tests_and_scripts_is_a_declared_dependency():
-    comes_along = {"packaging", "nbformat", "ipython", "traitlets"}  # of pytest, nbclient and ipywidgets
-    assert (imported_packages("tests") | imported_packages("scripts")) - set(requirements()) - set(requirements("dev")) - comes_along == set()
+    comes_along = {"packaging", "nbformat", "ipython", "traitlets", "jupyter-client"}  # of pytest, nbclient and ipywidgets
+    assert (imported_packages("tests") | imported_packages("scripts")) - set(requirements()) - set(
+        requirements("dev")
+    ) - comes_along == set()

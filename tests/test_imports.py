@@ -125,7 +125,10 @@ def fake_distribution(tmp_path_factory) -> Path:
 
 
 # The lazy parts too: transformers' models, where it looks for the distribution, and our engine, where we need our own folder.
-BOTH = "import transformers.models.llama.modeling_llama; print('transformers works')", "import workbench; workbench.Engine; print('workbench works')"
+BOTH = (
+    "import transformers.models.llama.modeling_llama; print('transformers works')",
+    "import workbench; workbench.Engine; print('workbench works')",
+)
 
 
 @pytest.mark.parametrize("order", ["transformers first", "workbench first"])

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from tests.mutations.harness import ROOT, apply, copy_tree, run_test
 from tests.mutations.table import MUTATIONS, Mutation
 

@@ -3,35 +3,27 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import readme_tree  # noqa: E402  (scripts are no package)
+
 README = ROOT / "README.md"
 SOURCES = [file for folder in ("workbench", "kernels", "scripts") for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def tree_paths() -> set[str]:
-    """Paths of the README's tree block: a folder's line ends with a slash, its entries are indented by two spaces."""
-    block = re.search(r"## The tree\n+```\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert block is not None, "README.md must have a section `## The tree` with a code block"
-    paths, folders = set(), []
-    for line in block.group(1).splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        folders = [*folders[:depth], name] if name.endswith("/") else folders[:depth]
-        paths.add("".join(folders) if name.endswith("/") else "".join(folders) + name)
-    return paths
+def test_readme_has_the_tree_as_it_is():
+    text = README.read_text(encoding="utf-8")
+    assert readme_tree.updated(text) == text, "README's tree is older than the files. Run `make format`."
 
 
-def test_readme_has_a_line_for_every_source_file():
-    told = tree_paths()
-    files = {file.relative_to(ROOT).as_posix() for file in SOURCES if file.name != "__init__.py" or len(file.read_text()) > 200}
-    assert files - told == set(), "files without a line in README's tree"
-
-
-def test_readme_names_no_file_that_is_not_there():
-    assert {path for path in tree_paths() if not (ROOT / path).exists()} == set()
+def test_readme_shows_no_picture_and_links_to_no_file_that_is_not_there():
+    links = re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_readme_names_every_make_target():
@@ -52,15 +44,9 @@ def test_every_module_says_what_it_is_and_shape_annotations_are_evaluated(file):
     assert not re.search(r"\bTODO(?!\()", source), "a TODO names its trigger: TODO(when ...)"
 
 
-def functions_with_open_keywords(tree: ast.AST) -> list[str]:
-    """Public functions that take **kwargs: an option that is spelled wrong would never apply."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    return [node.name for node in nodes if node.args.kwarg is not None and node.args.kwarg.arg in ("kwargs", "kw", "args")]
-
-
-def test_no_public_function_swallows_unknown_options():
+def test_no_option_is_looked_up_by_a_name_that_may_be_spelled_wrong():
     for file in SOURCES:
-        assert functions_with_open_keywords(ast.parse(file.read_text(encoding="utf-8"))) == [], file.name
+        assert not re.search(r"\bkw(arg)?s\.(get|pop)\(", file.read_text(encoding="utf-8")), f"{file.name}: name the parameter instead"
 
 
 def test_nothing_committed_is_larger_than_it_needs_to_be():

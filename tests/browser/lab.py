@@ -111,4 +111,6 @@ def wait_until_up(lab: Lab, process: subprocess.Popen, log: Path) -> None:
             return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.2)
-    raise RuntimeError(f"JupyterLab must answer within {START_S} s, got exit status {process.poll()}:\n{log.read_text(errors='replace')[-4000:]}")
+    raise RuntimeError(
+        f"JupyterLab must answer within {START_S} s, got exit status {process.poll()}:\n{log.read_text(errors='replace')[-4000:]}"
+    )
