@@ -308,7 +308,7 @@ class Ledger:
             self.blocks.give(s.blocks)
             if s.key is not None:
                 self.slots.drop(s.key)
-            s.blocks, s.capacity, s.prefilled = [], 0, 0
+            s.blocks, s.table, s.capacity, s.prefilled = [], (), 0, 0
 
     def leave_queues(self, s: RequestState) -> None:
         for queue in (self.running, self.begun, self.preempted, self.fresh):
@@ -385,13 +385,13 @@ class Ledger:
         self.blocks.give(s.blocks)
         if s.key is not None:
             self.slots.drop(s.key)
-        s.blocks, s.capacity, s.prefilled = [], 0, 0
+        s.blocks, s.table, s.capacity, s.prefilled = [], (), 0, 0
 
     def _unrelease(self, s: RequestState, blocks: list[int], capacity: int, prefilled: int) -> None:
         self.blocks.untake(blocks)
         if s.key is not None:
             self.slots.undrop(s.key)
-        s.blocks, s.capacity, s.prefilled = blocks, capacity, prefilled
+        s.blocks, s.table, s.capacity, s.prefilled = blocks, (), capacity, prefilled
 
     def _swap_slots(self, plan: Plan, undo: list[Any]) -> tuple[AdapterLoad, ...]:
         if not plan.loads and not plan.evicted:
@@ -429,18 +429,22 @@ class Ledger:
 
     def _unbegin(self, s: RequestState, key: Version | None, info: AdapterInfo | None) -> None:
         self.blocks.give(s.blocks)
-        s.blocks, s.capacity, s.key, s.info = [], 0, key, info
+        s.blocks, s.table, s.capacity, s.key, s.info = [], (), 0, key, info
 
     def _decode_segment(self, s: RequestState, undo: list[Any]) -> Segment:
         if s.capacity < s.context:
             s.blocks += self.blocks.take(1)
             s.capacity += self.info.block_tokens
+            s.table = ()
             undo.append((self._ungrow, (s,)))
+        if not s.table:
+            s.table = tuple(s.blocks)
         version = 0 if s.key is None else s.key[1]
-        return Segment("decode", s.id, s.adapter, version, s.context - 1, 1, tuple(s.blocks), True)
+        return Segment("decode", s.id, s.adapter, version, s.context - 1, 1, s.table, True)
 
     def _ungrow(self, s: RequestState) -> None:
         self.blocks.give([s.blocks.pop()])
+        s.table = ()
         s.capacity -= self.info.block_tokens
 
     def _training_segment(self, plan: Plan, j: JobState, n: int, kind: Any, undo: list[Any]) -> Segment:

@@ -13,6 +13,7 @@ JobPhase = Literal["forward", "backward", "evaluate", "finished", "stopped"]
 class RequestState:
     """One request. `context` is prompt + generated tokens: the KV tokens that its next decode needs; `capacity` is what its blocks hold.
 
+    `table` is `blocks` as a tuple, or empty where that has to be made anew.
     `limit` is the output length at which it ends (the trace's, or max_tokens); `key` the pinned (adapter, version), None for the base.
     A request holds blocks exactly while it holds its slot and counts as resident.
     """
@@ -40,6 +41,7 @@ class RequestState:
         "request",
         "seq",
         "slo",
+        "table",
         "view",
     )
 
@@ -62,6 +64,7 @@ class RequestState:
         self.context = request.prompt_tokens
         self.capacity = 0
         self.blocks: list[int] = []
+        self.table: tuple[int, ...] = ()
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self.preemptions = 0
