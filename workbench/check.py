@@ -177,8 +177,8 @@ class _Check:
 
     def run(self) -> None:
         workload, jobs = self.workload, self.workload.jobs
-        # jobs alone never end by themselves: 20 micro-batches show what there is to see
-        shapes = {job.id: FixedShape((64, 64), 20 if not workload.requests else 10_000, 2) for job in jobs}
+        # a job alone has to end: 20 micro-batches show what there is to see
+        shapes = {job.id: FixedShape((64, 64), 20 if not workload.requests else self.max_steps, 2) for job in jobs}
         executor = FixedCost(info=workload.info, adapters=workload.adapters, shapes=shapes, fails=self._limit)
         try:
             self.result = replay(workload.requests, executor=executor, policy=self, jobs=jobs, planning=0.0, progress=False)

@@ -79,6 +79,7 @@ class Ledger:
         self._running_views: tuple[RequestView, ...] | None = ()
         self._waiting_views: tuple[RequestView, ...] | None = ()
         self._job_views: tuple[JobView, ...] = ()
+        self._job_tokens: dict[str, int] = {}
         self._arrived: list[RequestView] = []
         self._finished: list[RequestView] = []
 
@@ -234,14 +235,17 @@ class Ledger:
     def check_job(self, job: FinetuneJob, shape: JobShape) -> None:
         """Raise ValueError when the job could never run here."""
         info = self.info
-        check_job(job, shape, activation_tokens=info.activation_tokens, max_batch_tokens=info.max_batch_tokens, can=info.can)
+        self._job_tokens[job.id] = check_job(
+            job, shape, activation_tokens=info.activation_tokens, max_batch_tokens=info.max_batch_tokens, can=info.can
+        )
 
     def add_job(self, job: FinetuneJob, shape: JobShape, now_s: float) -> None:
         """A job arrives. Raises ValueError when its id is taken or a micro-batch is larger than the arena."""
         if job.id in self.jobs:
             raise ValueError(f"job ids must be unique, got {job.id!r} twice. Give one of them a job_id.")
-        self.check_job(job, shape)
-        state = JobState(job, shape, self.info.num_layers)
+        if job.id not in self._job_tokens:
+            self.check_job(job, shape)
+        state = JobState(job, shape, self.info.num_layers, self._job_tokens[job.id])
         state.arrival_s = state.last_progress_s = now_s
         state.view = JobView(state)
         self.log(now_s, "job_arrived", state.id, job.adapter)

@@ -105,7 +105,7 @@ class JobState:
         "view",
     )
 
-    def __init__(self, job: FinetuneJob, shape: JobShape, num_layers: int) -> None:
+    def __init__(self, job: FinetuneJob, shape: JobShape, num_layers: int, total_tokens: int) -> None:
         self.job = job
         self.id = job.id
         self.shape = shape
@@ -116,7 +116,7 @@ class JobState:
         self.evaluation: tuple[MicroBatch, ...] = tuple(shape.evaluation())
         self.index = shape.first_micro_batch
         self.optimizer_steps = sum(shape.micro_batch(i).ends_window for i in range(self.index))
-        self.total_tokens = sum(shape.micro_batch(i).tokens for i in range(self.index, shape.num_micro_batches))
+        self.total_tokens = total_tokens
         self.committed_tokens = 0
         self.phase: JobPhase = "forward" if self.index < shape.num_micro_batches else "finished"
         self.micro_batch: MicroBatch | None = shape.micro_batch(self.index) if self.phase == "forward" else None
@@ -149,12 +149,13 @@ class JobState:
             self.phase, self.micro_batch = "finished", None
 
 
-def check_job(job: FinetuneJob, shape: JobShape, *, activation_tokens: int, max_batch_tokens: int, can: frozenset[str]) -> None:
-    """Raise ValueError for a job whose micro-batches could never run within an executor's limits."""
+def check_job(job: FinetuneJob, shape: JobShape, *, activation_tokens: int, max_batch_tokens: int, can: frozenset[str]) -> int:
+    """The tokens that the job has to train. Raises ValueError if a micro-batch could never run within an executor's limits."""
     sizes = [shape.micro_batch(i).tokens for i in range(shape.first_micro_batch, shape.num_micro_batches)]
+    total_tokens = sum(sizes)
     sizes += [m.tokens for m in shape.evaluation()]
     if not sizes:
-        return
+        return 0
     largest = max(sizes)
     if min(sizes) < 1:
         raise ValueError(
@@ -170,3 +171,4 @@ def check_job(job: FinetuneJob, shape: JobShape, *, activation_tokens: int, max_
             f"a micro-batch must fit max_batch_tokens={max_batch_tokens} on an executor that cannot cut it, job {job.id!r} has one of "
             f"{largest} tokens. Raise EngineConfig.max_batch_tokens, or lower the job's batch_size or max_tokens."
         )
+    return total_tokens
