@@ -178,7 +178,9 @@ def test_detach_carry_attach_gives_bit_equal_outputs(name):
     base = random_base(name)
     plain = base(IDS).logits
     view = VirtualModule(base)
-    adapted(view, targets=("q_proj", "k_proj", "o_proj", "up_proj"), r=3, rank_pattern={"k_proj": 7}, use_rslora=True).eval()
+    adapted(
+        view, targets=("q_proj", "k_proj", "o_proj", "up_proj"), r=3, rank_pattern={"k_proj": 7}, use_rslora=True, lora_dropout=0.5
+    ).eval()
     before = view(IDS).logits
     carried = view.detach()
     assert torch.equal(view(IDS).logits, plain)
@@ -201,6 +203,15 @@ def test_a_carried_adapter_keeps_dtype_and_what_was_trained():
     view.attach(carried)
     assert torch.equal(view(IDS).logits, before)
     assert {n for n, p in view.named_parameters() if p.requires_grad} == {n for n, _ in view.named_parameters() if "lora_" in n}
+
+
+def test_what_was_frozen_stays_frozen_through_detach_and_attach(base):
+    view = VirtualModule(base)
+    adapted(view)
+    view.model.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in view.named_parameters()}
+    assert set(before.values()) == {True, False}
+    assert {n: p.requires_grad for n, p in view.attach(view.detach()).named_parameters()} == before
 
 
 def test_training_goes_on_after_attach_as_if_the_adapter_had_stayed(base):

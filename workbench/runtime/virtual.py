@@ -63,7 +63,7 @@ RESIZE_ADVICE = (
 class _Shared(Tensor):
     """A tensor over shared storage that refuses to be written by any in-place method."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 class SharedParameter(nn.Parameter):
@@ -216,7 +216,8 @@ class VirtualModule(metaclass=_IsView):
     @classmethod
     def with_adapter(cls, base: nn.Module, weights: AdapterWeights) -> Any:
         """A view of `base` with these weights on it, in their own dtype: as PEFT computes with them."""
-        return cls(base).attach(CarriedAdapter.of(weights))
+        view: Any = cls(base)
+        return view.attach(CarriedAdapter.of(weights))
 
 
 def has_views(base: nn.Module) -> bool:
@@ -296,10 +297,10 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> CarriedAdapter:
     The module is then as it was before the injection. Raises ValueError for an unknown or ambiguous name, or an adapter with
     modules_to_save (copies of base modules are not carried).
     """
-    configs = getattr(model, "peft_config", {})
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
     if name is None:
         require(len(configs) == 1, "the adapter must be named unless there is exactly one", sorted(configs), "Pass its name.")
-        name = next(iter(configs))
+        (name,) = configs
     if name not in configs:
         raise ValueError(f"adapter must be one of this module's, got {name!r}. {did_you_mean(name, list(configs))}")
     if any(isinstance(m, AuxiliaryTrainingWrapper) for m in model.modules()):

@@ -307,7 +307,7 @@ def load_base(path: str | Path, *, device: str | torch.device = "cpu", dtype: to
     Dims.of(config)
     _check_files(folder)
     try:
-        base, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -317,6 +317,7 @@ def load_base(path: str | Path, *, device: str | torch.device = "cpu", dtype: to
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: the checkpoint must fit its config.json, got: {error}. Fetch the model again.") from error
+    base, info = loaded
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(what):
             keys = sorted(map(str, info[what]))
@@ -337,7 +338,7 @@ def random_base(
     config = shapes.config(shape) if isinstance(shape, str) else shape
     Dims.of(config)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     base.to_empty(device=target)
     base.tie_weights()
     base.model.rotary_emb = type(base.model.rotary_emb)(config=config).to(target)
