@@ -310,5 +310,3 @@ class Executor(Protocol):
 def as_record(value: Any) -> dict[str, Any]:
     """A frozen value as a flat dict (one level), for a frame's row."""
     return {f.name: getattr(value, f.name) for f in fields(value)}
-
-

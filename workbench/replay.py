@@ -161,8 +161,10 @@ class _Run:
             if self.bar is not None:
                 self.bar.close()
             self._collect_outputs()
-            self.ledger.close(float(self.env.now))
-            self.executor.end()
+            try:
+                self.ledger.close(float(self.env.now))
+            finally:
+                self.executor.end()
         if isinstance(self.failure, KeyboardInterrupt):
             interrupted, self.failure = True, None
         if self.failure is None:
