@@ -48,8 +48,9 @@ class EngineConfig:
     """Limits and modes of one engine. Sizes in tokens unless named otherwise; None: chosen from the model and the memory at hand.
 
     `max_batch_tokens` bounds the packed tokens of a step, `max_requests` the resident requests, `num_blocks` the KV pool in blocks of
-    `block_tokens` tokens, `num_slots` the adapter versions on the device, `max_jobs` the fine-tune jobs of one replay, `activation_tokens` the arena of kept fine-tune
-    activations. `deterministic` asks for reductions in a fixed order (slower).
+    `block_tokens` tokens, `num_slots` the adapter versions on the device, `max_jobs` the fine-tune jobs of one replay,
+    `activation_tokens` the arena of kept fine-tune activations. `deterministic` asks for reductions in a fixed order (slower).
+    `graphs` records batches of decodes as CUDA graphs.
     """
 
     max_model_len: int | None = None
@@ -62,6 +63,7 @@ class EngineConfig:
     max_jobs: int = 8
     activation_tokens: int | None = None
     deterministic: bool = False
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_requests", "block_tokens", "num_slots", "max_batch_adapters", "max_jobs"):

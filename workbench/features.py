@@ -43,7 +43,7 @@ def causal_pairs(documents: Sequence[int], start: int, tokens: int) -> int:
 class Work:
     """Running totals of `NAMES` for a batch that is being planned. `copy()` and `add_*` make what-ifs cheap."""
 
-    __slots__ = ("values", "adapters")
+    __slots__ = ("adapters", "values")
 
     def __init__(self, values: Iterable[float] | None = None, adapters: Iterable[tuple[str, int]] = ()) -> None:
         self.values: list[float] = list(values) if values is not None else [0.0] * len(NAMES)

@@ -14,6 +14,7 @@ from kernels.layout import SegmentLayout
 from kernels.paged_attention import store_kv
 from kernels.plan import plan
 from kernels.problems import cross_entropy_errors, lora_errors, paged_attention_errors
+from kernels.rotary import rotary, rotary_reference
 from kernels.segmented_lora import SlotWeights, segmented_lora
 from kernels.testing import random_tensor, relative_error
 
@@ -101,3 +102,17 @@ def test_store_kv_writes_strided_rows():
     for cache, rows in zip(caches, (buffer[:, :3], buffer[:, 4:7]), strict=True):
         assert torch.equal(cache.view(16, 3, 8)[slots], rows)
         assert cache.abs().sum() == rows.abs().sum()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "size"), [(1, 8), (5, 24), (20, 128)])
+def test_rotary_of_a_strided_slice(heads, size, dtype):
+    buffer = random_tensor((6, heads + 2, size), 0, dtype, "cpu")
+    angle = random_tensor((6, size // 2), 1, torch.float32, "cpu")
+    cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+    x = buffer[:, :heads].detach().requires_grad_()
+    y = rotary(x, cos, sin)
+    assert relative_error(y, rotary_reference(x.double(), cos.double(), sin.double())) < TOLERANCE[dtype]
+    dy = random_tensor(y.shape, 2, dtype, "cpu")
+    expected = rotary_reference(dy.double(), cos.double(), -sin.double())
+    assert relative_error(torch.autograd.grad(y, x, dy)[0], expected) < TOLERANCE[dtype]

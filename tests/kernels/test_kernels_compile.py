@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import counter, linear_cross_entropy, lora_kernels, paged_attention
+from kernels import counter, linear_cross_entropy, lora_kernels, paged_attention, rotary
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {
@@ -18,6 +18,7 @@ TYPES = {
     "cu_seqlens_q": "*i32", "context_lens": "*i32", "logsums": "*fp32", "parts": "*fp32", "slot_mapping": "*i64", "logits":
     "*bf16", "labels": "*i64", "rows": "i32", "losses": "*fp32", "seeds": "*i64", "positions": "*i64", "scale": "fp32",
     "scale_log2": "fp32", "keep_scale": "fp32", "seed": "i64", "tag": "i64", "threshold": "i64",
+    "x": "*bf16", "cos": "*fp32", "sin": "*fp32", "sign": "fp32",
 }  # fmt: skip
 LORA = {"R": 256, "RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "SPLITS": 4, "BLOCK_T": 16, "BLOCK_R": 16, "WIDE": False}
 ATTENTION = {"BLOCK_TOKENS": 16, "G": 4, "D": 64, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 64, "WIDE": False}
@@ -33,6 +34,7 @@ KERNELS = {
     "merge": (paged_attention.merge_kernel, {"D": 64, "SPLITS": 4, "BLOCK_D": 64}),
     "store": (paged_attention.store_kernel, {"H": 2, "D": 64, "BLOCK": 128}),
     "softmax": (linear_cross_entropy.softmax_loss_kernel, {"NEEDS_GRAD": True, "BLOCK": 256}),
+    "rotary": (rotary.rotary_kernel, {"D": 128, "BLOCK_N": 16, "BLOCK_HALF": 64}),
     "gumbel": (counter.gumbel_kernel, {"BLOCK": 64}),
     # A launch with the value 1 makes the argument a constant.
     "dropout": (counter.dropout_kernel, {"BLOCK": 64, "micro_step": 1}),

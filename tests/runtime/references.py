@@ -5,13 +5,16 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from workbench.config import LINEARS, EngineConfig, FinetuneJob
 from workbench.core import Request
+from workbench.runtime.adapters import save_peft
 from workbench.runtime.driver import Driver
 from workbench.runtime.engine import Engine
+from workbench.runtime.model import rms_norm
 
 VOCAB = 128
 SIZES = dict(
@@ -34,7 +37,9 @@ FAMILIES = {
     "mistral": lambda: MistralConfig(**SIZES, head_dim=24, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
-    "smollm2": lambda: LlamaConfig(**(SIZES | dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=48)), tie_word_embeddings=True),
+    "smollm2": lambda: LlamaConfig(
+        **(SIZES | dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=48)), tie_word_embeddings=True
+    ),
 }
 SMALL = EngineConfig(max_model_len=192, num_blocks=64, block_tokens=16, num_slots=4, max_jobs=3, activation_tokens=512)
 
@@ -67,15 +72,17 @@ def make_adapter(folder: Path, base: Path, *, rank: int, targets=LINEARS, seed: 
 
 
 @cache
-def reference(base: Path, adapter: Path | None) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+def reference(base: Path, adapter: Path | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False).eval()
+    return model.to(device, dtype)
 
 
 @torch.no_grad()
-def reference_logits(base: Path, adapter: Path | None, token_ids) -> torch.Tensor:
-    """[T, V] in fp32 of one sequence alone."""
-    return reference(base, adapter)(torch.tensor([list(token_ids)])).logits[0]
+def reference_logits(base: Path, adapter: Path | None, token_ids, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[T, V] in `dtype` of one sequence alone."""
+    return reference(base, adapter, device, dtype)(torch.tensor([list(token_ids)], device=device)).logits[0]
 
 
 def request(request_id: str, prompt_tokens: int, adapter: str | None, output_tokens: int = 64, **options) -> Request:
@@ -116,6 +123,46 @@ def record_hidden(engine: Engine) -> list[torch.Tensor]:
 
     engine.runner.forward = recording  # type: ignore[method-assign]
     return seen
+
+
+def mixed_rows(engine: Engine, folder: Path, adapters: dict, jobs: list[FinetuneJob], seed: int, steps: int = 9):
+    """Random mixes of all four kinds: yields (segment, its logits [t, V], the function that gives the reference's logits of these rows).
+
+    The function takes (base, device, dtype) and runs transformers + PEFT on each sequence or document alone.
+    """
+    draw = random.Random(seed)
+    hidden = record_hidden(engine)
+    with Driver(engine, jobs, seed=seed) as driver:
+        saved = {}
+        for j in jobs:
+            shake(engine, j.id)
+            saved[j.id] = save_peft(engine.jobs[j.adapter].weights, folder / f"{j.adapter}-{seed}", "base")
+        for i, name in enumerate([None, *adapters, None, next(iter(adapters))]):
+            driver.add(request(f"r{i}", draw.randint(1, 45), name))
+        for step in range(steps):
+            if step == 0:
+                driver.evaluate(jobs[0].id)
+            random_mix(driver, draw, list(driver.runs), [j.id for j in jobs[step == 0 :]])
+            driver._backwards.clear()  # weights change at the end of a window; here they stay
+            if not driver._segments:
+                continue
+            driver.step()
+            logits = F.linear(rms_norm(hidden[-1], engine.fused.final_norm, engine.fused.dims.norm_eps), engine.fused.lm_head)
+            first = 0
+            for segment in driver.batch.segments:
+                found = logits[first : first + segment.tokens]
+                first += segment.tokens
+                if segment.kind in ("prefill", "decode"):
+                    sequences = [engine._sequences[segment.owner].tokens[: segment.end]]
+                    adapter = adapters.get(segment.adapter)
+                else:
+                    sequences, adapter = [d.token_ids for d in engine._documents(segment)], saved[segment.owner]
+
+                def expected(base, device="cpu", dtype=torch.float32, *, sequences=sequences, adapter=adapter, segment=segment):
+                    rows = torch.cat([reference_logits(base, adapter, tokens, device, dtype) for tokens in sequences])
+                    return rows[segment.start : segment.end]
+
+                yield segment, found, expected
 
 
 def random_mix(driver: Driver, draw: random.Random, requests: list[str], jobs: list[str]) -> None:

@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from tests.runtime.references import SMALL, job, make_adapter, make_base, random_mix, reference_logits, request, shake
 
+from tests.runtime.references import SMALL, job, make_adapter, make_base, random_mix, reference_logits, request, shake
 from workbench.config import EngineConfig, FinetuneJob
 from workbench.core import Executor
 from workbench.runtime.driver import Driver
@@ -145,7 +145,7 @@ def run_job(engine, j, *, micro_batches, folder=None):
 @pytest.mark.parametrize("boundary", [2, 3])
 def test_resumed_and_uninterrupted_runs_are_bit_equal_at_any_micro_batch_boundary(base, tmp_path, boundary):
     config = EngineConfig(**{**SMALL.__dict__, "deterministic": True})
-    make = lambda: Engine.from_pretrained(base, device="cpu", config=config)  # noqa: E731
+    make = lambda: Engine.from_pretrained(base, device="cpu", config=config)
     j = job("mine", steps=3, accumulation=2, schedule="linear", dropout=0.1)
     whole = run_job(make(), j, micro_batches=6)
     run_job(make(), j, micro_batches=boundary, folder=tmp_path / "checkpoint")

@@ -6,9 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from tests.runtime.references import SMALL, job, make_adapter, make_base, random_mix, record_hidden, reference, reference_logits, request, rows_of, shake
 from transformers import AutoModelForCausalLM
 
+from tests.runtime.references import (
+    SMALL,
+    job,
+    make_adapter,
+    make_base,
+    random_mix,
+    record_hidden,
+    reference,
+    reference_logits,
+    request,
+    rows_of,
+    shake,
+)
 from workbench.config import LINEARS, FinetuneJob
 from workbench.runtime.adapters import save_peft
 from workbench.runtime.driver import Driver
@@ -67,34 +79,36 @@ def run_until(driver, draw, jobs, requests, done) -> None:
     raise AssertionError("the job did not get there in 400 steps")
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("options", [{}, {"targets": ("q_proj", "o_proj", "up_proj"), "rank": 3, "use_rslora": True}, {"pack": True, "max_tokens": 50}])
-def test_loss_and_gradients_equal_peft_with_forward_and_backward_cut_anywhere(base, adapters, tmp_path, seed, options):
-    engine = Engine.from_pretrained(base, adapters=adapters, device="cpu", config=SMALL)
+def gradients_beside_peft(base, adapters, folder, seed, options, device="cpu") -> float:
+    """The largest relative error of any LoRA gradient after two micro-batches of a window of three, cut at random, beside decodes."""
+    engine = Engine.from_pretrained(base, adapters=adapters, device=device, dtype=torch.float32, config=SMALL)
     j = job("mine", seed=seed, accumulation=3, max_grad_norm=None, **options)
-    draw = random.Random(seed)
     with Driver(engine, [j], seed=seed) as driver:
         shake(engine, j.id)
-        model = peft_copy(base, engine, "mine", tmp_path / "peft")
+        model = peft_copy(base, engine, "mine", folder / "peft")
         state = engine._states[j.id]
         for i, name in enumerate((None, "other")):
             driver.add(request(f"r{i}", 12, name))
-        losses: list[tuple[float, int]] = []
-        step = engine.step
-        engine.step = lambda batch: (lambda r: (losses.extend(r.losses.values()), r)[1])(step(batch))  # type: ignore[method-assign]
-        run_until(driver, draw, [j.id], ["r0", "r1"], lambda: driver.jobs[j.id].index == 2)
-        loss = window_loss(model, state.prepared, [0, 1])
+        run_until(driver, random.Random(seed), [j.id], ["r0", "r1"], lambda: driver.jobs[j.id].index == 2)
         labelled = [state.prepared.micro_batch(i).labelled for i in range(3)]
-        expected = loss * (labelled[0] + labelled[1]) / sum(labelled)  # two micro-batches of a window of three
-        expected.backward()
-        whole = [(total, n) for total, n in losses][: len(losses)]
-        reference_parameters = lora_parameters(model)
-        assert set(reference_parameters) == set(state.master)
-        for key, pair in reference_parameters.items():
+        loss = window_loss(model, state.prepared, [0, 1]) * (labelled[0] + labelled[1]) / sum(labelled)
+        loss.backward()
+        parameters = lora_parameters(model)
+        assert set(parameters) == set(state.master)
+        errors = []
+        for key, pair in parameters.items():
             for found, parameter in zip(state.accumulated[state.index_of(key) : state.index_of(key) + 2], pair, strict=True):
-                assert float((found - parameter.grad).abs().max() / parameter.grad.abs().max()) <= 1e-4, key
-        assert sum(n for _, n in whole) >= labelled[0] + labelled[1]
+                errors.append(float((found.cpu() - parameter.grad).abs().max() / parameter.grad.abs().max()))
     assert engine.adapters["mine"].version == 1, "weights are not published inside a window"
+    return max(errors)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "options", [{}, {"targets": ("q_proj", "o_proj", "up_proj"), "rank": 3, "use_rslora": True}, {"pack": True, "max_tokens": 50}]
+)
+def test_gradients_equal_peft_with_forward_and_backward_cut_anywhere_beside_decodes(base, adapters, tmp_path, seed, options):
+    assert gradients_beside_peft(base, adapters, tmp_path, seed, options) <= 1e-4
 
 
 def test_reported_losses_equal_peft(base, adapters, tmp_path):
@@ -224,4 +238,3 @@ def test_trained_adapter_is_published_without_disk_and_saved_adapter_loads_in_pe
     found = engine.view("mine")(torch.tensor([tokens])).logits[0].detach()
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-4
     reference.cache_clear()
-

@@ -1,16 +1,22 @@
 """The packed forward of all four kinds against transformers + PEFT, each sequence alone, fp32."""
 
-import random
-
 import pytest
 import torch
-import torch.nn.functional as F
-from tests.runtime.references import FAMILIES, SMALL, job, make_adapter, make_base, random_mix, record_hidden, reference_logits, request, rows_of, shake
 
-from workbench.runtime.adapters import save_peft
+from tests.runtime.references import (
+    FAMILIES,
+    SMALL,
+    job,
+    make_adapter,
+    make_base,
+    mixed_rows,
+    record_hidden,
+    reference_logits,
+    request,
+    rows_of,
+)
 from workbench.runtime.driver import Driver
 from workbench.runtime.engine import Engine
-from workbench.runtime.model import rms_norm
 
 # fp32 sums of a few hundred products in another order: the relative error stays near 1e-6; 1e-4 is the bound that is claimed.
 TOLERANCE = 1e-4
@@ -35,43 +41,15 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mixed_batch_logits_equal_transformers_and_peft_run_separately(family, seed):
     folder, base, adapters = family
-    draw = random.Random(seed)
     engine = Engine.from_pretrained(base, adapters=adapters, device="cpu", config=SMALL)
-    jobs = [job("first", seed=seed, evaluation=rows_of(20, 2, 9), evaluate_every=1), job("second", seed=seed + 1, rank=8, targets=("v_proj",))]
-    hidden = record_hidden(engine)
-    names = [None, "all", "wide", "mlp", None, "all"]
-    kinds: set[str] = set()
-    with Driver(engine, jobs, seed=seed) as driver:
-        saved = {}
-        for j in jobs:
-            shake(engine, j.id)
-            save_peft(engine.jobs[j.adapter].weights, folder / f"{j.adapter}-{seed}", "base")
-            saved[j.id] = folder / f"{j.adapter}-{seed}"
-        for i, name in enumerate(names):
-            driver.add(request(f"r{i}", draw.randint(1, 45), name))
-        for step in range(9):
-            if step == 0:
-                driver.evaluate(jobs[0].id)
-            random_mix(driver, draw, list(driver.runs), [j.id for j in jobs[step == 0 :]])
-            if any(b.ends_window for b in driver._backwards):  # weights change at the window's end; this test keeps them
-                driver._backwards.clear()
-            if not driver._segments:
-                continue
-            driver.step()
-            logits = F.linear(rms_norm(hidden[-1], engine.fused.final_norm, engine.fused.dims.norm_eps), engine.fused.lm_head)
-            first = 0
-            for segment in driver.batch.segments:
-                kinds.add(segment.kind)
-                found = logits[first : first + segment.tokens]
-                first += segment.tokens
-                if segment.kind in ("prefill", "decode"):
-                    tokens = engine._sequences[segment.owner].tokens[: segment.end]
-                    expected = reference_logits(base, adapters.get(segment.adapter), tokens)[segment.start :]
-                else:
-                    documents = engine._documents(segment)
-                    whole = torch.cat([reference_logits(base, saved[segment.owner], d.token_ids) for d in documents])
-                    expected = whole[segment.start : segment.end]
-                assert close(found, expected) <= TOLERANCE, segment
+    jobs = [
+        job("first", seed=seed, evaluation=rows_of(20, 2, 9), evaluate_every=1),
+        job("second", seed=seed + 1, rank=8, targets=("v_proj",)),
+    ]
+    kinds = set()
+    for segment, found, expected in mixed_rows(engine, folder, adapters, jobs, seed):
+        kinds.add(segment.kind)
+        assert close(found, expected(base)) <= TOLERANCE, segment
     assert kinds == {"finetune", "evaluate", "prefill", "decode"}
 
 

@@ -56,7 +56,9 @@ class Driver:
             sizes = [shape.micro_batch(i).tokens for i in range(min(shape.num_micro_batches, 64))] + [m.tokens for m in shape.evaluation()]
             self.jobs[job.id] = _Job(job, rows, shape.first_micro_batch)
             rows += max(sizes)
-        assert rows <= self.info.activation_tokens, f"the jobs' micro-batches need {rows} arena rows, there are {self.info.activation_tokens}"
+        assert rows <= self.info.activation_tokens, (
+            f"the jobs' micro-batches need {rows} arena rows, there are {self.info.activation_tokens}"
+        )
         self.step_index = 0
         self.batch = Batch(0)
         self._clear()
@@ -100,7 +102,9 @@ class Driver:
         if request.adapter is not None:
             self._need_slot(request.adapter, run.version)
         samples = end == run.length
-        self._segments.append(Segment(kind, request.request_id, request.adapter, run.version, run.cached, tokens, tuple(run.blocks), samples))
+        self._segments.append(
+            Segment(kind, request.request_id, request.adapter, run.version, run.cached, tokens, tuple(run.blocks), samples)
+        )
         run.cached = end
         run.length += samples
 
@@ -142,7 +146,14 @@ class Driver:
         layers = state.layers_left if num_layers is None else min(num_layers, state.layers_left)
         self._backwards.append(
             Backward(
-                job_id, state.job.adapter, state.index, state.rows, micro.documents, state.layers_left, layers, ends_window=micro.ends_window
+                job_id,
+                state.job.adapter,
+                state.index,
+                state.rows,
+                micro.documents,
+                state.layers_left,
+                layers,
+                ends_window=micro.ends_window,
             )
         )
         state.layers_left -= layers
@@ -156,7 +167,9 @@ class Driver:
         state = self.jobs[job_id]
         micro = self.shapes[job_id].evaluation()[index]
         self._segments.append(
-            Segment("evaluate", job_id, state.job.adapter, 0, 0, micro.tokens, micro_batch=index, rows=state.rows, documents=micro.documents)
+            Segment(
+                "evaluate", job_id, state.job.adapter, 0, 0, micro.tokens, micro_batch=index, rows=state.rows, documents=micro.documents
+            )
         )
 
     def take(self) -> Batch:
@@ -185,5 +198,3 @@ class Driver:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-

@@ -21,6 +21,7 @@ from workbench.data import Document, PreparedJob, prepare, prompt_token_ids
 from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, save_peft
 from workbench.runtime.finetune import LayerTrainer, TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
+from workbench.runtime.graphs import DecodeGraphs, row_bucket
 from workbench.runtime.inputs import StepInputs, build, train_rows
 from workbench.runtime.jobs import JobHandle, restore_state
 from workbench.runtime.kv_cache import Arena, KVPool
@@ -72,6 +73,8 @@ class Engine:
         table = AdapterTable(self.fused.dims, config.num_slots + config.max_jobs, self.device, self.dtype)
         self.runner = Runner(self.fused, pool, table, self._limits.max_model_len, self.device)
         self._table = table
+        uses_graphs = config.graphs and self.device.type == "cuda"
+        self._graphs = DecodeGraphs(self.runner, self._limits.max_model_len) if uses_graphs else None
         self._current: dict[str, int] = {}
         self._infos: dict[str, AdapterInfo] = {}
         self._versions: dict[Version, AdapterWeights] = {}
@@ -103,10 +106,15 @@ class Engine:
         """
         device = resolve_device(device)
         engine = cls(
-            load_base(path, device=device, dtype=resolve_dtype(dtype, device)), tokenizer=load_tokenizer(path), name=Path(path).name, config=config
+            load_base(path, device=device, dtype=resolve_dtype(dtype, device)),
+            tokenizer=load_tokenizer(path),
+            name=Path(path).name,
+            config=config,
         )
         named = adapters if isinstance(adapters, Mapping) else {Path(a).name: a for a in adapters}
-        require(len(named) == len(adapters), "adapter directories must have different last folders", list(adapters), "Pass {name: directory}.")
+        require(
+            len(named) == len(adapters), "adapter directories must have different last folders", list(adapters), "Pass {name: directory}."
+        )
         for name, directory in named.items():
             engine.load_adapter(name, directory)
         return engine
@@ -322,7 +330,12 @@ class Engine:
         max_tokens = request.max_tokens if request.max_tokens is not None else longest - prompt_tokens
         require(max_tokens >= 1, f"{request.request_id}: max_tokens must be at least 1", max_tokens)
         max_tokens = min(max_tokens, longest - prompt_tokens) if request.output_tokens is not None else max_tokens
-        require(prompt_tokens + max_tokens <= longest, f"{request.request_id}: prompt and max_tokens must fit {longest} tokens", max_tokens, step)
+        require(
+            prompt_tokens + max_tokens <= longest,
+            f"{request.request_id}: prompt and max_tokens must fit {longest} tokens",
+            max_tokens,
+            step,
+        )
         capacity = limits.num_blocks * self.config.block_tokens
         step = "Raise EngineConfig.num_blocks."
         require(needed <= capacity, f"{request.request_id}: the KV pool must hold one request ({capacity} tokens)", needed, step)
@@ -370,7 +383,7 @@ class Engine:
         self._admit(batch, undo)
         self._load(batch, undo)
         inputs = self._inputs(batch) if batch.segments else None
-        forward = self.runner.forward(inputs, self._dropout_states()) if inputs is not None else None
+        forward = self._forward(inputs) if inputs is not None else None
         tokens = self._sample(inputs, forward) if inputs is not None and forward is not None else {}
         should_stop = self.runner.stopper(started, batch.stop_after_s)
         backwards = [self.runner.backward(work, self._trainer(work), should_stop) for work in batch.backwards]
@@ -389,6 +402,18 @@ class Engine:
             eval_losses=eval_losses,
             published=published,
         )
+
+    def _forward(self, inputs: StepInputs) -> ForwardOutput:
+        if self._graphs is not None and self._decode_rows(inputs.sampled, inputs.num_tokens) is not None:
+            logits = self._graphs.logits(inputs)
+            return ForwardOutput(logits, None)
+        return self.runner.forward(inputs, self._dropout_states())
+
+    def _decode_rows(self, segments: Sequence[Segment], num_tokens: int) -> int | None:
+        """The bucket of rows of a batch that a recorded graph can run: decode rows alone, not too many; else None."""
+        if self._graphs is None or len(segments) != num_tokens or any(s.kind != "decode" for s in segments):
+            return None
+        return row_bucket(num_tokens)
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -455,6 +480,7 @@ class Engine:
             scale_of=scale_of,
             block_tokens=self.config.block_tokens,
             device=self.device,
+            decode_rows=self._decode_rows(batch.segments, batch.num_tokens),
         )
 
     def _documents(self, segment: Segment) -> list[Document]:
@@ -550,7 +576,9 @@ class Engine:
     def command(self, verb: Any, job_id: str) -> None:
         """Queue a command for the ledger, which obeys between two steps; outside a replay there is nobody to obey."""
         if not self._active:
-            raise RuntimeError(f"{verb} needs a running replay, got none for {job_id}. Call it from a policy, a callback or another thread.")
+            raise RuntimeError(
+                f"{verb} needs a running replay, got none for {job_id}. Call it from a policy, a callback or another thread."
+            )
         self._commands.append((verb, job_id))
 
     def trained_weights(self, state: TrainState, *, device: torch.device) -> AdapterWeights:
@@ -567,7 +595,9 @@ class Engine:
 
     # ---- text
 
-    def generate(self, prompts: str | Sequence[str | Sequence[int]], adapter: str | None = None, max_tokens: int = 64, **sampling: Any) -> list[Any]:
+    def generate(
+        self, prompts: str | Sequence[str | Sequence[int]], adapter: str | None = None, max_tokens: int = 64, **sampling: Any
+    ) -> list[Any]:
         """Complete prompts (text or token ids) with one adapter or none; a list of `Completion` in the order of the prompts."""
         from workbench.runtime.generate import generate
 
@@ -578,5 +608,3 @@ class Engine:
         from workbench.runtime.generate import nll
 
         return nll(self, texts, adapter)
-
-

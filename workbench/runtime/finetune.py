@@ -64,16 +64,16 @@ class TrainState:
         self._index = {key: 2 * i for i, key in enumerate(self.master)}
 
     @classmethod
-    def create(cls, job: FinetuneJob, prepared: PreparedJob, weights: AdapterWeights, entry: int, device: torch.device, dtype: torch.dtype) -> "TrainState":
+    def create(
+        cls, job: FinetuneJob, prepared: PreparedJob, weights: AdapterWeights, entry: int, device: torch.device, dtype: torch.dtype
+    ) -> "TrainState":
         """Master copies of `weights` on `device`; the optimiser's state is allocated now, so that no step can run out of memory for it."""
         master = {
             key: (a.to(device, torch.float32, copy=True), b.to(device, torch.float32, copy=True)) for key, (a, b) in weights.tensors.items()
         }
         compute = {key: (a.to(dtype, copy=True).contiguous(), b.to(dtype, copy=True).contiguous()) for key, (a, b) in master.items()}
         params = [t for pair in master.values() for t in pair]
-        optimizer = torch.optim.AdamW(
-            params, lr=job.learning_rate, betas=job.betas, eps=job.eps, weight_decay=job.weight_decay, fused=True
-        )
+        optimizer = torch.optim.AdamW(params, lr=job.learning_rate, betas=job.betas, eps=job.eps, weight_decay=job.weight_decay, fused=True)
         for p in params:
             optimizer.state[p] = {
                 "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -116,9 +116,7 @@ class TrainState:
             p.grad = gradient
         if self.job.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(params, self.job.max_grad_norm)
-        self.optimizer.param_groups[0]["lr"] = self.job.learning_rate * learning_rate_factor(
-            self.job, self.optimizer_steps, self.num_steps
-        )
+        self.optimizer.param_groups[0]["lr"] = self.job.learning_rate * learning_rate_factor(self.job, self.optimizer_steps, self.num_steps)
         self.optimizer.step()
         self.optimizer_steps += 1
         for p, gradient in zip(params, self.accumulated, strict=True):
@@ -133,7 +131,7 @@ class LayerTrainer:
     """Recomputes one layer of a micro-batch under autograd and gives the gradients of its input and of its LoRA weights."""
 
     def __init__(self, fused: FusedWeights, state: TrainState, rows: TrainRows, cos: Tensor, sin: Tensor) -> None:
-        """`rows` covers the whole micro-batch; cos and sin [T, 1, D]."""
+        """`rows` covers the whole micro-batch; cos and sin [T, D]."""
         self.fused, self.state, self.rows, self.cos, self.sin = fused, state, rows, cos, sin
         self.scale = fused.dims.head_dim**-0.5
         self.layout = SegmentLayout.build([(0, rows.tokens)], cos.device)

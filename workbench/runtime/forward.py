@@ -24,10 +24,12 @@ from workbench.runtime.weights import FusedWeights
 
 @dataclass(slots=True)
 class ForwardOutput:
-    """Logits [number of samples, V] of the rows that sample, the last layer's output [T, H], and (loss sum, labelled tokens) by owner."""
+    """Logits [number of samples, V] of the rows that sample, the last layer's output [T, H] (None from a recorded graph), and (loss
+    sum, labelled tokens) by owner.
+    """
 
     logits: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     losses: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     eval_losses: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
@@ -49,7 +51,7 @@ class Runner:
         self.fused, self.pool, self.table, self.device = fused, pool, table, device
         self.arena: Arena | None = None
         cos, sin = fused.rope(max_model_len)
-        self.cos, self.sin = cos.to(device)[:, None, :], sin.to(device)[:, None, :]
+        self.cos, self.sin = cos.to(device).contiguous(), sin.to(device).contiguous()
 
     @torch.no_grad()
     def forward(self, inputs: StepInputs, dropout: Mapping[str, TrainState]) -> ForwardOutput:

@@ -101,7 +101,9 @@ def restore_state(state: TrainState, folder: Path) -> None:
     with torch.no_grad():
         for i, (p, gradient) in enumerate(zip(state.params, state.accumulated, strict=True)):
             if tensors[f"{i}.weight"].shape != p.shape:
-                raise ValueError(f"weight {i} of the checkpoint must have shape {tuple(p.shape)}, got {tuple(tensors[f'{i}.weight'].shape)}.")
+                raise ValueError(
+                    f"weight {i} of the checkpoint must have shape {tuple(p.shape)}, got {tuple(tensors[f'{i}.weight'].shape)}."
+                )
             p.copy_(tensors[f"{i}.weight"])
             gradient.copy_(tensors[f"{i}.accumulated"])
             for name in ("step", "exp_avg", "exp_avg_sq"):

@@ -12,10 +12,12 @@ from workbench.runtime.weights import Dims
 
 
 class KVPool:
-    """A pool of fixed size: `k` and `v` [L, B, b, Nkv, D]. Which block holds what is the ledger's business (PagedAttention, arXiv 2309.06180)."""
+    """A pool of fixed size: `k` and `v` [L, B + 1, b, Nkv, D]. Which block holds what is the ledger's business (PagedAttention, arXiv
+    2309.06180); the last block is nobody's: the padding rows of a recorded graph write there.
+    """
 
     def __init__(self, dims: Dims, num_blocks: int, block_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (dims.num_layers, num_blocks, block_tokens, dims.num_kv_heads, dims.head_dim)
+        shape = (dims.num_layers, num_blocks + 1, block_tokens, dims.num_kv_heads, dims.head_dim)
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)

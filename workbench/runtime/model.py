@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.rotary import rotary
 from workbench.runtime.weights import Dims, LayerWeights
 
 # The linears that share an input, in the order of their rows in the fused buffer.
@@ -39,28 +40,21 @@ def group_widths(dims: Dims) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension; the mean square in fp32."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return wide.to(x.dtype) * weight
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of x [T, N, D] by cos and sin [T, 1, D] fp32."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
 def decoder_layer(weights: LayerWeights, dims: Dims, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, lora: Lora) -> Tensor:
-    """One decoder layer: x [T, H] -> [T, H]; cos and sin [T, 1, D] fp32."""
+    """One decoder layer: x [T, H] -> [T, H]; cos and sin [T, D] fp32."""
     w, tokens = weights, x.shape[0]
-    query, key_value = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+    query = dims.num_heads * dims.head_dim
     h = rms_norm(x, w.input_norm, dims.norm_eps)
-    q, k, v = lora("qkv", h, F.linear(h, w.qkv, w.qkv_bias)).split((query, key_value, key_value), dim=-1)
-    q, k, v = (t.view(tokens, -1, dims.head_dim) for t in (q, k, v))
+    heads = lora("qkv", h, F.linear(h, w.qkv, w.qkv_bias)).view(tokens, -1, dims.head_dim)
+    qk, v = heads.split((dims.num_heads + dims.num_kv_heads, dims.num_kv_heads), dim=1)
     if w.q_norm is not None and w.k_norm is not None:
-        q, k = rms_norm(q, w.q_norm, dims.norm_eps), rms_norm(k, w.k_norm, dims.norm_eps)
-    o = attend(rotate(q, cos, sin), rotate(k, cos, sin), v).reshape(tokens, query)
+        q, k = qk.split((dims.num_heads, dims.num_kv_heads), dim=1)
+        qk = torch.cat((rms_norm(q, w.q_norm, dims.norm_eps), rms_norm(k, w.k_norm, dims.norm_eps)), dim=1)
+    q, k = rotary(qk, cos, sin).split((dims.num_heads, dims.num_kv_heads), dim=1)
+    o = attend(q, k, v).reshape(tokens, query)
     x = x + lora("o", o, F.linear(o, w.o, w.o_bias))
     h = rms_norm(x, w.post_norm, dims.norm_eps)
     gate, up = lora("gate_up", h, F.linear(h, w.gate_up)).chunk(2, dim=-1)

@@ -57,4 +57,3 @@ class AdapterTable:
     def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout) -> Tensor:
         """y [T, N] += each row's own adapter on x [T, K]."""
         return segmented_lora_(y, x, self.tables[layer][group], layout)
-
