@@ -45,6 +45,8 @@ class LatencyModel:
     whose data is text and not yet token ids.
     """
 
+    redrawn = ("residuals",)  # what differs from seed to seed on one trace
+
     def __init__(
         self,
         costs: CostModel,

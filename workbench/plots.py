@@ -1,0 +1,298 @@
+"""One function per figure: a frame in, matplotlib Axes out.
+
+Units stand on the axes, times in milliseconds or seconds as named. A policy keeps its colour, hatch, marker and line style in every
+figure; lightness differs too, so that a grey print can be read. `caption` says n, seeds, executor and device.
+"""
+
+from collections.abc import Sequence
+from textwrap import fill
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from workbench import metrics
+from workbench.config import SLO
+from workbench.features import NAMES
+from workbench.latency_fit import CLASSES, classes_of
+
+# Okabe and Ito's colours, ordered so that neighbours differ in lightness.
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#999999", "#F0E442")
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--", "**")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)), (0, (2, 2)))
+SLO_COLOUR = "#B00000"
+FEW_REQUESTS = 1000  # below it a p99 rests on fewer than ten requests
+TARGET_NAMES = {
+    "attainment": "all targets",
+    "attainment_ttft": "TTFT",
+    "attainment_tpot": "mean TPOT",
+    "attainment_itl": "token gaps",
+    "attainment_e2e": "end to end",
+}
+THROUGHPUTS = {"finetune_tokens_per_s": "fine-tuning, committed", "decode_tokens_per_s": "inference, output"}
+KIND_COLOURS = {
+    "decode": "#0072B2",
+    "prefill": "#56B4E9",
+    "fine-tune forward": "#E69F00",
+    "fine-tune backward": "#D55E00",
+    "evaluate": "#CC79A7",
+}
+
+
+class Style(NamedTuple):
+    """How one policy is drawn."""
+
+    colour: str
+    hatch: str
+    marker: str
+    line: Any
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style per policy, by its place in the comparison."""
+    size = len(COLOURS)
+    return {v: Style(COLOURS[i % size], HATCHES[i % size], MARKERS[i % size], LINES[i % size]) for i, v in enumerate(labels)}
+
+
+def overview(runs: pd.DataFrame, *, caption: str = "", slo: metrics.SLOs = None) -> Figure:
+    """SLO attainment and throughput beside each other, one legend, the caption below."""
+    labels = list(dict.fromkeys(runs["policy"]))
+    with plt.ioff():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), width_ratios=(3, 2), layout="constrained")
+    attainment(runs, ax=left, slo=slo, legend=False)
+    throughput(runs, ax=right, legend=False)
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(
+        handles, [fill(n, 90) for n in names], loc="outside upper left", ncols=1 if max(map(len, labels)) > 40 else 2, frameon=False
+    )
+    if caption:
+        figure.supxlabel(fill(caption, 150), x=0.01, ha="left", fontsize=8, color="#444444")
+    return figure
+
+
+def attainment(runs: pd.DataFrame, *, ax: Axes | None = None, slo: metrics.SLOs = None, caption: str = "", legend: bool = True) -> Axes:
+    """Share of arrived requests that met all targets, and each alone: bars by policy, whiskers over seeds. `runs`: `Comparison.runs`."""
+    ax = ax or _axes()
+    names = [n for n in TARGET_NAMES if n in runs and not runs[n].isna().all()]
+    _bars(ax, runs, names, scale=100.0, digits=1)
+    ax.set_xticks(range(len(names)), [_target_label(n, slo) for n in names])
+    ax.set_ylim(0, 109)
+    ax.set_ylabel("SLO attainment (% of arrived requests)")
+    return _finish(ax, caption, legend)
+
+
+def throughput(runs: pd.DataFrame, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
+    """Committed fine-tune tokens and output tokens per second of the window: bars by policy, whiskers over seeds."""
+    ax = ax or _axes()
+    _bars(ax, runs, list(THROUGHPUTS), scale=1.0, digits=0)
+    ax.set_xticks(range(len(THROUGHPUTS)), [n.replace(", ", ",\n") for n in THROUGHPUTS.values()])
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
+    ax.set_ylabel("throughput (tokens/s)")
+    return _finish(ax, caption, legend)
+
+
+def by_load(
+    runs: pd.DataFrame, y: str = "attainment", *, x: str = "rate_per_s", ax: Axes | None = None, caption: str = "", legend: bool = True
+) -> Axes:
+    """One line per policy over a load that was swept, with a band over seeds. `runs`: rows with policy, seed, `x` and `y`."""
+    ax = ax or _axes()
+    scale = 100.0 if y.startswith("attainment") else 1.0
+    for label, style in styles(list(dict.fromkeys(runs["policy"]))).items():
+        groups = runs[runs["policy"] == label].groupby(x)[y]
+        mean, low, high = groups.mean() * scale, groups.min() * scale, groups.max() * scale
+        ax.plot(mean.index, mean, color=style.colour, marker=style.marker, linestyle=style.line, label=label)
+        if (high > low).any():
+            ax.fill_between(mean.index, low, high, color=style.colour, alpha=0.2, linewidth=0)
+    ax.set_xlabel({"rate_per_s": "arrival rate (requests/s)"}.get(x, x))
+    ax.set_ylabel("SLO attainment (% of arrived requests)" if scale == 100.0 else THROUGHPUTS.get(y, y) + " (tokens/s)")
+    ax.set_ylim(0, 105 if scale == 100.0 else None)
+    return _finish(ax, caption, legend)
+
+
+def timeline(events: pd.DataFrame, *, bin_s: float | None = None, axes: Sequence[Axes] | None = None, caption: str = "") -> Sequence[Axes]:
+    """Offered requests/s, output tokens/s and committed fine-tune tokens/s over time, one line per policy, a band over seeds.
+
+    `events`: `Comparison.events`, or a replay's events with a `policy` column. `bin_s`: about 60 bins unless given.
+    """
+    if axes is None:
+        with plt.ioff():
+            _, axes = plt.subplots(3, 1, figsize=(9, 6), sharex=True, layout="constrained")
+    end = float(events["time_s"].max()) if len(events) else 1.0
+    width = bin_s or max(end / 60, 1e-3)
+    edges = np.arange(0.0, end + width, width)
+    kinds = (("arrived", "offered\n(requests/s)"), ("token", "output\n(tokens/s)"), ("committed", "fine-tuning,\ncommitted (tokens/s)"))
+    seeds = events["seed"] if "seed" in events else pd.Series(0, index=events.index)
+    for ax, (kind, name) in zip(axes, kinds, strict=True):
+        for label, style in styles(list(dict.fromkeys(events["policy"]))).items():
+            rows = events[(events["kind"] == kind) & (events["policy"] == label)]
+            weights = rows["value"] if kind == "committed" else pd.Series(1.0, index=rows.index)
+            chosen = [rows.index[seeds[rows.index] == seed] for seed in seeds[events["policy"] == label].unique()]
+            rates = np.array([np.histogram(rows["time_s"][i], edges, weights=weights[i])[0] for i in chosen]) / width
+            ax.stairs(rates.mean(axis=0), edges, color=style.colour, linestyle=style.line, label=label, linewidth=1.4)
+            if len(rates) > 1:
+                ax.fill_between(edges[:-1], rates.min(axis=0), rates.max(axis=0), step="post", color=style.colour, alpha=0.2, linewidth=0)
+        ax.set_ylabel(name)
+        ax.set_ylim(bottom=0)
+        _finish(ax, "", legend=False)
+    axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    axes[-1].set_xlabel(f"time (s), in bins of {width:.3g} s")
+    return [*axes[:-1], _finish(axes[-1], caption, legend=False)]
+
+
+def distribution(
+    frame: pd.DataFrame,
+    value: str = "ttft_s",
+    *,
+    slo_s: float | None = None,
+    ax: Axes | None = None,
+    caption: str = "",
+    legend: bool = True,
+) -> Axes:
+    """Share of rows whose `value` (a time in seconds) is at most x, by policy. Undefined values count, so a line may end below 100 %.
+
+    `frame`: request rows (`ttft_s`, `tpot_s`, `itl_p99_s`, `e2e_s`) or `metrics.token_gaps` (`itl_s`), with a `policy` column. The tail
+    above 99 % is greyed where a policy has fewer than 1,000 rows.
+    """
+    ax = ax or _axes()
+    few = False
+    for label, style in styles(list(dict.fromkeys(frame["policy"]))).items():
+        rows = frame.loc[frame["policy"] == label, value]
+        times = np.sort(rows.dropna().to_numpy(float)) * 1e3
+        few |= len(rows) < FEW_REQUESTS
+        ax.step(times, np.arange(1, len(times) + 1) / len(rows) * 100, where="post", color=style.colour, linestyle=style.line, label=label)
+    if slo_s is not None:
+        ax.axvline(slo_s * 1e3, color=SLO_COLOUR, linewidth=1.2)
+        ax.annotate(f"SLO {slo_s * 1e3:g} ms ", (slo_s * 1e3, 4), color=SLO_COLOUR, ha="right", rotation=90, va="bottom", fontsize=8)
+    if few:
+        ax.axhspan(99, 101, color="#DDDDDD", zorder=0)
+        ax.annotate(
+            "p99 is uncertain: fewer than 1,000 rows", (0.99, 98.6), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=7
+        )
+    ax.set_xscale("log")
+    ax.set_ylim(0, 101)
+    names = {"ttft_s": "time to first token", "itl_s": "gap between tokens", "tpot_s": "mean time per output token", "e2e_s": "end to end"}
+    ax.set_xlabel(f"{names.get(value, value.removesuffix('_s'))} (ms)")
+    ax.set_ylabel(f"share of {'gaps' if value == 'itl_s' else 'arrived requests'} (%)")
+    return _finish(ax, caption, legend)
+
+
+def loss(events: pd.DataFrame, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
+    """Mean loss of each micro-batch over committed tokens, one line per policy and job; points: the held-out loss."""
+    ax = ax or _axes()
+    frame = events if "policy" in events else events.assign(policy="")
+    kinds = {"loss", "eval_loss", "committed"}
+    for label, style in styles(list(dict.fromkeys(frame["policy"]))).items():
+        rows = frame[(frame["policy"] == label) & frame["kind"].isin(kinds)]
+        if "seed" in rows:
+            rows = rows[rows["seed"] == rows["seed"].min()]
+        for job, of_job in rows.groupby("owner", sort=False):
+            tokens = of_job["value"].where(of_job["kind"] == "committed", 0.0).cumsum()
+            name = f"{label}, {job}" if label else str(job)
+            for kind, marker, line in (("loss", "", style.line), ("eval_loss", style.marker, "")):
+                of = of_job["kind"] == kind
+                if of.any():
+                    tag = name if kind == "loss" else f"{name}, held out"
+                    ax.plot(tokens[of], of_job["value"][of], color=style.colour, marker=marker, linestyle=line or "none", label=tag)
+    ax.set_xlabel("fine-tuning progress (committed tokens)")
+    ax.set_ylabel("loss (nat per labelled token)")
+    return _finish(ax, caption, legend)
+
+
+def predicted_vs_measured(steps: pd.DataFrame, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
+    """Each step's predicted against its measured duration, by class of step, with the line of equality and a band of 10 %.
+
+    `steps`: rows with `duration_s`, `predicted_s` and the features, such as `LatencyModel.steps` or a replay's steps.
+    """
+    ax = ax or _axes(5, 5)
+    kinds = classes_of(steps[list(NAMES)].to_numpy(float))
+    measured, predicted = steps["duration_s"].to_numpy(float) * 1e3, steps["predicted_s"].to_numpy(float) * 1e3
+    for index, (name, colour, marker) in enumerate(zip(CLASSES, (COLOURS[4], COLOURS[1], COLOURS[0]), MARKERS, strict=False)):
+        chosen = kinds == index
+        if chosen.any():
+            label = f"{name} ({chosen.sum()} steps)"
+            ax.scatter(measured[chosen], predicted[chosen], s=12, color=colour, marker=marker, alpha=0.6, linewidths=0, label=label)
+    ends = np.array([min(measured.min(), predicted[predicted > 0].min()), max(measured.max(), predicted.max())]) * (0.9, 1.1)
+    ax.plot(ends, ends, color="black", linewidth=1)
+    ax.fill_between(ends, ends * 0.9, ends * 1.1, color="#CCCCCC", alpha=0.6, linewidth=0, label="within 10 %", zorder=0)
+    ax.set(xscale="log", yscale="log", xlabel="measured step time (ms)", ylabel="predicted step time (ms)", xlim=ends, ylim=ends)
+    return _finish(ax, caption, legend)
+
+
+def step_timeline(
+    steps: pd.DataFrame, *, start_s: float = 0.0, end_s: float | None = None, ax: Axes | None = None, caption: str = ""
+) -> Axes:
+    """What each step did: one bar per step and kind of work over time, darker for more tokens (layers for the backward)."""
+    ax = ax or _axes(9, 2.6)
+    end_s = float(steps["end_s"].max()) if end_s is None else end_s
+    steps = steps[(steps["end_s"] > start_s) & (steps["start_s"] < end_s)]
+    columns = dict(
+        zip(KIND_COLOURS, ("decode_tokens", "prefill_tokens", "finetune_tokens", "backward_layers", "evaluate_tokens"), strict=True)
+    )
+    kinds = [k for k, column in columns.items() if (steps[column] > 0).any()]
+    for row, kind in enumerate(kinds):
+        amount = steps[columns[kind]].to_numpy(float)
+        chosen = amount > 0
+        bars = np.column_stack([steps["start_s"], steps["end_s"] - steps["start_s"]])[chosen]
+        shade = 0.3 + 0.7 * amount[chosen] / amount.max()
+        ax.broken_barh(bars.tolist(), (row - 0.4, 0.8), facecolors=[(*plt.matplotlib.colors.to_rgb(KIND_COLOURS[kind]), a) for a in shade])
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.set(xlim=(start_s, end_s), xlabel="time (s)")
+    return _finish(ax, caption, legend=False)
+
+
+def _axes(width: float = 6.0, height: float = 4.0) -> Axes:
+    with plt.ioff():
+        return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def _bars(ax: Axes, runs: pd.DataFrame, names: Sequence[str], *, scale: float, digits: int) -> None:
+    """Grouped bars: a group per column, a bar per policy at the mean over seeds, a whisker from the least to the largest."""
+    by_policy = styles(list(dict.fromkeys(runs["policy"])))
+    width = 0.8 / len(by_policy)
+    for place, (label, style) in enumerate(by_policy.items()):
+        rows = runs.loc[runs["policy"] == label, list(names)].astype(float) * scale
+        mean = rows.mean().to_numpy()
+        x = np.arange(len(names)) + (place - (len(by_policy) - 1) / 2) * width
+        whiskers = np.abs([mean - rows.min().to_numpy(), rows.max().to_numpy() - mean]) if len(rows) > 1 else None
+        ax.bar(
+            x,
+            mean,
+            width * 0.94,
+            yerr=whiskers,
+            color=style.colour,
+            hatch=style.hatch,
+            edgecolor="white",
+            linewidth=0.5,
+            label=label,
+            capsize=2,
+        )
+        tops = mean + whiskers[1] if whiskers is not None else mean
+        for at, value, top in zip(x, mean, tops, strict=True):
+            if np.isfinite(value):
+                ax.annotate(f"{value:,.{digits}f}", (at, top), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
+
+
+def _target_label(name: str, slo: metrics.SLOs) -> str:
+    """ "TTFT" with its target in milliseconds under it, where one SLO holds for every class."""
+    field = name.removeprefix("attainment_") + "_s"
+    target = getattr(slo, field, None) if isinstance(slo, SLO) else None
+    if target is None:
+        return TARGET_NAMES[name]
+    share = f", {slo.itl_quantile:.0%} of them" if name == "attainment_itl" and isinstance(slo, SLO) else ""
+    return f"{TARGET_NAMES[name]}\n≤ {target * 1e3:g} ms{share}"
+
+
+def _finish(ax: Axes, caption: str, legend: bool) -> Axes:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#E5E5E5", linewidth=0.6)
+    ax.set_axisbelow(True)
+    if legend and ax.get_legend_handles_labels()[1]:
+        ax.legend(frameon=False, fontsize=8)
+    if caption:
+        text = fill(caption, max(40, int(ax.get_figure().get_figwidth() * 14)))
+        ax.annotate(text, (0, 0), (0, -40), "axes fraction", "offset points", va="top", fontsize=7, color="#444444", annotation_clip=False)
+    return ax
