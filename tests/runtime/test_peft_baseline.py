@@ -343,6 +343,8 @@ def test_a_step_that_fails_leaves_everything_as_it_was(baseline, model_path, mon
         with pytest.raises(MemoryError, match="simulated"):
             baseline.step(batch)
         assert set(baseline._sequences) == known
+        for group in {q.group for q in baseline._sequences.values()}:
+            assert group.cache.get_seq_length() == group.mask.shape[1]
         monkeypatch.setattr(peft_baseline, "sample", original)
         for name, token in baseline.step(batch).tokens.items():
             driver.outputs = getattr(driver, "outputs", {})
