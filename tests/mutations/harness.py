@@ -13,7 +13,8 @@ from tests.mutations.table import Mutation
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("workbench", "kernels", "tests", "scripts", "pyproject.toml")
 LINKED = ("traces", "notebooks", ".cache", "README.md")
-TIMEOUT_S = 120
+# A minute is plenty on an idle machine; a busy one is no reason for a red test.
+TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
