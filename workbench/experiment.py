@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Comparison:
     def slo(self) -> metrics.SLOs:
         return next(iter(self.replays.values())).slo
 
-    @property
+    @cached_property
     def runs(self) -> pd.DataFrame:
         """One row per run: policy, seed and every number of `metrics.summary`, policies in the order given."""
         return pd.DataFrame(
