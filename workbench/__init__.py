@@ -6,6 +6,9 @@ The public names. Those that need torch are imported when they are first used, s
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Now, not when first used: the function shares its name with its module, which would take the name once anything imports it.
+from workbench.replay import ReplayError, replay
+
 _NAMES = {
     "traces": "workbench.traces:",
     "policies": "workbench.policies:",
@@ -35,9 +38,7 @@ _NAMES = {
     "Router": "workbench.policy:Router",
     "Evict": "workbench.policy:Evict",
     "check_policy": "workbench.check:check_policy",
-    "replay": "workbench.replay:replay",
     "Replay": "workbench.replay_result:Replay",
-    "ReplayError": "workbench.replay:ReplayError",
     "load_replay": "workbench.replay_result:load_replay",
     "Recorded": "workbench.recorded:Recorded",
     "LatencyModel": "workbench.latency:LatencyModel",
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     from workbench.policy import Evict, Plan, PlanError, Router, View
     from workbench.popularity import clients, geometric, per_phase, round_robin, s_lora_power, uniform, zipf
     from workbench.recorded import Recorded
-    from workbench.replay import ReplayError, replay
     from workbench.replay_result import Replay, load_replay
     from workbench.runtime.engine import Engine, OutOfMemory
     from workbench.runtime.peft_baseline import PeftBaseline
@@ -77,6 +77,9 @@ def __getattr__(name: str) -> Any:
     value = getattr(found, attribute) if attribute else found
     globals()[name] = value
     return value
+
+
+__all__ = [*_NAMES, "ReplayError", "replay"]
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from workbench.runtime.engine import Engine
 
 JOB = "calibration"
+MIN_STEPS = 24  # a fit of fewer would say little, however slow the machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,12 @@ class Mix:
         """Small on the CPU (a few seconds), up to the engine's own limits on a GPU."""
         info = engine.info
         on_cpu = engine.device.type == "cpu"
-        prompt = min(256 if on_cpu else 2048, info.max_model_len // 2)
-        example = min(128 if on_cpu else 1024, info.activation_tokens // 2)
+        prompt = min(96 if on_cpu else 2048, info.max_model_len // 2)
+        example = min(64 if on_cpu else 1024, info.activation_tokens // 2)
         return cls(
-            max_resident=min(12 if on_cpu else 128, info.max_requests, info.num_blocks * info.block_tokens // (2 * prompt + 1)),
+            max_resident=min(6 if on_cpu else 128, info.max_requests, info.num_blocks * info.block_tokens // (2 * prompt + 1)),
             max_prompt_tokens=prompt,
-            max_chunk_tokens=min(256 if on_cpu else 2048, info.max_batch_tokens // 2),
+            max_chunk_tokens=min(96 if on_cpu else 2048, info.max_batch_tokens // 2),
             example_tokens=example,
             batch_size=1 if on_cpu else 2,
         )
@@ -110,7 +111,7 @@ class _Mixer:
 def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 10.0, seed: int = 0, mix: Mix | None = None) -> pd.DataFrame:
     """Steps of every kind in random mixes: one row a step, `features.NAMES` and durations in seconds.
 
-    Stops after `max_steps` or `seconds`. On CUDA the same steps run once before, so that compilation stays out of the numbers.
+    Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps. On CUDA the same steps run once before, so that compilation stays out of the numbers.
     Raises RuntimeError while a replay is running.
     """
     if engine.is_running:
@@ -134,7 +135,7 @@ def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 10.0, se
         )
         with Driver(engine, [job], seed=seed) as driver:
             mixer = _Mixer(driver, mix, adapters, job.id, seed)
-            while len(rows) < max_steps and time.perf_counter() - started < seconds:
+            while len(rows) < max_steps and (len(rows) < MIN_STEPS or time.perf_counter() - started < seconds):
                 mixer.collect()
                 rows.append(_row(driver, driver.step()))
     engine.unload_adapter(JOB)
