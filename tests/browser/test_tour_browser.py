@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -18,8 +17,11 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 RUN_ALL_S = 600
 SCREENSHOT = ROOT / "results" / "tour-browser.png"
-# What the explorer's sliders say, and the summary of the replays that stand behind the numbers shown, recomputed from their event rows.
-VALUES = "{policy: float(replay.summary(slo=explorer.slo)['attainment']) for policy, replay in explorer.replays.items()}"
+# Run in the tour's own kernel: fresh replays at the settings shown, past the explorer's cache, summed up from their event rows.
+FIND_EXPLORER = "_explorer = next(v for v in list(globals().values()) if type(v).__name__ == 'Explorer')"
+RECOMPUTED = "{{label: float(r.summary()['attainment']) for (label, _), r in _explorer.replays(*{settings}).replays.items()}}"
+DRAWN_FOR = "([cells, target]) => Math.round(Number(document.querySelector(cells).dataset.ttftMs)) === Math.round(target)"
+CELLS = ".loquetier-explorer .loquetier-attainment"
 
 pytestmark = pytest.mark.browser
 
@@ -62,23 +64,27 @@ def tour(lab, chromium):
         browser.close()
 
 
-def shown_attainments(page) -> list[float]:
-    """The shares that the explorer shows, in its order, from text such as "93.4 %"."""
-    text = " ".join(page.locator(".loquetier-attainment").all_inner_texts())
-    return [float(number) / 100 for number in re.findall(r"(\d+(?:\.\d+)?)\s*%", text)]
+def shown(page) -> list[dict[str, str]]:
+    """The attainment cells of the live explorer: the text that a person reads, and the settings that it stands for."""
+    return page.locator(CELLS).evaluate_all("cells => cells.map(cell => ({text: cell.innerText, ...cell.dataset}))")
 
 
 def test_attainment_shown_equals_the_summary_recomputed_at_the_sliders_value(tour, lab):
-    slo_slider = slider(tour, "SLO")
-    before, shown_before = readout(slo_slider), tour.locator(".loquetier-attainment").first.inner_text()
-    move(tour, slo_slider, "ArrowLeft", times=3)
-    tour.wait_for_function("shown => document.querySelector('.loquetier-attainment').innerText !== shown", arg=shown_before, timeout=60_000)
-    assert readout(slo_slider) != before, "the slider did not move"
-    recomputed = ast.literal_eval(lab.evaluate("pass", VALUES))
-    shown = shown_attainments(tour)
-    assert len(shown) == len(recomputed) >= 2
-    # Shown with one decimal of a percent.
-    assert shown == pytest.approx(list(recomputed.values()), abs=0.0006)
+    target = slider(tour, "TTFT target")
+    before, cells_before = readout(target), shown(tour)
+    # To its lower end, a tenth of where it stood: 18 steps of a twentieth.
+    move(tour, target, "ArrowLeft", times=18)
+    after = readout(target)
+    assert after != before, "the slider did not move"
+    tour.wait_for_function(DRAWN_FOR, arg=[CELLS, float(after.replace(",", ""))], timeout=120_000)
+    cells = shown(tour)
+    assert [cell["value"] for cell in cells] != [cell["value"] for cell in cells_before], "a tenth of the target must cost attainment"
+    settings = tuple(float(cells[0][name]) for name in ("rate", "ttftMs", "itlMs", "share"))
+    recomputed = ast.literal_eval(lab.evaluate(FIND_EXPLORER, RECOMPUTED.format(settings=settings), timeout_s=120))
+    assert len(recomputed) >= 2
+    assert {cell["policy"]: float(cell["value"]) for cell in cells} == pytest.approx(recomputed, abs=1e-12)
+    # Shown with two decimals of a percent.
+    assert {cell["policy"]: float(cell["text"].strip(" %")) / 100 for cell in cells} == pytest.approx(recomputed, abs=5.1e-5)
 
 
 def test_every_figure_is_in_the_page(tour):
