@@ -30,12 +30,6 @@ def comparison() -> Comparison:
     return Comparison(labels=LABELS, seeds=(0, 1, 2), replays=replays, trace_name="poisson", redrawn=("arrivals",))
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    mpl.pyplot.close("all")
-
-
 def texts(figure) -> str:
     figure.canvas.draw()
     return "\n".join(t.get_text() for t in figure.findobj(mpl.text.Text) if t.get_visible())
@@ -146,6 +140,11 @@ def test_lines_over_load_have_bands_over_seeds(comparison):
     runs["attainment"] += 0.01 * runs["seed"]
     ax = plots.by_load(runs)
     assert len(ax.collections) == 2 and ax.get_xlabel() == "arrival rate (requests/s)"
+
+
+def test_a_figure_shows_itself_as_a_png_without_pyplot(comparison):
+    assert comparison.plot()._repr_png_().startswith(b"\x89PNG")
+    assert mpl._pylab_helpers.Gcf.get_all_fig_managers() == []
 
 
 def test_gaps_can_be_drawn_by_policy(comparison):

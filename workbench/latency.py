@@ -6,7 +6,7 @@ It runs the same serving loop, policies and ledger as an engine, in microseconds
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from workbench import data, features
-from workbench.config import FinetuneJob, did_you_mean, require
+from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Request, StepResult
 from workbench.features import INDEX, NAMES, Work
 from workbench.latency_fit import (
@@ -35,6 +35,7 @@ PROFILES = Path(__file__).parents[1] / "profiles"
 MODEL_FILE, STEPS_FILE = "model.json", "steps.parquet"
 RESIDUAL_BLOCK = 16  # consecutive residuals drawn together: slow steps come in runs
 DEFAULT_RANK = 8
+ANY_VOCABULARY = 1_000_000  # only sizes matter here: without a tokenizer no token id is refused for its value
 
 
 class LatencyModel:
@@ -56,11 +57,12 @@ class LatencyModel:
         report: ErrorReport,
         provenance: Mapping[str, Any],
         adapters: Mapping[str, AdapterInfo] | Iterable[str] | None = None,
-        vocab_size: int = 32000,
+        vocab_size: int | None = None,
         tokenizer: Callable[..., Any] | None = None,
     ) -> None:
         self.costs, self.report, self.provenance = costs, report, dict(provenance)
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size or (len(tokenizer) if isinstance(tokenizer, Sized) else ANY_VOCABULARY)
         self._info = replace(info, simulated=True)
         self._steps = steps
         values, duration = step_arrays(steps)
@@ -84,7 +86,7 @@ class LatencyModel:
         *,
         info: ExecutorInfo | None = None,
         adapters: Mapping[str, AdapterInfo] | Iterable[str] | None = None,
-        vocab_size: int = 32000,
+        vocab_size: int | None = None,
         tokenizer: Callable[..., Any] | None = None,
         commit: str | None = None,
     ) -> "LatencyModel":
@@ -239,7 +241,9 @@ class LatencyModel:
         info, name = self._info, request.request_id
         if request.adapter is not None and request.adapter not in self._adapters:
             if not self._open:
-                raise ValueError(f"{name}: unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self._adapters))}")
+                raise UnknownAdapterError(
+                    f"{name}: unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self._adapters))}"
+                )
             self._adapters |= _infos([request.adapter], self._bytes)
         prompt = request.prompt_tokens
         if request.prompt_token_ids is not None or (request.prompt is not None and self.tokenizer is not None):

@@ -4,14 +4,15 @@ Units stand on the axes, times in milliseconds or seconds as named. A policy kee
 figure; lightness differs too, so that a grey print can be read. `caption` says n, seeds, executor and device.
 """
 
+import io
 from collections.abc import Sequence
 from textwrap import fill
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from workbench import metrics
@@ -52,6 +53,15 @@ class Style(NamedTuple):
     line: Any
 
 
+class NotebookFigure(Figure):
+    """A figure that shows itself once, as a PNG, where it is a cell's value; pyplot, which would show it again, knows nothing of it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+        return buffer.getvalue()
+
+
 def styles(labels: Sequence[str]) -> dict[str, Style]:
     """A style per policy, by its place in the comparison."""
     size = len(COLOURS)
@@ -61,8 +71,8 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 def overview(runs: pd.DataFrame, *, caption: str = "", slo: metrics.SLOs = None) -> Figure:
     """SLO attainment and throughput beside each other, one legend, the caption below."""
     labels = list(dict.fromkeys(runs["policy"]))
-    with plt.ioff():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), width_ratios=(3, 2), layout="constrained")
+    figure = NotebookFigure(figsize=(10.5, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     attainment(runs, ax=left, slo=slo, legend=False)
     throughput(runs, ax=right, legend=False)
     handles, names = left.get_legend_handles_labels()
@@ -119,8 +129,7 @@ def timeline(events: pd.DataFrame, *, bin_s: float | None = None, axes: Sequence
     `events`: `Comparison.events`, or a replay's events with a `policy` column. `bin_s`: about 60 bins unless given.
     """
     if axes is None:
-        with plt.ioff():
-            _, axes = plt.subplots(3, 1, figsize=(9, 6), sharex=True, layout="constrained")
+        axes = NotebookFigure(figsize=(9, 6), layout="constrained").subplots(3, 1, sharex=True)
     end = float(events["time_s"].max()) if len(events) else 1.0
     width = bin_s or max(end / 60, 1e-3)
     edges = np.arange(0.0, end + width, width)
@@ -238,15 +247,14 @@ def step_timeline(
         chosen = amount > 0
         bars = np.column_stack([steps["start_s"], steps["end_s"] - steps["start_s"]])[chosen]
         shade = 0.3 + 0.7 * amount[chosen] / amount.max()
-        ax.broken_barh(bars.tolist(), (row - 0.4, 0.8), facecolors=[(*plt.matplotlib.colors.to_rgb(KIND_COLOURS[kind]), a) for a in shade])
+        ax.broken_barh(bars.tolist(), (row - 0.4, 0.8), facecolors=[(*to_rgb(KIND_COLOURS[kind]), a) for a in shade])
     ax.set_yticks(range(len(kinds)), kinds)
     ax.set(xlim=(start_s, end_s), xlabel="time (s)")
     return _finish(ax, caption, legend=False)
 
 
 def _axes(width: float = 6.0, height: float = 4.0) -> Axes:
-    with plt.ioff():
-        return plt.subplots(figsize=(width, height), layout="constrained")[1]
+    return NotebookFigure(figsize=(width, height), layout="constrained").subplots()
 
 
 def _bars(ax: Axes, runs: pd.DataFrame, names: Sequence[str], *, scale: float, digits: int) -> None:
@@ -291,8 +299,8 @@ def _finish(ax: Axes, caption: str, legend: bool) -> Axes:
     ax.grid(axis="y", color="#E5E5E5", linewidth=0.6)
     ax.set_axisbelow(True)
     if legend and ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
     if caption:
-        text = fill(caption, max(40, int(ax.get_figure().get_figwidth() * 14)))
+        text = fill(caption, max(40, int(ax.get_figure().get_figwidth() * 17)))
         ax.annotate(text, (0, 0), (0, -40), "axes fraction", "offset points", va="top", fontsize=7, color="#444444", annotation_clip=False)
     return ax

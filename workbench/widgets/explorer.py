@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 
 from workbench.config import SLO, FinetuneJob, require
 from workbench.experiment import Comparison, compare
@@ -104,10 +103,8 @@ class Explorer:
     def _redraw(self, _: Any = None) -> None:
         comparison = self.comparison
         self._text.value = table_html(comparison, self.settings)
-        figure = comparison.plot()
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=80)
-        plt.close(figure)
+        comparison.plot().savefig(buffer, format="png", dpi=80)
         self._image.value = buffer.getvalue()
 
     def _ipython_display_(self) -> None:
