@@ -12,7 +12,7 @@ from random import Random
 import pandas as pd
 import pytest
 
-from workbench.config import SLO, FinetuneJob, RandomTokens
+from workbench.config import SLO, FinetuneJob, RandomTokens, UnknownAdapterError
 from workbench.core import AdapterInfo, Request
 from workbench.policies import FCFS, LoquetierStatic, PeftSequential, ServeFirst
 from workbench.recorded import Recorded
@@ -73,9 +73,10 @@ def test_three_requests_worked_out_by_hand():
     assert (frame["outcome"] == "finished").all()
 
 
+@pytest.mark.filterwarnings("ignore:1 of 41 requests were rejected on arrival")
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
 def test_same_trace_seed_and_policy_give_identical_frames_and_recorded_gives_them_again(policy, tmp_path):
-    trace = [*requests(), one("nobody", 0.3, adapter="zz")]
+    trace = [*requests(), one("nobody", 0.3, prompt=10**7)]
     options = {"policy": policy, "jobs": [job()], "slo": SLO(ttft_s=1.0)}
     executors = [FixedCost(token=lambda owner, i: (len(owner) * 7 + i) % 50) for _ in range(2)]
     first, second = (run(trace, executor=e, **options) for e in executors)
@@ -92,7 +93,20 @@ def test_same_trace_seed_and_policy_give_identical_frames_and_recorded_gives_the
     assert loaded.trace_requests == first.trace_requests
     assert loaded.slo == first.slo
     assert first.requests.loc["nobody", "outcome"] == "rejected"
-    assert first.events.query("kind == 'rejected'")["note"].iloc[0].startswith("unknown adapter 'zz'")
+    assert first.events.query("kind == 'rejected'")["note"].iloc[0].startswith("nobody: prompt_tokens and output_tokens must fit")
+
+
+def test_a_name_that_no_adapter_has_is_raised_before_anything_runs_and_the_executor_ends():
+    executor = FixedCost()
+    with pytest.raises(UnknownAdapterError, match="unknown adapter 'zz'. Known: 'a', 'b'"):
+        run([*requests(), one("nobody", 0.3, adapter="zz")], executor=executor)
+    assert len(run(requests(), executor=executor).requests) == 40
+
+
+def test_requests_that_can_never_run_count_as_missed_and_are_said_aloud():
+    with pytest.warns(UserWarning, match=r"2 of 3 requests were rejected on arrival and count as missed. The first: long-0: "):
+        result = run([one("long-0", prompt=10**7), one("fine"), one("long-1", prompt=10**7)])
+    assert result.requests["outcome"].to_dict() == {"long-0": "rejected", "fine": "finished", "long-1": "rejected"}
 
 
 def test_recorded_gives_back_measured_planning_times_and_names_the_first_difference():

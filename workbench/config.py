@@ -17,6 +17,10 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return "Known: " + (", ".join(repr(k) for k in sorted(known)) if known else "none") + "."
 
 
+class UnknownAdapterError(ValueError):
+    """A request or a call names an adapter that does not exist."""
+
+
 def require(holds: bool, rule: str, value: object, step: str = "") -> None:
     """Raise ValueError with the rule, the value and the next step unless `holds`."""
     if not holds:

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import simpy
 import simpy.rt
 
-from workbench.config import SLO, FinetuneJob, Provenance, require
+from workbench.config import SLO, FinetuneJob, Provenance, UnknownAdapterError, require
 from workbench.core import AdapterInfo, Batch, Executor, JobShape, Request, StepResult
 from workbench.expected import length_predictor
 from workbench.ledger import Ledger
 from workbench.plan import Plan
 from workbench.policy import Policy, policy_label
 from workbench.redo import is_same_work, redo
-from workbench.replay_checks import check_options, check_result, check_slo, checked_requests, warn_of_ties
+from workbench.replay_checks import check_options, check_result, check_slo, checked_requests, warn_of_refusals, warn_of_ties
 from workbench.replay_result import (
     EVENT_COLUMNS,
     STEP_COLUMNS,
@@ -153,6 +153,7 @@ class _Run:
         try:
             for job in self.jobs:
                 self.ledger.check_job(job, self.shapes[job.id])
+            self._check_adapters()
             self._open_bar(progress)
             self._drive()
         except KeyboardInterrupt:
@@ -167,10 +168,21 @@ class _Run:
                 self.executor.end()
         if isinstance(self.failure, KeyboardInterrupt):
             interrupted, self.failure = True, None
+        warn_of_refusals(self.tape.refusals, len(self.requests))
         if self.failure is None:
             return self._result(interrupted, None)
         message = f"{self.where}: {type(self.failure).__name__}: {self.failure}"
         raise ReplayError(message, self._result(False, message)) from self.failure
+
+    def _check_adapters(self) -> None:
+        """A name that no adapter has is a mistake in the trace, not an outcome: it is raised before anything runs."""
+        for request in {r.adapter: r for r in reversed(self.requests) if r.adapter is not None}.values():
+            try:
+                self.executor.admissible(request)
+            except UnknownAdapterError:
+                raise
+            except ValueError:
+                continue  # what else is wrong with this one request becomes its outcome
 
     def _drive(self) -> None:
         env = self.env

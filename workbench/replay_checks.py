@@ -85,3 +85,12 @@ def warn_of_ties(requests: Sequence[Request]) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def warn_of_refusals(refusals: Mapping[str, str], num_requests: int) -> None:
+    """Requests that the executor can never run count as missed; their number and the first reason are said aloud."""
+    if refusals:
+        first = next(iter(refusals.values()))
+        warnings.warn(
+            f"{len(refusals)} of {num_requests} requests were rejected on arrival and count as missed. The first: {first}", stacklevel=4
+        )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from workbench.config import FinetuneJob, RandomTokens, did_you_mean
+from workbench.config import FinetuneJob, RandomTokens, UnknownAdapterError, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, MicroBatch, Request, StepResult
 from workbench.features import INDEX, Work, of_batch
 
@@ -119,7 +119,10 @@ class FixedCost:
 
     def admissible(self, request: Request) -> Request:
         if request.adapter is not None and request.adapter not in self.adapter_infos:
-            raise ValueError(f"unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self.adapter_infos))}")
+            raise UnknownAdapterError(f"unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self.adapter_infos))}")
+        needed, longest = request.prompt_tokens + (request.output_tokens or 1), self.info.max_model_len
+        rule = f"{request.request_id}: prompt_tokens and output_tokens must fit the context of {longest} tokens"
+        require(needed <= longest, rule, needed)
         if request.max_tokens is None:
             return replace(request, max_tokens=self.info.max_model_len - request.prompt_tokens)
         return request

@@ -111,7 +111,8 @@ class _Mixer:
 def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 10.0, seed: int = 0, mix: Mix | None = None) -> pd.DataFrame:
     """Steps of every kind in random mixes: one row a step, `features.NAMES` and durations in seconds.
 
-    Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps. On CUDA the same steps run once before, so that compilation stays out of the numbers.
+    Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps.
+    On CUDA the same steps run once before, so that compilation stays out of the numbers.
     Raises RuntimeError while a replay is running.
     """
     if engine.is_running:

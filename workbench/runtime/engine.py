@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from workbench.config import EngineConfig, FinetuneJob, did_you_mean, require
+from workbench.config import EngineConfig, FinetuneJob, UnknownAdapterError, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, Segment, StepResult
 from workbench.data import Document, PreparedJob, prepare, prompt_token_ids
 from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, save_peft
@@ -186,7 +186,7 @@ class Engine:
 
     def _known(self, name: str) -> None:
         if name not in self._current:
-            raise ValueError(f"no adapter is called {name!r}. {did_you_mean(name, list(self._current))}")
+            raise UnknownAdapterError(f"no adapter is called {name!r}. {did_you_mean(name, list(self._current))}")
 
     def _register(self, weights: AdapterWeights) -> int:
         version = self._last_version.get(weights.name, 0) + 1

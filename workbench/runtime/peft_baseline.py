@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from workbench.config import EngineConfig, FinetuneJob, did_you_mean, require
+from workbench.config import EngineConfig, FinetuneJob, UnknownAdapterError, did_you_mean, require
 from workbench.core import AdapterInfo, Backward, Batch, Command, ExecutorInfo, Predictor, Request, Segment, StepResult
 from workbench.data import Document, PreparedJob, prepare, prompt_token_ids
 from workbench.runtime.adapters import AdapterWeights, Key, init_adapter, load_peft, module_path, peft_config, peft_tensors, save_peft
@@ -168,7 +168,7 @@ class PeftBaseline:
 
     def _known(self, name: str) -> None:
         if name not in self._infos:
-            raise ValueError(f"no adapter is called {name!r}. {did_you_mean(name, list(self._infos))}")
+            raise UnknownAdapterError(f"no adapter is called {name!r}. {did_you_mean(name, list(self._infos))}")
 
     def _register(self, weights: AdapterWeights) -> int:
         version = self._last_version.get(weights.name, 0) + 1
