@@ -124,6 +124,13 @@ def test_held_out_steps_are_not_fitted_to():
     assert LatencyModel.fit(steps, info=INFO).report.bias == pytest.approx(-0.5, abs=1e-3)
 
 
+def test_steps_that_stopped_early_are_not_fitted_to():
+    steps = synthetic().assign(stopped_early=False)
+    steps.loc[::7, "stopped_early"] = True
+    steps.loc[::7, "duration_s"] *= 0.05
+    assert LatencyModel.fit(steps, info=INFO).report.mape < 1e-6
+
+
 def test_share_outside_the_fitted_range_counts_steps_beyond_what_was_seen(exact):
     steps = synthetic(100, seed=2)
     assert exact.outside_share(steps) <= 0.02

@@ -130,6 +130,7 @@ class ErrorReport:
 def step_arrays(steps: Any) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, len(NAMES)] and durations [n] of a steps frame, a replay, or several of either.
 
+    Steps that stopped early are left out: their features say what was planned, their duration what was done.
     Raises ValueError for a frame without the feature columns, without steps, and for durations that are not above 0.
     """
     frames = [getattr(s, "steps", s) for s in (steps if isinstance(steps, Sequence) else [steps])]
@@ -137,6 +138,7 @@ def step_arrays(steps: Any) -> tuple[np.ndarray, np.ndarray]:
         missing = [name for name in (*NAMES, "duration_s") if name not in frame.columns]
         if missing:
             raise ValueError(f"steps must have the columns of features.NAMES and duration_s, got a frame without {missing[0]!r}")
+    frames = [f[~f["stopped_early"].astype(bool)] if "stopped_early" in f.columns else f for f in frames]
     values = np.concatenate([f[list(NAMES)].to_numpy(float) for f in frames]) if frames else np.zeros((0, len(NAMES)))
     duration = np.concatenate([f["duration_s"].to_numpy(float) for f in frames]) if frames else np.zeros(0)
     if not np.all(duration > 0) or not np.all(np.isfinite(values)):
