@@ -1,6 +1,6 @@
 # Every target says what it does with `make help`. Needs make and Python >= 3.11; everything else is installed into $(VENV).
 .DEFAULT_GOAL := help
-.PHONY: help env model adapters lab tour test check format test-gpu bench browser clean
+.PHONY: help env model adapters lab tour test check format test-gpu test-wall-clock bench browser clean
 
 VENV ?= .venv
 # PY=python3 uses the Python at hand as it is and makes no environment (a GPU machine with its own torch, say).
@@ -61,7 +61,10 @@ format: $(STAMP) ## format and sort imports in place, refresh README's tree
 	$(PY) scripts/readme_tree.py
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
-	$(OFFLINE) $(PY) -m pytest tests/gpu $(PYTEST_ARGS)
+	$(OFFLINE) $(PY) -m pytest tests/gpu -m "gpu and not wall_clock" $(PYTEST_ARGS)
+
+test-wall-clock: $(STAMP) ## ten minutes of trace on the wall clock of a CUDA device, against the virtual clock
+	$(OFFLINE) $(PY) -m pytest tests/gpu -s -m wall_clock $(PYTEST_ARGS)
 
 bench: $(STAMP) ## time the kernels (each checked against its reference first)
 	$(OFFLINE) $(PY) -m kernels.bench

@@ -108,7 +108,7 @@ class _Mixer:
             driver.finetune(self.job_id, left if self.draw.random() < 0.5 else self._size(left))
 
 
-def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 10.0, seed: int = 0, mix: Mix | None = None) -> pd.DataFrame:
+def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 6.0, seed: int = 0, mix: Mix | None = None) -> pd.DataFrame:
     """Steps of every kind in random mixes: one row a step, `features.NAMES` and durations in seconds.
 
     Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps.
@@ -120,6 +120,7 @@ def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 10.0, se
     mix = mix or Mix.for_engine(engine)
     adapters: list[str | None] = [None, *sorted(engine.adapters)][: 1 + engine.config.num_slots]
     rows: list[dict[str, float]] = []
+    engine.warm_up()
     for is_measured in (False, True):
         if not is_measured and engine.device.type == "cpu":
             continue

@@ -255,6 +255,17 @@ class Engine:
             self._predictor = calibrate(self, **options)
         return self._predictor
 
+    def warm_up(self) -> None:
+        """Record the CUDA graphs of decode steps for the adapters loaded now; without it the first step of each size pays for its own."""
+        with self.lock:
+            require(not self._active, "warm_up needs an idle engine", "a running replay", "Call it before.")
+            if self._graphs is None:
+                return
+            for slot, version in enumerate(list(self._current.items())[: self.config.num_slots]):
+                self._fill(slot, version)
+            self._graphs.warm_up(self.config.max_requests, has_adapters=bool(self._current))
+            self._slots.clear()
+
     @contextmanager
     def uncalibrated(self) -> Iterator[None]:
         """Within this, `predictor` does not start a calibration: for work that no policy asks a prediction for."""

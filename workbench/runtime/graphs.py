@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.runtime.inputs import StepInputs, decode_layout
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-SHORTEST_CONTEXT = 256
+CONTEXT_BUCKETS = (512, 2048, 8192, 32768)
 Key = tuple[int, int, tuple[tuple[int, int], ...] | None]
 
 
@@ -23,11 +23,8 @@ def row_bucket(rows: int) -> int | None:
 
 
 def context_bucket(context: int, max_model_len: int) -> int:
-    """The least power of two that holds `context`, at least SHORTEST_CONTEXT, at most the model's context."""
-    bucket = SHORTEST_CONTEXT
-    while bucket < context:
-        bucket *= 2
-    return min(bucket, max_model_len)
+    """The least of CONTEXT_BUCKETS that holds `context`, or else the model's own context: it bounds how far a graph splits its keys."""
+    return min(next((bucket for bucket in CONTEXT_BUCKETS if bucket >= context), max_model_len), max_model_len)
 
 
 @dataclass(slots=True)
@@ -50,16 +47,28 @@ class DecodeGraphs:
         rows = inputs.num_tokens
         bucket = row_bucket(rows)
         assert bucket is not None and inputs.layout.num_rows == bucket
-        context = context_bucket(inputs.max_context, self.max_model_len)
-        tables = self.runner.table.tables[0].values()
-        ranks = tuple((t.max_rank, t.rank_multiple) for t in tables) if inputs.layout.runs else None
-        key = (bucket, context, ranks)
-        if key not in self.recorded:
-            self.recorded[key] = self._record(bucket, context, inputs)
-        found = self.recorded[key]
+        found = self._find(bucket, context_bucket(inputs.max_context, self.max_model_len), bool(inputs.layout.runs))
         self._copy(found.inputs, inputs)
         found.graph.replay()
         return found.logits[:rows]
+
+    def warm_up(self, max_rows: int, *, has_adapters: bool) -> int:
+        """Record every bucket up to `max_rows` now, so that no step pays for it; the number of graphs that there are then."""
+        largest = row_bucket(min(max_rows, ROW_BUCKETS[-1]))
+        contexts = {context_bucket(bucket, self.max_model_len) for bucket in (*CONTEXT_BUCKETS, self.max_model_len)}
+        for bucket in (b for b in ROW_BUCKETS if largest is not None and b <= largest):
+            for context in sorted(contexts):
+                for with_adapters in (False, True)[: 1 + has_adapters]:
+                    self._find(bucket, context, with_adapters)
+        return len(self.recorded)
+
+    def _find(self, bucket: int, context: int, has_adapters: bool) -> _Recorded:
+        tables = self.runner.table.tables[0].values()
+        # The kernels are specialised on what the table's ranks have in common.
+        ranks = tuple((t.max_rank, t.rank_multiple) for t in tables) if has_adapters else None
+        if (bucket, context, ranks) not in self.recorded:
+            self.recorded[bucket, context, ranks] = self._record(bucket, context, has_adapters)
+        return self.recorded[bucket, context, ranks]
 
     def _empty(self, bucket: int, context: int, has_adapters: bool) -> StepInputs:
         """Inputs of padding rows alone: token 0 at position 0, one key, in the block that is nobody's."""
@@ -100,12 +109,11 @@ class DecodeGraphs:
         into.block_tables[rows:] = pool.num_blocks
         into.layout.copy_(inputs.layout)
 
-    def _record(self, bucket: int, context: int, like: StepInputs) -> _Recorded:
-        inputs = self._empty(bucket, context, bool(like.layout.runs))
-        self._copy(inputs, like)
+    def _record(self, bucket: int, context: int, has_adapters: bool) -> _Recorded:
+        inputs = self._empty(bucket, context, has_adapters)
         stream = torch.cuda.Stream(self.runner.device)
         stream.wait_stream(torch.cuda.current_stream(self.runner.device))
-        with torch.cuda.stream(stream):  # compiles what is not compiled yet; repeating a decode step writes the same keys again
+        with torch.cuda.stream(stream):  # compiles what is not compiled yet; padding rows leave no trace
             for _ in range(2):
                 self.runner.forward(inputs, {})
         torch.cuda.current_stream(self.runner.device).wait_stream(stream)
