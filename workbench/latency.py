@@ -17,7 +17,7 @@ import pandas as pd
 
 from workbench import data, features
 from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, require
-from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Request, StepResult
+from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, Request, StepResult
 from workbench.features import INDEX, NAMES, Work
 from workbench.latency_fit import (
     CLASSES,
@@ -134,7 +134,7 @@ class LatencyModel:
             raise ValueError(
                 f"{folder / MODEL_FILE}: format must be 1, got {record.get('format')!r}. Load it with the version that wrote it."
             )
-        info = {name: frozenset(v) if name in ("can", "eos_token_ids") else v for name, v in record["info"].items()}
+        info: dict[str, Any] = record["info"] | {name: frozenset(record["info"][name]) for name in ("can", "eos_token_ids")}
         report = record["report"] | {"by_class": {name: tuple(v) for name, v in record["report"]["by_class"].items()}}
         adapters = None if record["adapters"] is None else {name: AdapterInfo(**v) for name, v in record["adapters"].items()}
         return cls(
@@ -219,7 +219,7 @@ class LatencyModel:
     def adapter_infos(self) -> Mapping[str, AdapterInfo]:
         return self._adapters
 
-    def begin(self, jobs: Sequence[FinetuneJob], *, seed: int) -> Mapping[str, JobShape]:
+    def begin(self, jobs: Sequence[FinetuneJob], *, seed: int) -> Mapping[str, data.PreparedJob]:
         """Start a replay: job sizes, fresh adapter versions, residuals drawn from `seed`."""
         self._adapters = dict(self._declared)
         self._jobs = {job.id: (job, self._prepare(job)) for job in jobs}

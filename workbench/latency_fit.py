@@ -201,4 +201,4 @@ def error_report(
 
 def is_outside(values: np.ndarray, largest: np.ndarray) -> np.ndarray:
     """Which steps [n] have a feature above the largest that the fit saw: there the model extrapolates."""
-    return (values > largest * (1 + 1e-9)).any(axis=1)
+    return np.any(values > largest * (1 + 1e-9), axis=1)

@@ -128,8 +128,7 @@ def timeline(events: pd.DataFrame, *, bin_s: float | None = None, axes: Sequence
 
     `events`: `Comparison.events`, or a replay's events with a `policy` column. `bin_s`: about 60 bins unless given.
     """
-    if axes is None:
-        axes = NotebookFigure(figsize=(9, 6), layout="constrained").subplots(3, 1, sharex=True)
+    axes = list(axes if axes is not None else NotebookFigure(figsize=(9, 6), layout="constrained").subplots(3, 1, sharex=True))
     end = float(events["time_s"].max()) if len(events) else 1.0
     width = bin_s or max(end / 60, 1e-3)
     edges = np.arange(0.0, end + width, width)
@@ -301,6 +300,6 @@ def _finish(ax: Axes, caption: str, legend: bool) -> Axes:
     if legend and ax.get_legend_handles_labels()[1]:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
     if caption:
-        text = fill(caption, max(40, int(ax.get_figure().get_figwidth() * 17)))
+        text = fill(caption, max(40, int(ax.figure.bbox.width / ax.figure.dpi * 17)))
         ax.annotate(text, (0, 0), (0, -40), "axes fraction", "offset points", va="top", fontsize=7, color="#444444", annotation_clip=False)
     return ax
