@@ -88,14 +88,14 @@ def poisoned_memory() -> Iterator[None]:
         torch.empty, torch.empty_like = plain_empty, plain_like
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |a - b| / max |b| in float64 on the CPU; infinite where `actual` is not finite."""
+def relative_error(actual: torch.Tensor, expected: torch.Tensor, *, floor: float = 1e-30) -> float:
+    """max |a - b| / max(max |b|, floor) in float64 on the CPU; infinite where `actual` is not finite."""
     a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
     if not a.numel():
         return 0.0
     if not bool(a.isfinite().all()):
         return float("inf")
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+    return float((a - b).abs().max() / b.abs().max().clamp_min(floor))
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

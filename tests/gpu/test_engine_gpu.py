@@ -114,7 +114,9 @@ def test_two_minutes_of_burstgpt_with_four_adapters_and_one_job_run_on_the_fused
     )
     counters.calls.clear()
     slo = wb.SLO(ttft_s=5.0, itl_s=0.2)
-    result = wb.replay(trace, executor=llama, policy=wb.policies.ServeFirst(), jobs=[wb.FinetuneJob.example()], slo=slo, progress=False)
+    result = wb.replay(
+        trace, executor=llama, policy=wb.policies.ServeFirst(step_s=0.150), jobs=[wb.FinetuneJob.example()], slo=slo, progress=False
+    )
     summary = result.summary()
     print(summary.to_string() if hasattr(summary, "to_string") else summary)
     assert not counters.references_on("cuda"), counters.calls

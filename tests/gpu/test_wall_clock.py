@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.wall_clock,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-MINUTES = 10
+MINUTES = float(os.environ.get("LOQUETIER_WALL_MINUTES", "10"))
 
 
 def quantiles(replay: wb.Replay) -> dict[str, float]:
