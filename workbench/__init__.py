@@ -79,8 +79,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-__all__ = [*_NAMES, "ReplayError", "replay"]
-
-
 def __dir__() -> list[str]:
     return sorted([*globals(), *_NAMES])

@@ -28,7 +28,7 @@ def test_wall_clock_and_virtual_clock_agree_on_ten_minutes_of_trace():
     day = wb.traces.load("burstgpt-day29").jitter(1.0, seed=0).with_lengths("azure-conv", seed=0, clip=(1024, 64))
     day = day.assign_adapters(4, popularity=wb.zipf(1.0), seed=0).slice(0, 60 * MINUTES).scale(rate=0.25, how="thin", seed=0)
     policy, slo = wb.policies.FCFS(), wb.SLO(ttft_s=0.2, itl_s=0.045)
-    wb.replay(day.slice(0, 60), executor=engine, policy=policy, slo=slo, progress=False)  # compiles; not counted
+    wb.replay(day, executor=engine, policy=policy, slo=slo, progress=False)  # compiles for every shape that will occur; not counted
     virtual = wb.replay(day, executor=engine, policy=policy, slo=slo, progress=False)
     wall = wb.replay(day, executor=engine, policy=policy, slo=slo, clock="wall", progress=False)
     found = {name: quantiles(r) | {"attainment": r.summary()["attainment"]} for name, r in (("virtual", virtual), ("wall", wall))}

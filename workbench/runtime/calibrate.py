@@ -59,11 +59,22 @@ class _Mixer:
         return max(1, round(most ** self.draw.random()))
 
     def collect(self) -> None:
-        mode = self.draw.choices(("serve", "train", "both"), (0.4, 0.25, 0.35))[0]
+        mode = self.draw.choices(("decode", "serve", "train", "both"), (0.25, 0.25, 0.2, 0.3))[0]
+        if mode == "decode" and self._ready():
+            self._decode()
+            return
         if mode != "train":
             self._serve()
-        if mode != "serve":
+        if mode in ("train", "both"):
             self._train()
+
+    def _ready(self) -> list[str]:
+        """Requests whose prompt is computed."""
+        return [r for r, run in self.driver.runs.items() if run.is_known and run.length - run.cached == 1]
+
+    def _decode(self) -> None:
+        ready = self._ready()
+        self.driver.decode(self.draw.sample(ready, min(len(ready), self._size(2 * len(ready)))))
 
     def _serve(self) -> None:
         driver, mix = self.driver, self.mix
@@ -74,8 +85,8 @@ class _Mixer:
             for _ in range(self._size(max(1, mix.max_resident // 4))):
                 if len(driver.runs) < mix.max_resident:
                     self._arrive()
-        unfinished = [r for r, run in driver.runs.items() if not run.is_known or run.length - run.cached > 1]
-        ready = [r for r in driver.runs if r not in unfinished]
+        ready = self._ready()
+        unfinished = [r for r in driver.runs if r not in ready]
         budget = self._size(mix.max_chunk_tokens)
         for request_id in unfinished:
             if budget > 0:
@@ -83,8 +94,9 @@ class _Mixer:
                 tokens = min(budget, run.length - run.cached)
                 driver.prefill(request_id, tokens)
                 budget -= tokens
-        if ready:
-            driver.decode(self.draw.sample(ready, min(len(ready), self._size(2 * len(ready)))))
+        for request_id in ready:
+            if self.draw.random() < 0.8:
+                driver.decode([request_id])
 
     def _arrive(self) -> None:
         self.count += 1
@@ -111,8 +123,8 @@ class _Mixer:
 def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 6.0, seed: int = 0, mix: Mix | None = None) -> pd.DataFrame:
     """Steps of every kind in random mixes: one row a step, `features.NAMES` and durations in seconds.
 
-    Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps.
-    On CUDA the same steps run once before, so that compilation stays out of the numbers.
+    Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps. On CUDA exactly the same steps run once before, so that
+    compilation stays out of the numbers.
     Raises RuntimeError while a replay is running.
     """
     if engine.is_running:
@@ -121,6 +133,7 @@ def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 6.0, see
     adapters: list[str | None] = [None, *sorted(engine.adapters)][: 1 + engine.config.num_slots]
     rows: list[dict[str, float]] = []
     engine.warm_up()
+    is_repeat = False
     for is_measured in (False, True):
         if not is_measured and engine.device.type == "cpu":
             continue
@@ -137,9 +150,10 @@ def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 6.0, see
         )
         with Driver(engine, [job], seed=seed) as driver:
             mixer = _Mixer(driver, mix, adapters, job.id, seed)
-            while len(rows) < max_steps and (len(rows) < MIN_STEPS or time.perf_counter() - started < seconds):
+            while len(rows) < max_steps and (is_repeat or len(rows) < MIN_STEPS or time.perf_counter() - started < seconds):
                 mixer.collect()
                 rows.append(_row(driver, driver.step()))
+        max_steps, is_repeat = len(rows), True
     engine.unload_adapter(JOB)
     return pd.DataFrame(rows[1:])  # the first step pays for warming up
 

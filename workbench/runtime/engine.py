@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from workbench.config import EngineConfig, FinetuneJob, UnknownAdapterError, did_you_mean, require
-from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, Segment, StepResult
-from workbench.data import Document, PreparedJob, prepare, prompt_token_ids
+from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Predictor, Request, Segment, StepResult
+from workbench.data import Document, prepare, prompt_token_ids
 from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, save_peft
 from workbench.runtime.finetune import LayerTrainer, TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
@@ -60,7 +61,7 @@ class _Undo:
 class Engine:
     """One base model, many adapters: serving and fine-tuning in one packed batch."""
 
-    def __init__(self, base: torch.nn.Module, *, tokenizer: Any = None, name: str = "model", config: EngineConfig = EngineConfig()) -> None:
+    def __init__(self, base: PreTrainedModel, *, tokenizer: Any = None, name: str = "model", config: EngineConfig = EngineConfig()) -> None:
         """Take over `base` (a Hugging Face causal language model): its weights are laid out for the fused linears in place."""
         self.base, self.tokenizer, self.name, self.config = base, tokenizer, name, config
         self.fused = fuse(base)
@@ -233,7 +234,7 @@ class Engine:
         )
 
     def _eos_token_ids(self) -> frozenset[int]:
-        eos = getattr(getattr(self.base, "generation_config", None), "eos_token_id", None) or self.base.config.eos_token_id
+        eos: Any = getattr(self.base.generation_config, "eos_token_id", None) or self.base.config.eos_token_id
         return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
     @property
@@ -294,7 +295,7 @@ class Engine:
         finally:
             self._table.clear(entry)
 
-    def begin(self, jobs: Sequence[FinetuneJob], *, seed: int) -> Mapping[str, PreparedJob]:
+    def begin(self, jobs: Sequence[FinetuneJob], *, seed: int) -> Mapping[str, JobShape]:
         """Start a replay: forget the last one's sequences and jobs, prepare these jobs' data, weights and optimisers."""
         require(len(jobs) <= self.config.max_jobs, "jobs must be at most EngineConfig.max_jobs", len(jobs), "Raise max_jobs.")
         with self.lock:
@@ -307,7 +308,7 @@ class Engine:
             if jobs and self.runner.arena is None:
                 self.runner.arena = Arena.allocate(self.fused.dims, self._limits.activation_tokens, self.device, self.dtype)
             self._active = True
-            return {job_id: state.prepared for job_id, state in self._states.items()}
+            return {job_id: cast(JobShape, state.prepared) for job_id, state in self._states.items()}
 
     def _create_state(self, job: FinetuneJob, entry: int) -> TrainState:
         vocab, eos = self.fused.dims.vocab_size, self._eos_token_ids()
@@ -595,7 +596,7 @@ class Engine:
     def trained_weights(self, state: TrainState, *, device: torch.device) -> AdapterWeights:
         """The job's weights as of its last optimiser step: fp32 on the CPU (to save), in the model's dtype on the device (to serve)."""
         source = state.compute if device == self.device and device.type != "cpu" else state.master
-        tensors = {key: tuple(t.detach().to(device, copy=True) for t in pair) for key, pair in source.items()}
+        tensors = {key: (a.detach().to(device, copy=True), b.detach().to(device, copy=True)) for key, (a, b) in source.items()}
         job = state.job
         return AdapterWeights(name=job.adapter, rank=job.rank, alpha=job.alpha, tensors=tensors, base=self.name, use_rslora=job.use_rslora)
 
