@@ -39,10 +39,10 @@ $(ADAPTERS): scripts/train_adapters.py scripts/texts.py | $(MODEL)
 	$(OFFLINE) $(PY) scripts/train_adapters.py
 
 lab: $(ADAPTERS) ## open JupyterLab on the tour notebook
-	$(OFFLINE) $(PY) -m jupyter lab notebooks/00_tour.ipynb
+	$(ONE_THREAD) $(OFFLINE) $(PY) -m jupyter lab notebooks/00_tour.ipynb
 
 tour: $(ADAPTERS) ## run the tour without a browser: results/tour.html with its figures, and the result table here
-	$(OFFLINE) $(PY) scripts/run_tour.py
+	$(ONE_THREAD) $(OFFLINE) $(PY) scripts/run_tour.py
 
 test: $(ADAPTERS) ## every CPU test, every notebook executed (browser and GPU tests apart)
 	$(ONE_THREAD) $(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not gpu and not browser" $(PYTEST_ARGS)

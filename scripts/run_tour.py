@@ -1,5 +1,9 @@
-"""Run the tour notebook in a fresh kernel without a browser: results/tour.html with its figures, and its result table on the terminal."""
+"""Run the tour notebook in a fresh kernel without a browser.
 
+Writes results/tour.html with its figures and results/tour.png (its first one), and prints its result table.
+"""
+
+import base64
 import sys
 import time
 from pathlib import Path
@@ -16,6 +20,12 @@ def tables(notebook) -> list[str]:
     tagged = [cell for cell in cells if "result" in cell.metadata.get("tags", [])]
     shown = [out["data"] for cell in tagged or cells for out in cell.outputs if "data" in out]
     return [data["text/plain"] for data in shown if "text/html" in data and "<table" in data["text/html"]]
+
+
+def first_figure(notebook) -> str | None:
+    """The notebook's first figure as base64 PNG: attainment and throughput as measured."""
+    outputs = (out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs)
+    return next((out["data"]["image/png"] for out in outputs if "image/png" in out.get("data", {})), None)
 
 
 def main() -> None:
@@ -36,6 +46,9 @@ def main() -> None:
     OUT.parent.mkdir(exist_ok=True)
     html, _ = HTMLExporter().from_notebook_node(notebook)
     OUT.write_text(html, encoding="utf-8")
+    figure = first_figure(notebook)
+    if figure is not None:
+        OUT.with_suffix(".png").write_bytes(base64.b64decode(figure))
     found = tables(notebook)
     if not found:
         sys.exit(f"{NOTEBOOK.name} must show a result table, got none. Show a frame in a cell tagged `result`.")
