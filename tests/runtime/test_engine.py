@@ -1,6 +1,7 @@
 """The engine as an executor: versions in flight, transactions, checkpoints, and what it refuses."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,29 @@ def test_a_step_that_fails_leaves_the_engine_as_it_was(engine, base, monkeypatch
             results.append((tokens, [t.clone() for t in state.params + state.accumulated], state.micro_batches_done))
     assert results[0][0] == results[1][0] and results[0][2] == results[1][2]
     assert all(torch.equal(x, y) for x, y in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("stops", [(0.0,), (0.0, 0.0), (None, 0.0)])
+def test_a_backward_that_is_stopped_before_any_layer_goes_on_where_it_was(base, stops):
+    found = []
+    for plan in ((), stops):
+        engine = Engine.from_pretrained(base, device="cpu", config=SMALL)
+        j = job("mine", accumulation=2)
+        with Driver(engine, [j]) as driver:
+            shake(engine, j.id)
+            driver.finetune(j.id)
+            driver.step()
+            for stop in plan:
+                before = (driver.jobs[j.id].index, driver.jobs[j.id].offset, driver.jobs[j.id].layers_left)
+                driver.backward(j.id, 1)
+                result = engine.step(replace(driver.take(), stop_after_s=stop))
+                assert result.layers_done == {j.id: int(stop is None)} and result.stopped_early == (stop is not None)
+                if stop is not None:
+                    driver.jobs[j.id].index, driver.jobs[j.id].offset, driver.jobs[j.id].layers_left = before
+            driver.backward(j.id)
+            assert driver.step().layers_done == {j.id: engine.info.num_layers - sum(s is None for s in plan)}
+            found.append([g.clone() for g in engine._states[j.id].accumulated])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True)) and any(g.any() for g in found[0])
 
 
 def run_job(engine, j, *, micro_batches, folder=None):

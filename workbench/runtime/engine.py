@@ -561,6 +561,8 @@ class Engine:
         assert arena is not None
         state.pending |= done.gradients
         state.layers_left = work.top_layer - done.layers_done
+        if done.layers_done == 0:
+            return {}
         if state.layers_left:
             assert done.grad is not None
             arena.grad[work.rows : work.rows + work.tokens] = done.grad

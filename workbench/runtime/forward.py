@@ -119,12 +119,12 @@ class Runner:
         """`work.num_layers` layers downwards from `work.top_layer`, fewer if `should_stop` says so between two layers."""
         assert self.arena is not None
         rows = slice(trainer.rows.arena, trainer.rows.arena + trainer.rows.tokens)
-        grad: Tensor | None = self.arena.grad[rows]
-        if work.top_layer == self.fused.dims.num_layers:
-            grad = trainer.top(self.arena)
+        grad: Tensor | None = None
         gradients: dict[int, Tensor] = {}
         done = 0
         while done < work.num_layers and not should_stop():
+            if done == 0:  # not before: a slice that is stopped at once must leave the gradient where it was
+                grad = trainer.top(self.arena) if work.top_layer == self.fused.dims.num_layers else self.arena.grad[rows]
             assert grad is not None
             grad, found = trainer.layer(work.top_layer - 1 - done, self.arena, grad)
             gradients |= found
