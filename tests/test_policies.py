@@ -147,3 +147,8 @@ def test_each_policy_names_its_parameters_in_its_repr():
         "PeftSequential(batch_size=16)",
         "ServeFirst(step_s=0.04)",
     ]
+
+
+def test_loquetier_scalable_counts_the_request_that_it_admits_now():
+    # One request on an idle server: N = floor((5 - 1) / 16) + 1 = 1, so its prefill is an inference step before any fine-tune turn.
+    assert kinds(run(LoquetierScalable(), [one("a")], jobs=1))[0] == "p"

@@ -522,3 +522,39 @@ def test_a_long_replay_shows_a_bar_only_if_asked(capsys):
     assert capsys.readouterr().err == ""
     replay([one()], executor=FixedCost(), policy=FCFS(), planning=0.0, progress=True)
     assert "FCFS" in capsys.readouterr().err
+
+
+def test_an_arrival_while_an_empty_plan_was_made_is_served_at_once():
+    trace = [one("first", 0.0, output=1), one("during", 0.0), one("late", 70.0)]
+    ends = run([one("first", 0.0, output=1)], planning=0.010, jobs=[job()], until="requests").events["time_s"].max()
+    # FCFS never trains, so with a job there it goes on planning nothing after `first`; `during` comes in the middle of that.
+    trace[1] = one("during", ends + 0.004)
+    result = run(trace, planning=0.010, jobs=[job()])
+    assert result.requests.loc["during", "ttft_s"] < 1.0
+
+
+def test_a_policy_that_held_a_job_can_let_it_go_on_when_nobody_is_there():
+    def only_when_idle(view, plan):
+        plan.decode(view.running)
+        plan.prefill(view.waiting)
+        for j in view.jobs:
+            plan.hold(j, bool(view.running or view.waiting))
+            if not (view.running or view.waiting):
+                plan.train(j)
+
+    result = run([one("a", 0.0), one("b", 50.0)], only_when_idle, jobs=[job()])
+    committed = result.events[result.events["kind"] == "committed"]["time_s"]
+    assert len(committed) and (committed < 50.0).all()
+    assert run([one("a")], only_when_idle, jobs=[job()], until="jobs").jobs["outcome"].tolist() == ["finished"]
+
+
+def test_a_policy_may_leave_a_job_alone_until_a_time():
+    result = run([one("a", 0.0)], FCFS(), jobs=[job()], until=60.0)
+    assert result.requests.loc["a", "outcome"] == "finished" and result.jobs["committed_tokens"].sum() == 0
+
+
+def test_the_adapter_used_last_is_evicted_last():
+    executor = FixedCost(info=fixed_info(num_slots=2))
+    long, short, third = one("l", 0.0, output=60, adapter="a"), one("s", 0.001, output=1, adapter="b"), one("t", 1000.0, adapter="c")
+    result = run([long, short, third, one("again", 1001.0, adapter="a")], executor=executor)
+    assert result.events[result.events["kind"] == "adapter_evicted"]["owner"].tolist() == ["b"]

@@ -101,7 +101,9 @@ class Comparison:
         return pd.DataFrame(out)
 
     def _by_requests(self, by: str) -> pd.DataFrame:
-        requests = self.requests
+        window = self.runs[["policy", "seed", "measure_start_s", "measure_end_s"]]
+        requests = self.requests.merge(window, on=["policy", "seed"])
+        requests = requests[requests["arrival_s"].between(requests["measure_start_s"], requests["measure_end_s"])].copy()
         requests[by] = requests[by].fillna("(base)") if by == "adapter" else requests[by]
         groups = requests.groupby(["policy", by], sort=False)
         return pd.DataFrame(

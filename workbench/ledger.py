@@ -146,7 +146,7 @@ class Ledger:
     @property
     def is_possible(self) -> bool:
         """Whether a policy could have anything to plan."""
-        return bool(self.requests) or any(not j.paused for j in self.jobs.values())
+        return bool(self.requests or self.jobs)
 
     def in_use(self) -> dict[str, int]:
         """Blocks, arena rows and slots held now; all zero once everything has ended."""
@@ -312,6 +312,7 @@ class Ledger:
             self.blocks.give(s.blocks)
             if s.key is not None:
                 self.slots.drop(s.key)
+                self.slots.entries[s.key].last_used = self.step
             s.blocks, s.table, s.capacity, s.prefilled = [], (), 0, 0
 
     def leave_queues(self, s: RequestState) -> None:

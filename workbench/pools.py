@@ -38,7 +38,8 @@ class BlockPool:
 
     def untake(self, blocks: list[int]) -> None:
         """Undo a `give` of these blocks that was the last change of the pool."""
-        assert self.take(len(blocks)) == blocks
+        taken = self.take(len(blocks))
+        assert taken == blocks
 
 
 @dataclass(slots=True)
@@ -95,7 +96,8 @@ class SlotTable:
 
     def restore(self, version: Version, slot: Slot) -> None:
         """Undo an `unload` that was the table's last change."""
-        assert self.free.pop() == slot.index
+        index = self.free.pop()
+        assert index == slot.index
         self.entries[version] = slot
         self.num_evictable += not slot.fresh
 

@@ -23,7 +23,7 @@ def redo(old: Plan, ledger: "Ledger") -> Plan:
     for owner, paused in old.held.items():
         if owner in ledger.jobs:
             new.hold(ledger.jobs[owner].view, paused)
-    new.decode([s.view for s in old.decodes if s.phase == "running"])
+    new.decode([s.view for s in old.decodes if s.phase == "running"], when_full="skip")
     for s, n, _ in old.prefills:
         if s.phase == "waiting":
             new.prefill(s.view, n)

@@ -224,6 +224,7 @@ class _Run:
                 yield self.env.timeout(job.arrival_s - self.env.now)
             self.num_jobs_arrived += 1
             self.ledger.add_job(job, self.shapes[job.id], job.arrival_s)
+            self.repeating = None
             self._wake()
 
     def _arrive(self, request: Request, at: float) -> None:
@@ -306,7 +307,6 @@ class _Run:
                 return
             if not ledger.is_possible:
                 if not self._is_pending() and not isinstance(self.until, (int, float)):
-                    # only paused jobs are left, and nobody there to resume them
                     return
                 yield from self._sleep(math.inf)
                 continue
@@ -315,18 +315,26 @@ class _Run:
                 idle_tries = 0
                 yield from self._step(plan, plan_s)
                 continue
+            # an arrival while the policy thought is seen by the next plan, not slept through
+            self.wake = env.event()
             if plan_s > 0:
                 yield env.timeout(plan_s)
+            was_woken, self.wake = self.wake.triggered, None
             has_ended = bool(plan.rejected)
             if plan.changes:
                 batch = ledger.apply(plan)
                 ledger.commit(batch, StepResult(duration_s=0.0), float(env.now))
                 self._settle()
-            if has_ended:
+            if has_ended or was_woken:
                 idle_tries = 0
             elif plan.wait_until_s is not None:
                 yield from self._sleep(plan.wait_until_s)
-            elif self._is_pending() and not plan.changes:
+            elif not ledger.requests and all(j.paused for j in ledger.jobs.values()):
+                if not self._is_pending() and not isinstance(self.until, (int, float)):
+                    # only paused jobs are left, and the policy has just not resumed them
+                    return
+                yield from self._sleep(math.inf)
+            elif (self._is_pending() or isinstance(self.until, (int, float))) and not plan.changes:
                 yield from self._sleep(math.inf)
             else:
                 idle_tries += 1
@@ -343,10 +351,11 @@ class _Run:
         for command in self.executor.poll():
             self.tape.commands.append((self.num_polls, command))
             self.ledger.command(command, now)
+            self.repeating = None
         infos = self.ledger.adapter_infos = self.executor.adapter_infos
         known = self.known_adapters
         if known != infos:
-            for name in known.keys() | infos.keys():
+            for name in [*infos, *(n for n in known if n not in infos)]:
                 if known.get(name) != infos.get(name):
                     self.tape.adapters.append((self.num_polls, name, infos.get(name)))
             self.known_adapters = dict(infos)
@@ -378,7 +387,7 @@ class _Run:
                 plan, plan_s = self._ask()
         else:
             plan, plan_s = self._ask()
-        self.repeating = (plan, plan.repeat_steps) if plan.repeat_steps != 0 and not self.overlap else None
+        self.repeating = (plan, plan.repeat_steps) if plan.repeat_steps != 0 and not plan.empty and not self.overlap else None
         return plan, plan_s
 
     def _repeat(self) -> Plan | None:

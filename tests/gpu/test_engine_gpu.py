@@ -7,7 +7,7 @@ import torch
 
 import workbench as wb
 from kernels import counters
-from tests.runtime.references import FAMILIES, SMALL, job, make_adapter, make_base, mixed_rows, request, rows_of
+from tests.runtime.references import FAMILIES, SMALL, job, make_adapter, make_base, make_family, mixed_rows, request, rows_of
 from tests.runtime.test_finetune import gradients_beside_peft
 from workbench.runtime.driver import Driver
 
@@ -16,14 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    base = make_base(folder / "base", request.param)
-    adapters = {
-        "all": make_adapter(folder / "all", base, rank=3, seed=1),
-        "wide": make_adapter(folder / "wide", base, rank=17, targets=("q_proj", "down_proj"), seed=2, use_rslora=True),
-        "mlp": make_adapter(folder / "mlp", base, rank=8, targets=("gate_proj", "up_proj", "down_proj"), seed=3),
-    }
-    return folder, base, adapters
+    return make_family(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def mixed_errors(family, dtype, seed):

@@ -71,6 +71,17 @@ def make_adapter(folder: Path, base: Path, *, rank: int, targets=LINEARS, seed: 
     return folder
 
 
+def make_family(folder: Path, family: str) -> tuple[Path, Path, dict[str, Path]]:
+    """A base and three adapters of different ranks and targets: (folder, base, {name: directory})."""
+    base = make_base(folder / "base", family)
+    adapters = {
+        "all": make_adapter(folder / "all", base, rank=3, seed=1),
+        "wide": make_adapter(folder / "wide", base, rank=17, targets=("q_proj", "down_proj"), seed=2, use_rslora=True),
+        "mlp": make_adapter(folder / "mlp", base, rank=8, targets=("gate_proj", "up_proj", "down_proj"), seed=3),
+    }
+    return folder, base, adapters
+
+
 @cache
 def reference(base: Path, adapter: Path | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()

@@ -7,8 +7,7 @@ from tests.runtime.references import (
     FAMILIES,
     SMALL,
     job,
-    make_adapter,
-    make_base,
+    make_family,
     mixed_rows,
     record_hidden,
     reference_logits,
@@ -24,14 +23,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    base = make_base(folder / "base", request.param)
-    adapters = {
-        "all": make_adapter(folder / "all", base, rank=3, seed=1),
-        "wide": make_adapter(folder / "wide", base, rank=17, targets=("q_proj", "down_proj"), seed=2, use_rslora=True),
-        "mlp": make_adapter(folder / "mlp", base, rank=8, targets=("gate_proj", "up_proj", "down_proj"), seed=3),
-    }
-    return folder, base, adapters
+    return make_family(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -35,9 +35,10 @@ class LoquetierStatic:
         residents = len(view.running) + sum(map(is_resident, waiting))
         admitted = [r for r in waiting if is_resident(r)]
         admitted += [r for r in waiting if not is_resident(r)][: max(0, self.max_resident - residents)]
+        residents = len(view.running) + len(admitted)
         jobs = [job for job in view.jobs if job.phase != "paused"]
         evaluations = [job for job in jobs if job.phase == "evaluate"]
-        if not evaluations and (not jobs or self.count < self.num_steps(residents)) and (residents or admitted):
+        if not evaluations and (not jobs or self.count < self.num_steps(residents)) and residents:
             self.count += 1
             self.serve(view, plan, admitted)
         elif jobs:
