@@ -23,7 +23,7 @@ OUT = ROOT / ".cache" / "adapters"
 MAX_TOKENS = 128
 SETTINGS = {"rank": 8, "alpha": 16.0, "learning_rate": 4e-3, "batch_size": 1, "schedule": "linear", "warmup_steps": 2}
 # The model knows code best, so that there is least left to learn.
-STEPS = {"topics": 16, "numpy": 16, "code": 24}
+STEPS = {"topics": 12, "numpy": 12, "code": 24}
 NUM_HELD_OUT = 6
 
 

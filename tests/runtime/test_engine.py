@@ -1,6 +1,7 @@
 """The engine as an executor: versions in flight, transactions, checkpoints, and what it refuses."""
 
 import random
+import signal
 from dataclasses import replace
 
 import pytest
@@ -275,3 +276,62 @@ def test_nll_equals_the_reference(engine, base, adapters):
     expected = torch.nn.functional.cross_entropy(reference_logits(base, adapters["a"], ids)[:-1], torch.tensor(ids[1:]))
     assert engine.nll([ids, ids], adapter="a") == pytest.approx(float(expected), rel=1e-4)
     assert engine.nll([ids]) != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_second_replay_on_a_running_engine_is_refused_and_harms_nothing(engine):
+    j = job("mine")
+    with Driver(engine, [j]) as driver:
+        driver.finetune(j.id)
+        driver.step()
+        with pytest.raises(RuntimeError, match="begin needs an idle engine"):
+            engine.generate([[5, 6, 7]])
+        driver.backward(j.id)
+        driver.step()
+        assert engine.jobs["mine"].micro_batches_done == 1
+
+
+def test_a_load_that_fails_half_way_leaves_nothing_for_the_next_adapter(engine, base, tmp_path, monkeypatch):
+    engine.load_adapter("narrow", make_adapter(tmp_path / "narrow", base, rank=2, targets=("q_proj",), seed=6))
+    aligned, calls = type(engine._table)._aligned, []
+
+    def failing(tensor):
+        calls.append(1)
+        if len(calls) == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return aligned(tensor)
+
+    with Driver(engine) as driver:
+        driver.add(request("r", 14, "a"))
+        driver.prefill("r")
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine._table), "_aligned", staticmethod(failing))
+            with pytest.raises(OutOfMemory):
+                driver.step()
+    assert not any(table.weights for layer in engine._table.tables for table in layer.values())
+
+
+def test_ctrl_c_during_the_commit_is_raised_after_it(engine, monkeypatch):
+    commit = engine._commit
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return commit(*args)
+
+    monkeypatch.setattr(engine, "_commit", interrupted)
+    with Driver(engine) as driver:
+        driver.add(request("r", 14, "a"))
+        driver.prefill("r")
+        driver.step()
+        assert len(engine._sequences["r"].tokens) == 15
+        with pytest.raises(KeyboardInterrupt):
+            engine.poll()
+        assert engine.poll() == []
+
+
+def test_a_version_that_a_plan_may_load_outlives_its_replacement(engine, adapters):
+    assert engine.adapter_infos["a"].version == 1
+    engine.load_adapter("a", adapters["b"])
+    assert ("a", 1) in engine._versions
+    assert engine.adapter_infos["a"].version == 2
+    engine.load_adapter("b", adapters["b"])
+    assert ("a", 1) not in engine._versions

@@ -148,13 +148,15 @@ def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 6.0, see
             max_tokens=mix.example_tokens,
             publish="never",
         )
-        with Driver(engine, [job], seed=seed) as driver:
-            mixer = _Mixer(driver, mix, adapters, job.id, seed)
-            while len(rows) < max_steps and (is_repeat or len(rows) < MIN_STEPS or time.perf_counter() - started < seconds):
-                mixer.collect()
-                rows.append(_row(driver, driver.step()))
+        try:
+            with Driver(engine, [job], seed=seed) as driver:
+                mixer = _Mixer(driver, mix, adapters, job.id, seed)
+                while len(rows) < max_steps and (is_repeat or len(rows) < MIN_STEPS or time.perf_counter() - started < seconds):
+                    mixer.collect()
+                    rows.append(_row(driver, driver.step()))
+        finally:
+            engine.unload_adapter(JOB)
         max_steps, is_repeat = len(rows), True
-    engine.unload_adapter(JOB)
     return pd.DataFrame(rows[1:])  # the first step pays for warming up
 
 

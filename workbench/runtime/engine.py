@@ -4,6 +4,7 @@ It is an executor (`workbench.core.Executor`): the ledger decides which block, s
 tensors. `step` is a transaction: what it computes becomes visible only once everything in it has succeeded.
 """
 
+import signal
 import threading
 import time
 from collections import deque
@@ -38,6 +39,31 @@ Version = tuple[str, int]  # adapter name, version
 
 class OutOfMemory(MemoryError):
     """The device ran out of memory inside a step; the step was rolled back."""
+
+
+@contextmanager
+def uninterrupted(late: list[bool]) -> Iterator[None]:
+    """Ctrl-C waits for the end of this block: it is noted in `late`. Python delivers signals to the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: late.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Torch's deterministic algorithms within this block, where wanted; an operator that has none warns."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 @dataclass(slots=True)
@@ -78,6 +104,7 @@ class Engine:
         self._graphs = DecodeGraphs(self.runner, self._limits.max_model_len) if uses_graphs else None
         self._current: dict[str, int] = {}
         self._infos: dict[str, AdapterInfo] = {}
+        self._announced: set[Version] = set()
         self._versions: dict[Version, AdapterWeights] = {}
         self._last_version: dict[str, int] = {}
         self._made_by_jobs: set[str] = set()
@@ -86,6 +113,7 @@ class Engine:
         self._states: dict[str, TrainState] = {}
         self._trainers: dict[str, LayerTrainer] = {}
         self._commands: deque[Command] = deque()
+        self._late_interrupts: list[bool] = []
         self._seed = 0
         self._active = False
         self._predictor: Predictor | None = None
@@ -156,11 +184,15 @@ class Engine:
     @property
     def adapters(self) -> Mapping[str, AdapterInfo]:
         """Every adapter that requests may name, with its current version."""
-        return self.adapter_infos
+        with self.lock:
+            return dict(self._infos)
 
     @property
     def adapter_infos(self) -> Mapping[str, AdapterInfo]:
-        return self._infos
+        """A snapshot; what it names can be loaded into a slot until the next one is taken."""
+        with self.lock:
+            self._announced = set(self._current.items())
+            return dict(self._infos)
 
     def load_adapter(self, name: str, directory: str | Path) -> int:
         """Load a PEFT directory under `name`, as a new version if the name is taken; returns the version.
@@ -182,8 +214,9 @@ class Engine:
 
     def save_adapter(self, name: str, directory: str | Path) -> None:
         """Write the current version as an ordinary PEFT directory (unscaled B), loadable by PEFT with equal logits."""
-        self._known(name)
-        save_peft(self._versions[name, self._current[name]], directory, self.name)
+        with self.lock:
+            self._known(name)
+            save_peft(self._versions[name, self._current[name]], directory, self.name)
 
     def _known(self, name: str) -> None:
         if name not in self._current:
@@ -202,7 +235,7 @@ class Engine:
         del self._current[name], self._infos[name]
 
     def _forget_unused(self) -> None:
-        used = set(self._current.items()) | set(self._slots.values()) | {s.pinned for s in self._sequences.values()}
+        used = set(self._current.items()) | self._announced | set(self._slots.values()) | {s.pinned for s in self._sequences.values()}
         for version in [v for v in self._versions if v not in used]:
             del self._versions[version]
 
@@ -210,8 +243,9 @@ class Engine:
         """This engine's base as a `VirtualModule`, with one adapter (a PEFT model over shared weights) or none."""
         if name is None:
             return VirtualModule(self.base)
-        self._known(name)
-        return attach_adapter(VirtualModule(self.base), CarriedAdapter.of(self._versions[name, self._current[name]]))
+        with self.lock:
+            self._known(name)
+            return attach_adapter(VirtualModule(self.base), CarriedAdapter.of(self._versions[name, self._current[name]]))
 
     # ---- executor
 
@@ -299,8 +333,12 @@ class Engine:
         """Start a replay: forget the last one's sequences and jobs, prepare these jobs' data, weights and optimisers."""
         require(len(jobs) <= self.config.max_jobs, "jobs must be at most EngineConfig.max_jobs", len(jobs), "Raise max_jobs.")
         with self.lock:
+            if self._active:
+                raise RuntimeError("begin needs an idle engine, got a running replay. Wait for its end, or call engine.end().")
             assert_aliases(self.base, self.fused)
             self.end()
+            for entry in range(self.config.num_slots, self._table.num_entries):
+                self._table.clear(entry)
             self._states, self._seed = {}, seed
             for i, job in enumerate(jobs):
                 self._states[job.id] = self._create_state(job, self.config.num_slots + i)
@@ -354,6 +392,9 @@ class Engine:
         return replace(request, prompt_tokens=prompt_tokens, prompt_token_ids=ids, max_tokens=max_tokens)
 
     def poll(self) -> Sequence[Command]:
+        if self._late_interrupts:
+            self._late_interrupts.clear()
+            raise KeyboardInterrupt
         commands: list[Command] = []
         while self._commands:
             commands.append(self._commands.popleft())
@@ -369,6 +410,7 @@ class Engine:
             for state in self._states.values():
                 state.discard_pending()
             self._active = False
+            self._announced = set()
             self._forget_unused()
 
     def step(self, batch: Batch) -> StepResult:
@@ -376,7 +418,8 @@ class Engine:
         with self.lock:
             undo = _Undo()
             try:
-                return self._step(batch, undo)
+                with deterministic_algorithms(self.config.deterministic):
+                    return self._step(batch, undo)
             except torch.OutOfMemoryError as error:
                 self._roll_back(undo)
                 raise OutOfMemory(
@@ -400,8 +443,11 @@ class Engine:
         should_stop = self.runner.stopper(started, batch.stop_after_s)
         backwards = [self.runner.backward(work, self._trainer(work), should_stop) for work in batch.backwards]
         losses, eval_losses = self._losses(forward)
-        published = self._commit(batch, tokens, backwards)
-        gpu_s = self._elapsed(events)
+        with uninterrupted(self._late_interrupts):
+            published = self._commit(batch, tokens, backwards)
+            undo.admitted.clear()
+            undo.slots.clear()
+            gpu_s = self._elapsed(events)
         duration_s = time.perf_counter() - started
         return StepResult(
             duration_s=duration_s,
@@ -552,6 +598,8 @@ class Engine:
             published |= self._commit_backward(done)
         for owner in batch.released:
             self._sequences.pop(owner, None)
+            if self._trainers.pop(owner, None) is not None:
+                self._states[owner].discard_pending()
         if batch.released or published:
             self._forget_unused()
         return published
@@ -597,8 +645,9 @@ class Engine:
 
     def trained_weights(self, state: TrainState, *, device: torch.device) -> AdapterWeights:
         """The job's weights as of its last optimiser step: fp32 on the CPU (to save), in the model's dtype on the device (to serve)."""
-        source = state.compute if device == self.device and device.type != "cpu" else state.master
-        tensors = {key: (a.detach().to(device, copy=True), b.detach().to(device, copy=True)) for key, (a, b) in source.items()}
+        with self.lock:
+            source = state.compute if device == self.device and device.type != "cpu" else state.master
+            tensors = {key: (a.detach().to(device, copy=True), b.detach().to(device, copy=True)) for key, (a, b) in source.items()}
         job = state.job
         return AdapterWeights(name=job.adapter, rank=job.rank, alpha=job.alpha, tensors=tensors, base=self.name, use_rslora=job.use_rslora)
 

@@ -14,7 +14,7 @@ from workbench.runtime.inputs import StepInputs, decode_layout
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CONTEXT_BUCKETS = (512, 2048, 8192, 32768)
-Key = tuple[int, int, tuple[tuple[int, int], ...] | None]
+Key = tuple[int, int, tuple[tuple[bool, int], ...] | None]
 
 
 def row_bucket(rows: int) -> int | None:
@@ -63,9 +63,10 @@ class DecodeGraphs:
         return len(self.recorded)
 
     def _find(self, bucket: int, context: int, has_adapters: bool) -> _Recorded:
-        tables = self.runner.table.tables[0].values()
-        # The kernels are specialised on what the table's ranks have in common.
-        ranks = tuple((t.max_rank, t.rank_multiple) for t in tables) if has_adapters else None
+        # A recorded layer launches nothing where no adapter has weights, and is specialised on what the table's ranks have in common;
+        # both may differ from layer to layer.
+        tables = (table for layer in self.runner.table.tables for table in layer.values())
+        ranks = tuple((t.max_rank > 0, t.rank_multiple) for t in tables) if has_adapters else None
         if (bucket, context, ranks) not in self.recorded:
             self.recorded[bucket, context, ranks] = self._record(bucket, context, has_adapters)
         return self.recorded[bucket, context, ranks]

@@ -112,4 +112,9 @@ def restore_state(state: TrainState, folder: Path) -> None:
             state.compute[key][0].copy_(a)
             state.compute[key][1].copy_(b)
     progress = json.loads((folder / "progress.json").read_text())
+    if progress["micro_batches_done"] != state.prepared.first_micro_batch:
+        raise ValueError(
+            f"job.json and progress.json must name the same micro-batch, got {state.prepared.first_micro_batch} and "
+            f"{progress['micro_batches_done']} in {folder}: saving was cut short. Resume from another checkpoint."
+        )
     state.micro_batches_done, state.optimizer_steps = progress["micro_batches_done"], progress["optimizer_steps"]

@@ -33,6 +33,7 @@ class AdapterTable:
     def put(self, entry: int, tensors: Pairs, scales: Mapping[tuple[int, str], float]) -> None:
         """Point `entry` to these weights, cast and copied to the device where they are not there yet."""
         self.clear(entry)
+        self.targets[entry] = frozenset(tensors)  # first: a `put` that fails half-way must be cleared too
         for layer, tables in enumerate(self.tables):
             for group, targets in GROUPS.items():
                 for index, target in enumerate(targets):
@@ -40,7 +41,6 @@ class AdapterTable:
                     if pair is not None:
                         a, b = (self._aligned(t.to(self.device, self.dtype).contiguous()) for t in pair)
                         tables[group].set(entry, index, a, b, scales[layer, target])
-        self.targets[entry] = frozenset(tensors)
 
     @staticmethod
     def _aligned(tensor: Tensor) -> Tensor:
