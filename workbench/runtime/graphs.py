@@ -63,13 +63,18 @@ class DecodeGraphs:
         return len(self.recorded)
 
     def _find(self, bucket: int, context: int, has_adapters: bool) -> _Recorded:
+        key = self.key(bucket, context, has_adapters)
+        if key not in self.recorded:
+            self.recorded[key] = self._record(bucket, context, has_adapters)
+        return self.recorded[key]
+
+    def key(self, bucket: int, context: int, has_adapters: bool) -> Key:
+        """What a recorded graph depends on: another key needs another graph."""
         # A recorded layer launches nothing where no adapter has weights, and is specialised on what the table's ranks have in common;
         # both may differ from layer to layer.
         tables = (table for layer in self.runner.table.tables for table in layer.values())
         ranks = tuple((t.max_rank > 0, t.rank_multiple) for t in tables) if has_adapters else None
-        if (bucket, context, ranks) not in self.recorded:
-            self.recorded[bucket, context, ranks] = self._record(bucket, context, has_adapters)
-        return self.recorded[bucket, context, ranks]
+        return bucket, context, ranks
 
     def _empty(self, bucket: int, context: int, has_adapters: bool) -> StepInputs:
         """Inputs of padding rows alone: token 0 at position 0, one key, in the block that is nobody's."""
