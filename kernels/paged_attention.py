@@ -11,7 +11,7 @@ Ideas: PagedAttention (arXiv 2309.06180), FlashAttention-2 (2307.08691), Flash-D
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float, Int32
 
 from kernels.backend import IS_INTERPRETED, dot, jit, num_processors, tl, triton, uses_triton
 from kernels.counters import count
@@ -187,32 +187,6 @@ def merge_kernel(parts, logsums, out, rows, D: tl.constexpr, SPLITS: tl.constexp
     tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
-@jit
-def store_kernel(
-    k,
-    v,
-    k_cache,
-    v_cache,
-    slot_mapping,
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Row t of k and v into slot slot_mapping[t]; the caches are contiguous."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slot_mapping + token)
-    e = tl.arange(0, BLOCK)
-    mask = e < H * D
-    key = tl.load(k + token * k_token_stride + (e // D) * k_head_stride + e % D, mask=mask)
-    value = tl.load(v + token * v_token_stride + (e // D) * v_head_stride + e % D, mask=mask)
-    tl.store(k_cache + slot * (H * D) + e, key, mask=mask)
-    tl.store(v_cache + slot * (H * D) + e, value, mask=mask)
-
-
 def _tiles(q: torch.Tensor, group: int, num_sequences: int, is_decode: bool) -> tuple[int, int, int]:
     """(rows of a tile, queries of a tile, number of tiles): G heads of one query are neighbouring rows."""
     low = 16 if is_decode else (64 if q.shape[2] <= 128 and q.dtype.itemsize <= 2 else 32)
@@ -333,32 +307,3 @@ def paged_attention(
     if max_seqlen_q == 1 and q.shape[0] == block_tables.shape[0]:
         return _padded_decode(q, k_cache, v_cache, block_tables, context_lens, scale)
     return paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)
-
-
-def store_kv(
-    k: Float[torch.Tensor, "T Hkv D"],
-    v: Float[torch.Tensor, "T Hkv D"],
-    k_cache: Float[torch.Tensor, "num_blocks block_tokens Hkv D"],
-    v_cache: Float[torch.Tensor, "num_blocks block_tokens Hkv D"],
-    slot_mapping: Int64[torch.Tensor, " T"],
-) -> None:
-    """Write row t's key and value into KV slot slot_mapping[t] = block * block_tokens + offset. Slots must be distinct.
-
-    The caches are contiguous; k and v may be slices of a wider buffer with adjacent head elements. Raises ValueError otherwise.
-    """
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous() and k.stride(2) == v.stride(2) == 1):
-        raise ValueError(
-            f"the caches must be contiguous and the last stride of k and v 1, got {k_cache.stride()}, {k.stride()}, {v.stride()}"
-        )
-    if not k.shape[0]:
-        return
-    if uses_triton(k):
-        count("store_kv", "triton", k.device.type)
-        heads, head_size = k.shape[1:]
-        strides = (k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-        block = triton.next_power_of_2(heads * head_size)
-        store_kernel[(k.shape[0],)](k, v, k_cache, v_cache, slot_mapping, *strides, H=heads, D=head_size, BLOCK=block)
-        return
-    count("store_kv", "reference", k.device.type)
-    k_cache.view(-1, *k_cache.shape[2:])[slot_mapping] = k
-    v_cache.view(-1, *v_cache.shape[2:])[slot_mapping] = v

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
+from kernels.keep import keep_rows_
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.paged_attention import paged_attention, paged_attention_reference
+from kernels.qkv import place_qkv_, place_qkv_reference
+from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm_backward, rms_norm_backward_reference
 from kernels.segmented_lora import lora_gradients, lora_gradients_reference, segmented_lora_, segmented_lora_reference
+from kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
 from kernels.testing import poisoned_memory, random_table, random_tensor, relative_error, widened
 from kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
@@ -146,3 +150,51 @@ def cross_entropy_errors(
     assert grad is not None
     assert expected_grad is not None
     return {"loss": relative_error(loss, expected_loss), "grad": relative_error(grad, expected_grad)}
+
+
+def layer_errors(tokens: int, heads: tuple[int, int], head_size: int, dtype: torch.dtype, device: str, *, seed: int = 0) -> Errors:
+    """The ops around the linears of one layer: norms with and without a residual, SwiGLU, their gradients, head placement, kept rows."""
+    (num_heads, kv_heads), width = heads, heads[0] * head_size
+    x, delta, dh, above = (random_tensor((tokens, width), seed + i, dtype, device) for i in range(4))
+    weight, eps = random_tensor((width,), seed + 4, dtype, device), 1e-5
+    wide = [t.double().cpu() for t in (x, delta, dh, above, weight)]
+    with poisoned_memory():
+        found = [*add_rms_norm(x, delta, weight, eps), add_rms_norm(x, None, weight, eps)[1], rms_norm_backward(dh, x, weight, eps)]
+        found += [
+            rms_norm_backward(dh, x, weight, eps, above),
+            swiglu(torch.cat((x, delta), 1)),
+            swiglu_backward(dh, torch.cat((x, delta), 1)),
+        ]
+    rounded = (x + delta).double().cpu()
+    expected = [rounded, add_rms_norm_reference(rounded, None, wide[4], eps)[1], add_rms_norm_reference(wide[0], None, wide[4], eps)[1]]
+    expected += [rms_norm_backward_reference(wide[2], wide[0], wide[4], eps, a) for a in (None, wide[3])]
+    expected += [swiglu_reference(torch.cat(wide[:2], 1)), swiglu_backward_reference(wide[2], torch.cat(wide[:2], 1))]
+    names = ("sum", "norm of sum", "norm", "norm backward", "norm backward, above", "swiglu", "swiglu backward")
+    errors = {name: relative_error(a, b) for name, a, b in zip(names, found, expected, strict=True)}
+    return errors | _placement_errors(tokens, num_heads, kv_heads, head_size, dtype, device, seed)
+
+
+def _placement_errors(tokens: int, num_heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: str, seed: int) -> Errors:
+    """place_qkv_ (with and without head norms) and keep_rows_: every buffer whole, so that a row in the wrong place shows."""
+    generator, errors = torch.Generator().manual_seed(seed), {}
+    slots = torch.randperm(2 * tokens, generator=generator)[:tokens]
+    places = torch.where(torch.rand(tokens, generator=generator) < 0.4, ~slots, slots)
+    positions = torch.randint(50, (tokens,), generator=generator)
+    qkv = random_tensor((tokens, num_heads + 2 * kv_heads, size), seed + 5, dtype, device)
+    angles = [random_tensor((50, size // 2), seed + 6 + i, torch.float32, device).repeat(1, 2) for i in range(2)]
+    weights = [random_tensor((size,), seed + 8 + i, dtype, device) for i in range(2)]
+    for norms in (None, (weights[0], weights[1])):
+        ours = [qkv.clone(), *(torch.zeros(2 * tokens, kv_heads, size, dtype=dtype, device=device) for _ in range(4))]
+        wide = [t.double().cpu() for t in ours]
+        places_there, positions_there = places.to(device), positions.to(device)
+        place_qkv_(ours[0], positions_there, *angles, norms, 1e-6, (ours[1], ours[2]), (ours[3], ours[4]), places_there)
+        wide_norms = None if norms is None else (weights[0].double().cpu(), weights[1].double().cpu())
+        cos, sin = (a.double().cpu() for a in angles)
+        place_qkv_reference(wide[0], positions, cos, sin, wide_norms, 1e-6, (wide[1], wide[2]), (wide[3], wide[4]), places)
+        for name, a, b in zip(("q", "pool k", "pool v", "arena k", "arena v"), ours, wide, strict=True):
+            errors[f"{name}, {'no ' if norms is None else ''}norms"] = relative_error(a, b)
+    kept, rows = torch.zeros(2 * tokens, size, dtype=dtype, device=device), qkv[:, 0].contiguous()
+    keep_rows_(kept, rows, places.to(device))
+    expected = torch.zeros(2 * tokens, size, dtype=torch.float64)
+    expected[~places[places < 0]] = rows.double().cpu()[places < 0]
+    return errors | {"kept rows": relative_error(kept, expected)}

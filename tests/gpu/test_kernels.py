@@ -13,8 +13,7 @@ from kernels import counters, varlen_attention
 from kernels.counter import dropout_mask, dropout_mask_reference, gumbel_noise, gumbel_noise_reference
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.paged_attention import store_kv
-from kernels.problems import bounds, cross_entropy_errors, lora_errors, paged_attention_errors, varlen_attention_errors
+from kernels.problems import bounds, cross_entropy_errors, layer_errors, lora_errors, paged_attention_errors, varlen_attention_errors
 from kernels.segmented_lora import SlotWeights, lora_gradients, segmented_lora, segmented_lora_
 from kernels.testing import POPULARITIES, RAGGED_ROWS, RANKS, adapters_of_rows, random_table, random_tensor, relative_error
 
@@ -217,10 +216,7 @@ def test_counter_bits_equal_the_cpu():
         assert torch.equal(mask.cpu(), dropout_mask_reference(*arguments, rows, 4097, 0.3, torch.float32))
 
 
-def test_store_kv_writes_strided_rows():
-    buffer, slots = random_tensor((50, 12, 128), 0, torch.bfloat16, "cuda"), torch.randperm(160, device="cuda")[:50]
-    caches = [torch.zeros(10, 16, 3, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    store_kv(buffer[:, :3], buffer[:, 4:7], caches[0], caches[1], slots)
-    for cache, rows in zip(caches, (buffer[:, :3], buffer[:, 4:7]), strict=True):
-        assert torch.equal(cache.view(160, 3, 128)[slots], rows)
-        assert int(cache.count_nonzero()) == int(rows.count_nonzero())
+@DTYPES
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(1, (32, 8), 128), (300, (32, 8), 128), (77, (9, 3), 64), (40, (14, 2), 80)])
+def test_the_ops_around_the_linears(tokens, heads, size, dtype):
+    assert_close(layer_errors(tokens, heads, size, dtype, "cuda"), dtype)

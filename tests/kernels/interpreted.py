@@ -11,9 +11,8 @@ from kernels import counters, layout
 from kernels.backend import IS_INTERPRETED
 from kernels.counter import dropout_mask, dropout_mask_reference, gumbel_noise, gumbel_noise_reference
 from kernels.layout import SegmentLayout
-from kernels.paged_attention import store_kv
 from kernels.plan import plan
-from kernels.problems import cross_entropy_errors, lora_errors, paged_attention_errors
+from kernels.problems import cross_entropy_errors, layer_errors, lora_errors, paged_attention_errors
 from kernels.rotary import rotary, rotary_reference
 from kernels.segmented_lora import SlotWeights, segmented_lora
 from kernels.testing import random_tensor, relative_error
@@ -95,13 +94,11 @@ def test_counter_bits_are_equal():
         assert torch.equal(ours, dropout_mask_reference(*arguments, rows, 101, 0.3, torch.float32))
 
 
-def test_store_kv_writes_strided_rows():
-    buffer, slots = random_tensor((5, 9, 8), 0, torch.float32), torch.tensor([3, 1, 15, 7, 8])
-    caches = torch.zeros(4, 4, 3, 8), torch.zeros(4, 4, 3, 8)
-    store_kv(buffer[:, :3], buffer[:, 4:7], *caches, slots)
-    for cache, rows in zip(caches, (buffer[:, :3], buffer[:, 4:7]), strict=True):
-        assert torch.equal(cache.view(16, 3, 8)[slots], rows)
-        assert cache.abs().sum() == rows.abs().sum()
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "size"), [((4, 2), 16), ((9, 3), 24)])
+def test_the_ops_around_the_linears(heads, size, dtype):
+    errors = layer_errors(5, heads, size, dtype, "cpu")
+    assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -9,15 +9,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import counter, linear_cross_entropy, lora_kernels, paged_attention, rotary
+from kernels import counter, keep, linear_cross_entropy, lora_kernels, paged_attention, qkv, rms_norm, rotary, swiglu
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {
     "source": "*bf16", "y": "*bf16", "dx": "*bf16", "tiles": "*i32", "chunks": "*i32", "entries": "*i64", "partials": "*fp32",
     "out": "*fp32", "q": "*bf16", "k": "*bf16", "v": "*bf16", "k_cache": "*bf16", "v_cache": "*bf16", "block_tables": "*i32",
-    "cu_seqlens_q": "*i32", "context_lens": "*i32", "logsums": "*fp32", "parts": "*fp32", "slot_mapping": "*i64", "logits":
+    "cu_seqlens_q": "*i32", "context_lens": "*i32", "logsums": "*fp32", "parts": "*fp32", "logits":
     "*bf16", "labels": "*i64", "rows": "i32", "losses": "*fp32", "seeds": "*i64", "positions": "*i64", "scale": "fp32",
     "scale_log2": "fp32", "keep_scale": "fp32", "seed": "i64", "tag": "i64", "threshold": "i64",
+    "delta": "*bf16", "weight": "*bf16", "total": "*bf16", "h": "*bf16", "dh": "*bf16", "above": "*bf16", "da": "*bf16",
+    "gate_up": "*bf16", "qkv": "*bf16", "q_weight": "*bf16", "k_weight": "*bf16", "k_pool": "*bf16", "v_pool": "*bf16",
+    "k_arena": "*bf16", "v_arena": "*bf16", "places": "*i64", "arena": "*bf16", "eps": "fp32",
     "x": "*bf16", "cos": "*fp32", "sin": "*fp32", "sign": "fp32",
 }  # fmt: skip
 LORA = {"R": 256, "RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "SPLITS": 4, "BLOCK_T": 16, "BLOCK_R": 16, "WIDE": False}
@@ -32,19 +35,30 @@ KERNELS = {
     "attention": (paged_attention.attention_kernel, ATTENTION | {"SPLITS": 1, "BLOCK_Q": 4, "IS_DECODE": False}),
     "attention decode": (paged_attention.attention_kernel, ATTENTION | {"SPLITS": 4, "BLOCK_Q": 1, "IS_DECODE": True}),
     "merge": (paged_attention.merge_kernel, {"D": 64, "SPLITS": 4, "BLOCK_D": 64}),
-    "store": (paged_attention.store_kernel, {"H": 2, "D": 64, "BLOCK": 128}),
+    "add rms norm": (rms_norm.add_rms_norm_kernel, {"HAS_DELTA": True, "BLOCK": 4096}),
+    "rms norm backward": (rms_norm.rms_norm_backward_kernel, {"HAS_ABOVE": True, "BLOCK": 4096}),
+    "swiglu": (swiglu.swiglu_kernel, {"BLOCK": 1024}),
+    "swiglu backward": (swiglu.swiglu_backward_kernel, {"BLOCK": 1024}),
+    "place qkv": (qkv.place_qkv_kernel, {"D": 128, "HAS_NORM": True, "HAS_ARENA": True, "BLOCK_N": 8, "BLOCK_HALF": 64}),
+    "keep": (keep.keep_kernel, {"BLOCK": 1024}),
     "softmax": (linear_cross_entropy.softmax_loss_kernel, {"NEEDS_GRAD": True, "BLOCK": 256}),
     "rotary": (rotary.rotary_kernel, {"D": 128, "BLOCK_N": 16, "BLOCK_HALF": 64}),
     "gumbel": (counter.gumbel_kernel, {"BLOCK": 64}),
     # A launch with the value 1 makes the argument a constant.
     "dropout": (counter.dropout_kernel, {"BLOCK": 64, "micro_step": 1}),
 }
+SWIGLU = {"out": "*bf16"}
+OTHER_TYPES = {
+    counter.dropout_kernel: {"rows": "*i64", "out": "*bf16"},
+    swiglu.swiglu_kernel: SWIGLU,
+    swiglu.swiglu_backward_kernel: SWIGLU,
+}
 UNALIGNED = ("num_slots", "J", "N", "T", "V", "C", "rows", "head_stride", "table_stride", "micro_step", "seed", "tag", "threshold")
 
 
 def compiled(kernel, constants, target):
     names = kernel.arg_names
-    types = TYPES | ({"rows": "*i64", "out": "*bf16"} if kernel is counter.dropout_kernel else {})
+    types = TYPES | OTHER_TYPES.get(kernel, {})
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [n for n in names if n not in constants and n not in UNALIGNED and not signature[n].startswith("fp")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}

@@ -7,8 +7,9 @@ from kernels import counters
 from kernels.counter import dropout_mask, gumbel_noise, philox
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.paged_attention import paged_attention, store_kv
+from kernels.paged_attention import paged_attention
 from kernels.problems import bounds, cross_entropy_errors, lora_errors, paged_attention_errors, varlen_attention_errors
+from kernels.qkv import place_qkv_
 from kernels.segmented_lora import LoraTable, SlotWeights, segmented_lora, segmented_lora_
 from kernels.testing import checked, random_table, random_tensor
 from kernels.varlen_attention import expand_heads, varlen_attention
@@ -127,7 +128,9 @@ def test_stored_keys_are_read_back_by_attention():
     k, v = random_tensor((5, 2, 8), 0, F64), random_tensor((5, 2, 8), 1, F64)
     k_cache, v_cache = (torch.full((4, 2, 2, 8), float("nan"), dtype=F64) for _ in range(2))
     blocks = torch.tensor([[3, 0, 2]], dtype=torch.int32)
-    checked(store_kv)(k, v, k_cache, v_cache, torch.tensor([6, 7, 0, 1, 4]))
+    ones, zeros, rows = torch.ones(1, 8), torch.zeros(1, 8), torch.zeros(5, dtype=torch.int64)
+    qkv = torch.cat((torch.zeros(5, 4, 8, dtype=F64), k, v), dim=1)
+    checked(place_qkv_)(qkv, rows, ones, zeros, None, 0.0, (k_cache, v_cache), None, torch.tensor([6, 7, 0, 1, 4]))
     q = random_tensor((2, 4, 8), 2, F64)
     context = torch.tensor([5], dtype=torch.int32)
     out = checked(paged_attention)(q, k_cache, v_cache, blocks, bounds([2], "cpu"), context, 2, 5, 0.3)
