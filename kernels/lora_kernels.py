@@ -153,6 +153,7 @@ def expand_dx_kernel(
     split_stride,
     K,
     J,
+    ADDS: tl.constexpr,
     R: tl.constexpr,
     RANK_MULTIPLE: tl.constexpr,
     COLUMN_MULTIPLE: tl.constexpr,
@@ -162,7 +163,7 @@ def expand_dx_kernel(
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dx = sum over slices of dv A for one tile and one block of columns."""
+    """dx = sum over slices of dv A (added to dx where ADDS) for one tile and one block of columns."""
     tile = tiles + tl.program_id(0) * 4
     slot = tl.load(tile)
     num_rows = tl.load(tile + 2)
@@ -171,7 +172,11 @@ def expand_dx_kernel(
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
     row_mask = tl.arange(0, BLOCK_T) < num_rows
+    at = dx + rows[:, None] * K + k[None, :]
+    mask = row_mask[:, None] & (k < K)[None, :]
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    if ADDS:
+        acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     for slice in range(0, J):
         a, _b, rank, _scale, _column, _width = load_entry(
             entries, slot, num_slots, slice, dx.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE
@@ -182,7 +187,7 @@ def expand_dx_kernel(
             w = tl.load(a + r.to(tl.int64)[:, None] * K + k[None, :], mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0)
             acc = dot(dv.to(dx.dtype.element_ty), w, acc, WIDE)
         partials += slice_stride
-    tl.store(dx + rows[:, None] * K + k[None, :], acc.to(dx.dtype.element_ty), mask=row_mask[:, None] & (k < K)[None, :])
+    tl.store(at, acc.to(dx.dtype.element_ty), mask=mask)
 
 
 @jit

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32
 
-from kernels.backend import IS_INTERPRETED, dot, jit, num_processors, tl, triton, uses_triton
+from kernels.backend import IS_INTERPRETED, dot, jit, num_processors, tl, uses_triton
 from kernels.counters import count
 from kernels.plan import Launch, plan, power_of_two
 

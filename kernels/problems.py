@@ -47,6 +47,7 @@ def lora_errors(
     with poisoned_memory():
         out = segmented_lora_(y.clone(), x, table, layout)
         dx, gradients = lora_gradients(dy, x, table, layout)
+        added, _ = lora_gradients(dy, x, table, layout, into=x.clone())
 
     wide, cpu_layout = widened(table), SegmentLayout.build(row_slots, "cpu")
     expected = segmented_lora_reference(y.double().cpu(), x.double().cpu(), wide, cpu_layout)
@@ -55,6 +56,7 @@ def lora_errors(
     assert expected_dx is not None
     assert gradients.keys() == expected_gradients.keys(), (gradients.keys(), expected_gradients.keys())
     errors = {"y": relative_error(out, expected), "dx": relative_error(dx, expected_dx), "da": 0.0, "db": 0.0}
+    errors["dx added"] = relative_error(added, expected_dx + x.double().cpu()) if added is not None else float("inf")
     for key, (da, db) in gradients.items():
         errors["da"] = max(errors["da"], relative_error(da, expected_gradients[key][0]))
         errors["db"] = max(errors["db"], relative_error(db, expected_gradients[key][1]))

@@ -4,7 +4,8 @@
     rotated k[t] and v[t] are copied to the KV pool or to the activation arena, wherever place[t] says.
 
 Legend: T rows, Nq query heads, Nkv key/value heads, D head size. place[t] >= 0 is a slot of the pool (block * block_tokens + offset);
-place[t] < 0 is ~(row of the arena): -1 is row 0. cos and sin repeat their D/2 angles (transformers' layout). Arithmetic is fp32; the norm's result is rounded before the rotation, as transformers does.
+place[t] < 0 is ~(row of the arena): -1 is row 0. cos and sin repeat their D/2 angles (transformers' layout). Arithmetic is fp32; the
+norm's result is rounded before the rotation, as transformers does.
 Sources: rotary embedding arXiv 2104.09864, paged KV arXiv 2309.06180.
 """
 

@@ -78,7 +78,7 @@ def _check(weight: torch.Tensor, **rows: torch.Tensor | None) -> None:
 
 def _launch(rows: int, features: int) -> dict[str, int]:
     block = triton.next_power_of_2(features)
-    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+    return {"BLOCK": int(block), "num_warps": min(max(int(block) // 512, 1), 16)}
 
 
 def add_rms_norm(
@@ -108,7 +108,10 @@ def rms_norm_backward(
     eps: float,
     above: Float[torch.Tensor, "T H"] | None = None,
 ) -> Float[torch.Tensor, "T H"]:
-    """d loss / d x [T, H] in x's dtype from d loss / d h, plus `above`, what reaches x past the norm. Raises ValueError as `add_rms_norm`."""
+    """d loss / d x [T, H] in x's dtype from d loss / d h, plus `above`, what reaches x past the norm.
+
+    Raises ValueError as `add_rms_norm`.
+    """
     _check(weight, x=x, dh=dh, above=above)
     if not uses_triton(x):
         count("rms_norm_backward", "reference", x.device.type)

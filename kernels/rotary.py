@@ -39,12 +39,26 @@ def rotary_kernel(x, cos, sin, y, sign, token_stride, head_stride, N, D: tl.cons
     tl.store(to + D // 2, (second * c + first * s).to(y.dtype.element_ty), mask=mask)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+def rotary(
+    x: Float[torch.Tensor, "T N D"], cos: Float[torch.Tensor, "T D"], sin: Float[torch.Tensor, "T D"], *, inverse: bool = False
+) -> Float[torch.Tensor, "T N D"]:
+    """x rotated by each row's angles, contiguous; `inverse` turns the other way, which is the gradient. No autograd.
+
+    x may be a slice of a wider buffer with adjacent head elements; cos and sin are contiguous fp32. Raises ValueError where shapes,
+    dtypes or strides do not fit.
+    """
+    tokens, heads, size = x.shape
+    if size % 2 or cos.shape != (tokens, size) or sin.shape != cos.shape:
+        raise ValueError(f"x [T, N, D] with even D needs cos and sin [T, D], got {tuple(x.shape)}, {tuple(cos.shape)}, {tuple(sin.shape)}")
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError(f"cos and sin must be contiguous fp32, got {cos.dtype}, {sin.dtype}, strides {cos.stride()}, {sin.stride()}")
+    if x.stride(2) != 1:
+        raise ValueError(f"x must have adjacent head elements (stride 1), got strides {x.stride()}")
+    sign = -1.0 if inverse else 1.0
     if not uses_triton(x):
         count("rotary", "reference", x.device.type)
         return rotary_reference(x, cos, sign * sin)
     count("rotary", "triton", x.device.type)
-    tokens, heads, size = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         block = min(triton.next_power_of_2(heads), 16)
@@ -52,32 +66,3 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) 
             x, cos, sin, y, sign, x.stride(0), x.stride(1), heads, D=size, BLOCK_N=block, BLOCK_HALF=triton.next_power_of_2(size // 2)
         )
     return y
-
-
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cos, sin):  # type: ignore[override]
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        return _rotate(dy if dy.stride(2) == 1 else dy.contiguous(), cos, sin, -1.0), None, None
-
-
-def rotary(
-    x: Float[torch.Tensor, "T N D"], cos: Float[torch.Tensor, "T D"], sin: Float[torch.Tensor, "T D"]
-) -> Float[torch.Tensor, "T N D"]:
-    """x rotated by each row's angles, contiguous, differentiable in x. x may be a slice of a wider buffer with adjacent head elements.
-
-    cos and sin are contiguous fp32. Raises ValueError where shapes, dtypes or strides do not fit.
-    """
-    tokens, _, size = x.shape
-    if size % 2 or cos.shape != (tokens, size) or sin.shape != cos.shape:
-        raise ValueError(f"x [T, N, D] with even D needs cos and sin [T, D], got {tuple(x.shape)}, {tuple(cos.shape)}, {tuple(sin.shape)}")
-    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or not (cos.is_contiguous() and sin.is_contiguous()):
-        raise ValueError(f"cos and sin must be contiguous fp32, got {cos.dtype}, {sin.dtype}, strides {cos.stride()}, {sin.stride()}")
-    if x.stride(2) != 1:
-        raise ValueError(f"x must have adjacent head elements (stride 1), got strides {x.stride()}")
-    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() and x.requires_grad else _rotate(x, cos, sin, 1.0)

@@ -148,10 +148,14 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTa
     )
 
 
-def _expand_dx(x: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout) -> torch.Tensor:
-    """dx = sum over slices of dv A; rows without an adapter are 0."""
-    covered = sum(rows for _, _, rows in layout.runs) == layout.num_rows
-    dx = (torch.empty if covered else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
+def _expand_dx(
+    x: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout, into: torch.Tensor | None
+) -> torch.Tensor:
+    """dx = sum over slices of dv A, added to `into` where it is given; in a new dx, rows without an adapter are 0."""
+    dx = into
+    if dx is None:
+        covered = sum(rows for _, _, rows in layout.runs) == layout.num_rows
+        dx = (torch.empty if covered else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
     launch = _plan("expand", table, layout, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
     expand_dx_kernel[(layout.num_tiles, triton.cdiv(table.in_features, launch.block))](
         dx,
@@ -163,6 +167,7 @@ def _expand_dx(x: torch.Tensor, partials: torch.Tensor, splits: int, table: Lora
         partials.stride(0),
         table.in_features,
         table.num_slices,
+        ADDS=into is not None,
         R=partials.shape[3],
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
@@ -214,11 +219,11 @@ def _outer(
 
 
 def _lora_gradients_triton(
-    dy: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, needs_dx: bool
+    dy: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, needs_dx: bool, into: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, Gradients]:
     dv, dv_splits = _shrink(dy, table, layout, is_backward=True)
     v, v_splits = _shrink(x, table, layout)
-    dx = _expand_dx(x, dv, dv_splits, table, layout) if needs_dx else None
+    dx = _expand_dx(x, dv, dv_splits, table, layout, into) if needs_dx else None
     all_da = _outer(x, dv, dv_splits, table, layout, is_db=False)
     all_db = _outer(dy, v, v_splits, table, layout, is_db=True)
     gradients: Gradients = {}
@@ -251,21 +256,33 @@ def segmented_lora_(
 
 
 def lora_gradients(
-    dy: Float[torch.Tensor, "T N"], x: Float[torch.Tensor, "T K"], table: LoraTable, layout: SegmentLayout, *, needs_dx: bool = True
+    dy: Float[torch.Tensor, "T N"],
+    x: Float[torch.Tensor, "T K"],
+    table: LoraTable,
+    layout: SegmentLayout,
+    *,
+    needs_dx: bool = True,
+    into: Float[torch.Tensor, "T K"] | None = None,
 ) -> tuple[Float[torch.Tensor, "T K"] | None, Gradients]:
     """Gradients of `segmented_lora_`: dX [T, K] of the LoRA term alone (in x's dtype; rows without adapter are 0), or None; and
     {(slice, slot): (dA [r, K], dB [N_j, r])} in fp32 for every slot of the layout that has weights.
 
-    For an engine that runs its own backward; `segmented_lora` is the autograd version. Raises ValueError as `segmented_lora_`.
+    `into` (contiguous, the gradient through the base linear, say) is added to in place and returned as dX. For an engine that runs its
+    own backward; `segmented_lora` is the autograd version. Raises ValueError as `segmented_lora_`.
     """
     _check(dy, x, table, layout)
+    if into is not None and (into.shape != x.shape or into.dtype != x.dtype or not into.is_contiguous() or not needs_dx):
+        raise ValueError(
+            f"into must be contiguous and like x {tuple(x.shape)} {x.dtype}, with needs_dx, got {tuple(into.shape)} {into.dtype}"
+        )
     if not layout.runs or not table.max_rank:
-        return (torch.zeros_like(x) if needs_dx else None), {}
+        return (None if not needs_dx else torch.zeros_like(x) if into is None else into), {}
     if not uses_triton(dy):
         count("lora_gradients", "reference", dy.device.type)
-        return lora_gradients_reference(dy, x, table, layout, needs_dx)
+        dx, gradients = lora_gradients_reference(dy, x, table, layout, needs_dx)
+        return (dx if into is None or dx is None else into.add_(dx)), gradients
     count("lora_gradients", "triton", dy.device.type)
-    return _lora_gradients_triton(dy, x, table, layout, needs_dx)
+    return _lora_gradients_triton(dy, x, table, layout, needs_dx, into)
 
 
 class _SegmentedLora(torch.autograd.Function):

@@ -53,7 +53,9 @@ class EngineConfig:
 
     `max_batch_tokens` bounds the packed tokens of a step, `max_requests` the resident requests, `num_blocks` the KV pool in blocks of
     `block_tokens` tokens, `num_slots` the adapter versions on the device, `max_jobs` the fine-tune jobs of one replay,
-    `activation_tokens` the arena of kept fine-tune activations. `deterministic` asks for reductions in a fixed order (slower).
+    `activation_tokens` the arena of kept fine-tune activations. `activations="keep"` keeps all that the backward needs, "recompute" only
+    each layer's input (a quarter of the memory or less, and the forward once more). `deterministic` asks for reductions in a fixed
+    order (slower).
     `graphs` records batches of decodes as CUDA graphs.
     """
 
@@ -66,6 +68,7 @@ class EngineConfig:
     max_batch_adapters: int = 16
     max_jobs: int = 8
     activation_tokens: int | None = None
+    activations: Literal["keep", "recompute"] | None = None
     deterministic: bool = False
     graphs: bool = True
 
@@ -75,6 +78,8 @@ class EngineConfig:
         for name in ("max_model_len", "num_blocks", "activation_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, or None to choose it", value)
+        known = (None, "keep", "recompute")
+        require(self.activations in known, "activations must be 'keep', 'recompute', or None to choose it", self.activations)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,11 +53,11 @@ def test_mixed_batches_in_bf16_err_no_more_than_transformers_does(family, seed):
     assert not counters.references_on("cuda")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_gradients_on_the_gpu_equal_peft(tmp_path, seed):
+@pytest.mark.parametrize(("seed", "activations"), [(0, "keep"), (1, "keep"), (0, "recompute")])
+def test_gradients_on_the_gpu_equal_peft(tmp_path, seed, activations):
     base = make_base(tmp_path / "base", "qwen3")
     adapters = {"other": make_adapter(tmp_path / "other", base, rank=5, seed=3)}
-    assert gradients_beside_peft(base, adapters, tmp_path, seed, {}, device="cuda") <= 1e-4
+    assert gradients_beside_peft(base, adapters, tmp_path, seed, {}, device="cuda", activations=activations) <= 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ KERNELS = {
     "shrink": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": False, "BLOCK_K": 64}),
     "shrink backward": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": True, "BLOCK_K": 64}),
     "expand": (lora_kernels.expand_kernel, LORA | {"BLOCK_N": 64}),
-    "expand dx": (lora_kernels.expand_dx_kernel, LORA | {"BLOCK_N": 64}),
+    "expand dx": (lora_kernels.expand_dx_kernel, LORA | {"BLOCK_N": 64, "ADDS": True}),
     "outer": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": True}),
     "outer transposed": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": False}),
     "attention": (paged_attention.attention_kernel, ATTENTION | {"SPLITS": 1, "BLOCK_Q": 4, "IS_DECODE": False}),

@@ -24,15 +24,16 @@ class Mutation:
 
 ENGINE = "workbench/runtime/engine.py"
 FORWARD = "workbench/runtime/forward.py"
+BACKWARD = "workbench/runtime/backward.py"
 FINETUNE = "workbench/runtime/finetune.py"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         defect=1,
         claim="The backward reads the fused weights in the layout that the forward has.",
-        file=FINETUNE,
-        old="widths = group_widths(self.fused.dims)[group][1]",
-        new="widths = group_widths(self.fused.dims)[group][1][::-1]",
+        file=BACKWARD,
+        old="torch.cat((d_qk, d_v), dim=1).flatten(1)",
+        new="torch.cat((d_v, d_qk), dim=1).flatten(1)",
         test="tests/runtime/test_finetune.py::test_gradients_equal_peft_with_forward_and_backward_cut_anywhere_beside_decodes",
     ),
     Mutation(
@@ -47,7 +48,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         defect=3,
         claim="Gradients are zeroed between optimiser steps.",
         file=FINETUNE,
-        old="            gradient.zero_()\n",
+        old="        torch._foreach_zero_(self.accumulated)",
         new="",
         test="tests/runtime/test_finetune.py::test_gradients_are_zeroed_between_optimiser_steps",
     ),

@@ -14,7 +14,6 @@ from workbench.core import Request
 from workbench.runtime.adapters import save_peft
 from workbench.runtime.driver import Driver
 from workbench.runtime.engine import Engine
-from workbench.runtime.model import rms_norm
 
 VOCAB = 128
 SIZES = dict(
@@ -158,7 +157,9 @@ def mixed_rows(engine: Engine, folder: Path, adapters: dict, jobs: list[Finetune
             if not driver._segments:
                 continue
             driver.step()
-            logits = F.linear(rms_norm(hidden[-1], engine.fused.final_norm, engine.fused.dims.norm_eps), engine.fused.lm_head)
+            logits = F.linear(
+                F.rms_norm(hidden[-1], hidden[-1].shape[-1:], engine.fused.final_norm, engine.fused.dims.norm_eps), engine.fused.lm_head
+            )
             first = 0
             for segment in driver.batch.segments:
                 found = logits[first : first + segment.tokens]

@@ -1,6 +1,7 @@
 """Losses, gradients and whole training runs against PEFT + autograd, fp32, with decodes in the same batches and cuts everywhere."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,9 +80,10 @@ def run_until(driver, draw, jobs, requests, done) -> None:
     raise AssertionError("the job did not get there in 400 steps")
 
 
-def gradients_beside_peft(base, adapters, folder, seed, options, device="cpu") -> float:
+def gradients_beside_peft(base, adapters, folder, seed, options, device="cpu", activations="keep") -> float:
     """The largest relative error of any LoRA gradient after two micro-batches of a window of three, cut at random, beside decodes."""
-    engine = Engine.from_pretrained(base, adapters=adapters, device=device, dtype=torch.float32, config=SMALL)
+    config = replace(SMALL, activations=activations)
+    engine = Engine.from_pretrained(base, adapters=adapters, device=device, dtype=torch.float32, config=config)
     j = job("mine", seed=seed, accumulation=3, max_grad_norm=None, **options)
     with Driver(engine, [j], seed=seed) as driver:
         shake(engine, j.id)
@@ -109,6 +111,10 @@ def gradients_beside_peft(base, adapters, folder, seed, options, device="cpu") -
 )
 def test_gradients_equal_peft_with_forward_and_backward_cut_anywhere_beside_decodes(base, adapters, tmp_path, seed, options):
     assert gradients_beside_peft(base, adapters, tmp_path, seed, options) <= 1e-4
+
+
+def test_gradients_equal_peft_where_layers_are_recomputed_instead_of_kept(base, adapters, tmp_path):
+    assert gradients_beside_peft(base, adapters, tmp_path, 0, {}, activations="recompute") <= 1e-4
 
 
 def test_reported_losses_equal_peft(base, adapters, tmp_path):

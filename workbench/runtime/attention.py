@@ -6,29 +6,27 @@ Legend: T packed tokens, F fine-tune and evaluate rows (first), Nq query heads, 
 import torch
 from torch import Tensor
 
-from kernels.paged_attention import paged_attention, store_kv
+from kernels.paged_attention import paged_attention
 from kernels.varlen_attention import varlen_attention
 from workbench.runtime.inputs import StepInputs
 from workbench.runtime.kv_cache import Arena, KVPool
 
 
 class StepAttention:
-    """`attend` for every layer of one step. Writes the new keys and values to the pool (inference) or the arena (training)."""
+    """Attention for every layer of one step, over keys and values that are in their places already (`kernels.qkv`)."""
 
     def __init__(self, inputs: StepInputs, pool: KVPool, arena: Arena | None, scale: float) -> None:
         self.inputs, self.pool, self.arena, self.scale = inputs, pool, arena, scale
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, Nq, D], k and v [T, Nkv, D] -> [T, Nq, D]."""
+    def __call__(self, layer: int, q: Tensor) -> Tensor:
+        """q [T, Nq, D], rotated -> [T, Nq D]."""
         step, num_train = self.inputs, self.inputs.num_train_rows
         if not num_train:
-            return self._paged(layer, q, k, v)
-        out = torch.empty_like(q)
+            return self._paged(layer, q).flatten(1)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for rows in step.train:
             assert self.arena is not None
             last = rows.first + rows.tokens
-            self.arena.k[layer, rows.arena : rows.arena + rows.tokens] = k[rows.first : last]
-            self.arena.v[layer, rows.arena : rows.arena + rows.tokens] = v[rows.first : last]
             out[rows.first : last] = varlen_attention(
                 q[rows.first : last],
                 self.arena.k[layer, rows.keys : rows.arena + rows.tokens],
@@ -40,12 +38,11 @@ class StepAttention:
                 self.scale,
             )
         if step.num_tokens > num_train:
-            out[num_train:] = self._paged(layer, q[num_train:], k[num_train:], v[num_train:])
-        return out
+            out[num_train:] = self._paged(layer, q[num_train:])
+        return out.flatten(1)
 
-    def _paged(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _paged(self, layer: int, q: Tensor) -> Tensor:
         step = self.inputs
-        store_kv(k, v, self.pool.k[layer], self.pool.v[layer], step.slot_mapping)
         return paged_attention(
             q,
             self.pool.k[layer],

@@ -21,7 +21,8 @@ from workbench.config import EngineConfig, FinetuneJob, UnknownAdapterError, did
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Predictor, Request, Segment, StepResult
 from workbench.data import Document, prepare, prompt_token_ids
 from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, save_peft
-from workbench.runtime.finetune import LayerTrainer, TrainState
+from workbench.runtime.backward import BackwardPass
+from workbench.runtime.finetune import TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
 from workbench.runtime.graphs import DecodeGraphs, row_bucket
 from workbench.runtime.inputs import StepInputs, build, train_rows
@@ -111,7 +112,7 @@ class Engine:
         self._slots: dict[int, Version] = {}
         self._sequences: dict[str, _Sequence] = {}
         self._states: dict[str, TrainState] = {}
-        self._trainers: dict[str, LayerTrainer] = {}
+        self._trainers: dict[str, BackwardPass] = {}
         self._commands: deque[Command] = deque()
         self._late_interrupts: list[bool] = []
         self._seed = 0
@@ -343,10 +344,16 @@ class Engine:
             for i, job in enumerate(jobs):
                 self._states[job.id] = self._create_state(job, self.config.num_slots + i)
             require(len(self._states) == len(jobs), "jobs must have different ids", [j.id for j in jobs], "Give job_id=.")
-            if jobs and self.runner.arena is None:
-                self.runner.arena = Arena.allocate(self.fused.dims, self._limits.activation_tokens, self.device, self.dtype)
+            if jobs:
+                self.allocate_arena()
             self._active = True
             return {job_id: cast(JobShape, state.prepared) for job_id, state in self._states.items()}
+
+    def allocate_arena(self) -> None:
+        """Make the arena of kept activations, once."""
+        if self.runner.arena is None:
+            limits = self._limits
+            self.runner.arena = Arena.allocate(self.fused.dims, limits.activation_tokens, limits.keeps, self.device, self.dtype)
 
     def _create_state(self, job: FinetuneJob, entry: int) -> TrainState:
         vocab, eos = self.fused.dims.vocab_size, self._eos_token_ids()
@@ -563,14 +570,16 @@ class Engine:
         )
         return {segment.owner: token for segment, token in zip(inputs.sampled, chosen.tolist(), strict=True)}
 
-    def _trainer(self, work: Any) -> LayerTrainer:
+    def _trainer(self, work: Any) -> BackwardPass:
         """The recomputation of the job's micro-batch, made once and kept until its backward is complete."""
         state, layers = self._states[work.owner], self.fused.dims.num_layers
         if work.top_layer == layers:
             segment = Segment("finetune", work.owner, work.adapter, 0, 0, work.tokens, micro_batch=work.micro_batch, rows=work.rows)
             rows, _, positions = train_rows(segment, self._documents(segment), first=0, scale=1.0, device=self.device)
             places = torch.tensor(positions, device=self.device)
-            self._trainers[work.owner] = LayerTrainer(self.fused, state, rows, self.runner.cos[places], self.runner.sin[places])
+            self._trainers[work.owner] = BackwardPass(
+                self.fused, self._table, state, rows, self.runner.cos[places], self.runner.sin[places]
+            )
         expected = layers if work.top_layer == layers else state.layers_left
         assert work.top_layer == expected, f"{work.owner}: the backward stands at layer {expected}, the batch says {work.top_layer}"
         return self._trainers[work.owner]

@@ -1,11 +1,9 @@
-"""The state of one fine-tune job on the device, and the backward pass of one decoder layer.
+"""The state of one fine-tune job on the device: weights, optimiser, accumulated gradients, and dropout.
 
-Legend: T rows of the micro-batch, H hidden, L layers, K input and N output width of a linear, r rank.
-The forward runs without autograd and keeps the input of every layer in the arena; the backward of a layer recomputes that layer
-under autograd (activation checkpointing, arXiv 1604.06174) over the whole micro-batch, so cutting the forward at any token and the
-backward at any layer leaves the gradients as they are.
+Legend: T rows, K input and N output width of a linear, r rank.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,16 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.counter import dropout_mask
-from kernels.layout import SegmentLayout
-from kernels.segmented_lora import SlotWeights, segmented_lora
-from kernels.varlen_attention import varlen_attention
 from workbench.config import LINEARS, FinetuneJob
 from workbench.data import PreparedJob
 from workbench.runtime.adapters import AdapterWeights
-from workbench.runtime.inputs import TrainRows
-from workbench.runtime.kv_cache import Arena
-from workbench.runtime.model import GROUPS, decoder_layer, group_widths, rms_norm
-from workbench.runtime.weights import FusedWeights
+from workbench.runtime.model import GROUPS, group_widths
+from workbench.runtime.weights import Dims
 
 Key = tuple[int, str]  # layer, target
 
@@ -102,8 +95,8 @@ class TrainState:
 
     def commit_micro_batch(self, ends_window: bool) -> None:
         """The backward has reached layer 0: add its gradients, and step the optimiser where the accumulation window ends."""
-        for index, gradient in self.pending.items():
-            self.accumulated[index].add_(gradient)
+        if self.pending:
+            torch._foreach_add_([self.accumulated[index] for index in self.pending], list(self.pending.values()))  # pyright: ignore[reportPrivateImportUsage]
         self.pending.clear()
         self.layers_left = None
         self.micro_batches_done += 1
@@ -119,81 +112,10 @@ class TrainState:
         self.optimizer.param_groups[0]["lr"] = self.job.learning_rate * learning_rate_factor(self.job, self.optimizer_steps, self.num_steps)
         self.optimizer.step()
         self.optimizer_steps += 1
-        for p, gradient in zip(params, self.accumulated, strict=True):
+        for p in params:
             p.grad = None
-            gradient.zero_()
-        for key, (a, b) in self.master.items():
-            self.compute[key][0].copy_(a)
-            self.compute[key][1].copy_(b)
-
-
-class LayerTrainer:
-    """Recomputes one layer of a micro-batch under autograd and gives the gradients of its input and of its LoRA weights."""
-
-    def __init__(self, fused: FusedWeights, state: TrainState, rows: TrainRows, cos: Tensor, sin: Tensor) -> None:
-        """`rows` covers the whole micro-batch; cos and sin [T, D]."""
-        self.fused, self.state, self.rows, self.cos, self.sin = fused, state, rows, cos, sin
-        self.scale = fused.dims.head_dim**-0.5
-        self.layout = SegmentLayout.build([(0, rows.tokens)], cos.device)
-
-    def top(self, arena: Arena) -> Tensor:
-        """The gradient through the final norm: d loss / d (output of the last layer) [T, H], from what the loss left in `arena.grad`."""
-        rows, dims = slice(self.rows.arena, self.rows.arena + self.rows.tokens), self.fused.dims
-        x = arena.x[dims.num_layers, rows].detach().requires_grad_()
-        with torch.enable_grad():
-            y = rms_norm(x, self.fused.final_norm, dims.norm_eps)
-        return torch.autograd.grad(y, x, arena.grad[rows])[0]
-
-    def layer(self, index: int, arena: Arena, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """d loss / d (input of layer `index`) [T, H] (None at layer 0), and fp32 gradients by parameter index."""
-        rows = slice(self.rows.arena, self.rows.arena + self.rows.tokens)
-        x = arena.x[index, rows].detach()
-        keys = [key for key in self.state.master if key[0] == index]
-        leaves = {key: tuple(t.detach().requires_grad_() for t in self.state.master[key]) for key in keys}
-        inputs = [t for pair in leaves.values() for t in pair]
-        if index > 0:
-            inputs.append(x.requires_grad_())
-        if not inputs:
-            return None, {}
-        with torch.enable_grad():
-            y = decoder_layer(
-                self.fused.layers[index],
-                self.fused.dims,
-                x,
-                self.cos,
-                self.sin,
-                self._attend,
-                lambda group, h, base: self._lora(index, group, h, base, leaves),
-            )
-        gradients = list(torch.autograd.grad(y, inputs, grad))
-        below = gradients.pop() if index > 0 else None
-        found: dict[int, Tensor] = {}
-        for key in keys:
-            first = self.state.index_of(key)
-            found[first], found[first + 1] = gradients.pop(0).float(), gradients.pop(0).float()
-        return below, found
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        r = self.rows
-        return varlen_attention(q, k, v, r.cu_seqlens_q, r.cu_seqlens_k, r.max_q, r.max_k, self.scale)
-
-    def _lora(self, layer: int, group: str, x: Tensor, y: Tensor, leaves: dict[Key, tuple[Tensor, ...]]) -> Tensor:
-        targets = GROUPS[group]
-        if not any((layer, t) in leaves for t in targets):
-            return y
-        widths = group_widths(self.fused.dims)[group][1]
-        job = self.state.job
-        if job.dropout:
-            return y + torch.cat(
-                [
-                    dropped_lora(job, x, leaves.get((layer, t)), width, micro_batch=self.rows.micro_batch, layer=layer, target=t, offset=0)
-                    for t, width in zip(targets, widths, strict=True)
-                ],
-                dim=-1,
-            )
-        pairs = [leaves.get((layer, t)) for t in targets]
-        slices = [[None if pair is None else SlotWeights(*pair, job.scaling)] for pair in pairs]
-        return segmented_lora(x, y, self.layout, slices, widths)
+        torch._foreach_zero_(self.accumulated)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_([t for pair in self.compute.values() for t in pair], params)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def dropped_lora(
@@ -206,3 +128,22 @@ def dropped_lora(
     rows = torch.arange(offset, offset + x.shape[0], device=x.device)
     mask = dropout_mask(job.seed, micro_batch, layer, LINEARS.index(target), rows, x.shape[1], job.dropout, x.dtype)
     return job.scaling * F.linear(F.linear(x * mask, a), b)
+
+
+def dropped_group(
+    job: FinetuneJob,
+    dims: Dims,
+    x: Tensor,
+    pairs: Mapping[Key, tuple[Tensor, ...]],
+    layer: int,
+    group: str,
+    *,
+    micro_batch: int,
+    offset: int,
+) -> Tensor:
+    """`dropped_lora` of every linear of a group, side by side [T, N]; `pairs` holds the job's weights by (layer, target)."""
+    parts = [
+        dropped_lora(job, x, pairs.get((layer, target)), width, micro_batch=micro_batch, layer=layer, target=target, offset=offset)
+        for target, width in zip(GROUPS[group], group_widths(dims)[group][1], strict=True)
+    ]
+    return torch.cat(parts, dim=-1)

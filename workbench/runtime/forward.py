@@ -11,13 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.keep import keep_rows_
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.qkv import place_qkv_
+from kernels.rms_norm import add_rms_norm
+from kernels.swiglu import swiglu
 from workbench.core import Backward
 from workbench.runtime.attention import StepAttention
-from workbench.runtime.finetune import LayerTrainer, TrainState, dropped_lora
-from workbench.runtime.inputs import StepInputs
+from workbench.runtime.backward import BackwardPass
+from workbench.runtime.finetune import TrainState, dropped_group
+from workbench.runtime.inputs import StepInputs, TrainRows
 from workbench.runtime.kv_cache import Arena, KVPool
-from workbench.runtime.model import GROUPS, decoder_layer, group_widths, rms_norm
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights
 
@@ -57,55 +61,65 @@ class Runner:
     def forward(self, inputs: StepInputs, dropout: Mapping[str, TrainState]) -> ForwardOutput:
         """The packed forward. `dropout` names the jobs whose finetune rows go through dropout (they are left out of `inputs.layout`)."""
         fused, dims = self.fused, self.fused.dims
-        cos, sin = self.cos[inputs.positions], self.sin[inputs.positions]
-        attention = StepAttention(inputs, self.pool, self.arena, dims.head_dim**-0.5)
+        attend = StepAttention(inputs, self.pool, self.arena, dims.head_dim**-0.5)
         x = F.embedding(inputs.token_ids, fused.embed)
-        for index, weights in enumerate(fused.layers):
-            self._keep(index, inputs, x)
-            x = decoder_layer(
-                weights,
-                dims,
-                x,
-                cos,
-                sin,
-                lambda q, k, v, layer=index: attention(layer, q, k, v),
-                lambda group, h, y, layer=index: self._lora(layer, group, h, y, inputs, dropout),
-            )
-        self._keep(dims.num_layers, inputs, x)
-        out = ForwardOutput(F.linear(rms_norm(x[inputs.samples], fused.final_norm, dims.norm_eps), fused.lm_head), x)
+        h = add_rms_norm(x, None, fused.layers[0].input_norm, dims.norm_eps)[1]
+        for layer in range(dims.num_layers):
+            q = self._before_attention(layer, x, h, inputs, dropout)
+            x, h = self._after_attention(layer, x, attend(layer, q), inputs, dropout)
+        if inputs.keeps:
+            assert self.arena is not None
+            keep_rows_(self.arena.x[dims.num_layers], x, inputs.places)
+        out = ForwardOutput(F.linear(h[inputs.samples], fused.lm_head), x)
         for rows in inputs.train:
-            self._loss(rows, x, out)
+            self._loss(rows, h, out)
         return out
 
-    def _keep(self, layer: int, inputs: StepInputs, x: Tensor) -> None:
-        """Copy the finetune rows' input of a layer to the arena (a view would pin the whole packed tensor)."""
-        for rows in inputs.train:
-            if rows.is_finetune:
-                assert self.arena is not None
-                self.arena.x[layer, rows.arena : rows.arena + rows.tokens] = x[rows.first : rows.first + rows.tokens]
+    def _before_attention(self, layer: int, x: Tensor, h: Tensor, inputs: StepInputs, dropout: Mapping[str, TrainState]) -> Tensor:
+        """The rotated queries [T, Nq, D] from the normed input h [T, H]; new keys and values go to their places, kept rows to the arena."""
+        w, dims, arena = self.fused.layers[layer], self.fused.dims, self.arena
+        qkv = self._lora(layer, "qkv", h, F.linear(h, w.qkv, w.qkv_bias), inputs, dropout)
+        if inputs.keeps:
+            assert arena is not None
+            keep_rows_(arena.x[layer], x, inputs.places)
+            if arena.kept is not None:
+                keep_rows_(arena.kept.qkv[layer], qkv, inputs.places)
+        heads = qkv.view(x.shape[0], -1, dims.head_dim)
+        norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
+        pool, rows = (self.pool.k[layer], self.pool.v[layer]), None
+        if inputs.num_train_rows:
+            assert arena is not None
+            rows = (arena.k[layer], arena.v[layer])
+        place_qkv_(heads, inputs.positions, self.cos, self.sin, norms, dims.norm_eps, pool, rows, inputs.places)
+        return heads[:, : dims.num_heads]
+
+    def _after_attention(
+        self, layer: int, x: Tensor, o: Tensor, inputs: StepInputs, dropout: Mapping[str, TrainState]
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output [T, H] and its norm for what comes next, from the layer's input x and the attention's output o [T, Nq D]."""
+        fused, eps = self.fused, self.fused.dims.norm_eps
+        w, last = fused.layers[layer], layer + 1 == len(fused.layers)
+        x, h = add_rms_norm(x, self._lora(layer, "o", o, F.linear(o, w.o, w.o_bias), inputs, dropout), w.post_norm, eps)
+        gate_up = self._lora(layer, "gate_up", h, F.linear(h, w.gate_up), inputs, dropout)
+        if inputs.keeps and self.arena is not None and self.arena.kept is not None:
+            keep_rows_(self.arena.kept.middle[layer], x, inputs.places)
+            keep_rows_(self.arena.kept.gate_up[layer], gate_up, inputs.places)
+        a = swiglu(gate_up)
+        y = self._lora(layer, "down", a, F.linear(a, w.down), inputs, dropout)
+        return add_rms_norm(x, y, fused.final_norm if last else fused.layers[layer + 1].input_norm, eps)
 
     def _lora(self, layer: int, group: str, x: Tensor, y: Tensor, inputs: StepInputs, dropout: Mapping[str, TrainState]) -> Tensor:
         y = self.table.add_(layer, group, y, x, inputs.layout)
         for rows in inputs.train:
             if rows.is_finetune and rows.owner in dropout:
-                state, last = dropout[rows.owner], rows.first + rows.tokens
-                widths = group_widths(self.fused.dims)[group][1]
-                for target, columns in zip(GROUPS[group], y[rows.first : last].split(widths, dim=-1), strict=True):
-                    columns += dropped_lora(
-                        state.job,
-                        x[rows.first : last],
-                        state.compute.get((layer, target)),
-                        columns.shape[-1],
-                        micro_batch=rows.micro_batch,
-                        layer=layer,
-                        target=target,
-                        offset=rows.offset,
-                    )
+                state, here = dropout[rows.owner], slice(rows.first, rows.first + rows.tokens)
+                options = {"micro_batch": rows.micro_batch, "offset": rows.offset}
+                y[here] += dropped_group(state.job, self.fused.dims, x[here], state.compute, layer, group, **options)
         return y
 
-    def _loss(self, rows, x: Tensor, out: ForwardOutput) -> None:
-        hidden = rms_norm(x[rows.labelled], self.fused.final_norm, self.fused.dims.norm_eps)
-        loss, grad = linear_cross_entropy(hidden, self.fused.lm_head, rows.labels, rows.scale, need_grad=rows.is_finetune)
+    def _loss(self, rows: TrainRows, h: Tensor, out: ForwardOutput) -> None:
+        """Add the loss of the labelled rows of h [T, H] (behind the final norm); finetune rows leave its gradient in the arena."""
+        loss, grad = linear_cross_entropy(h[rows.labelled], self.fused.lm_head, rows.labels, rows.scale, need_grad=rows.is_finetune)
         into = out.losses if rows.is_finetune else out.eval_losses
         total, count = into.get(rows.owner, (torch.zeros_like(loss), 0))
         into[rows.owner] = (total + loss, count + rows.labels.shape[0])
@@ -115,7 +129,7 @@ class Runner:
             if grad is not None:
                 self.arena.grad[rows.labelled - rows.first + rows.arena] = grad.to(self.arena.grad.dtype)
 
-    def backward(self, work: Backward, trainer: LayerTrainer, should_stop: Callable[[], bool]) -> BackwardOutput:
+    def backward(self, work: Backward, trainer: BackwardPass, should_stop: Callable[[], bool]) -> BackwardOutput:
         """`work.num_layers` layers downwards from `work.top_layer`, fewer if `should_stop` says so between two layers."""
         assert self.arena is not None
         rows = slice(trainer.rows.arena, trainer.rows.arena + trainer.rows.tokens)

@@ -8,7 +8,6 @@ from workbench.config import require
 from workbench.core import Request, Sampling, Segment
 from workbench.data import Document
 from workbench.runtime.inputs import build
-from workbench.runtime.kv_cache import Arena
 
 if TYPE_CHECKING:
     from workbench.runtime.engine import Engine
@@ -102,8 +101,7 @@ def _evaluate(engine: "Engine", documents: list[Document], entry: int | None) ->
     from workbench.core import Batch
 
     runner = engine.runner
-    if runner.arena is None:
-        runner.arena = Arena.allocate(engine.fused.dims, engine.info.activation_tokens, engine.device, engine.dtype)
+    engine.allocate_arena()
     lengths = tuple(len(d.token_ids) for d in documents)
     segment = Segment("evaluate", "nll", None, 0, 0, sum(lengths), micro_batch=0, rows=0, documents=lengths)
     inputs = build(

@@ -88,7 +88,7 @@ class DecodeGraphs:
             layout=decode_layout([(0, bucket)] if has_adapters else [(None, bucket)], bucket, device),
             train=[],
             num_train_rows=0,
-            slot_mapping=torch.full((bucket,), pool.num_blocks * pool.block_tokens, **long),
+            places=torch.full((bucket,), pool.num_blocks * pool.block_tokens, **long),
             block_tables=torch.full((bucket, width), pool.num_blocks, **short),
             cu_seqlens_q=torch.arange(bucket + 1, **short),
             context_lens=torch.ones(bucket, **short),
@@ -105,7 +105,7 @@ class DecodeGraphs:
         for name, padding in (
             ("token_ids", 0),
             ("positions", 0),
-            ("slot_mapping", pool.num_blocks * pool.block_tokens),
+            ("places", pool.num_blocks * pool.block_tokens),
             ("context_lens", 1),
         ):
             buffer = getattr(into, name)

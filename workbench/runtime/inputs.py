@@ -50,7 +50,7 @@ class StepInputs:
     layout: SegmentLayout
     train: list[TrainRows]
     num_train_rows: int
-    slot_mapping: Tensor  # [T - F]
+    places: Tensor  # [T]: where keys and values go, as in kernels.qkv
     block_tables: Tensor  # [N, M]
     cu_seqlens_q: Tensor  # [N + 1]
     context_lens: Tensor  # [N]
@@ -62,6 +62,11 @@ class StepInputs:
     @property
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there are rows that a backward will need again."""
+        return any(rows.is_finetune for rows in self.train)
 
 
 def spans(documents: Sequence[int], start: int, tokens: int) -> list[tuple[int, int, int]]:
@@ -157,19 +162,19 @@ def build(
     context = [s.end for s in inference]
     width = max((len(s.blocks) for s in inference), default=1)
     tables = np.zeros((len(inference), width), dtype=np.int32)
-    slots: list[np.ndarray] = []
+    destinations: list[np.ndarray] = [~np.arange(r.arena, r.arena + r.tokens) for r in train]
     for i, segment in enumerate(inference):
         blocks = np.asarray(segment.blocks, dtype=np.int64)
         tables[i, : len(blocks)] = blocks
         place = np.arange(segment.start, segment.end)
-        slots.append(blocks[place // block_tokens] * block_tokens + place % block_tokens)
+        destinations.append(blocks[place // block_tokens] * block_tokens + place % block_tokens)
     return StepInputs(
         token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
         positions=torch.tensor(positions, dtype=torch.int64).to(device),
         layout=SegmentLayout.build(entries, device) if decode_rows is None else decode_layout(entries, decode_rows, device),
         train=train,
         num_train_rows=num_train,
-        slot_mapping=torch.from_numpy(np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)).to(device),
+        places=torch.from_numpy(np.concatenate(destinations)).to(device),
         block_tables=torch.from_numpy(tables).to(device),
         cu_seqlens_q=_cumulative([s.tokens for s in inference], device),
         context_lens=torch.tensor(context, dtype=torch.int32).to(device),

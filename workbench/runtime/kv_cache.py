@@ -1,6 +1,6 @@
 """The tensors behind the ledger's block and arena numbers.
 
-Legend: L layers, A arena rows, H hidden, B blocks, b tokens a block, Nkv key/value heads, D head dimension.
+Legend: L layers, A arena rows, H hidden, I intermediate, B blocks, b tokens a block, Nq query heads, Nkv key/value heads, D head dimension.
 """
 
 from dataclasses import dataclass
@@ -28,29 +28,45 @@ class KVPool:
 
 
 @dataclass(slots=True)
+class Kept:
+    """What the backward would otherwise compute again: the projection before norms and rotation `qkv` [L, A, (Nq + 2 Nkv) D], the
+    residual stream between attention and MLP `middle` [L, A, H], and `gate_up` [L, A, 2 I].
+    """
+
+    qkv: Tensor
+    middle: Tensor
+    gate_up: Tensor
+
+
+@dataclass(slots=True)
 class Arena:
     """Kept activations of fine-tune rows, a fixed number of rows A.
 
     `x` [L + 1, A, H]: the input of every layer, and the output of the last one. `k`, `v` [L, A, Nkv, D]: what later chunks of the same
-    document attend to. `grad` [A, H]: the gradient at the boundary that the backward has reached.
+    document attend to. `grad` [A, H]: the gradient at the boundary that the backward has reached. `kept` is None where the backward
+    recomputes every layer from its input (activation checkpointing, arXiv 1604.06174).
     """
 
     x: Tensor
     k: Tensor
     v: Tensor
     grad: Tensor
+    kept: Kept | None
 
     @classmethod
-    def allocate(cls, dims: Dims, rows: int, device: torch.device, dtype: torch.dtype) -> "Arena":
-        keys = (dims.num_layers, rows, dims.num_kv_heads, dims.head_dim)
-        return cls(
-            x=torch.zeros((dims.num_layers + 1, rows, dims.hidden), device=device, dtype=dtype),
-            k=torch.zeros(keys, device=device, dtype=dtype),
-            v=torch.zeros(keys, device=device, dtype=dtype),
-            grad=torch.zeros((rows, dims.hidden), device=device, dtype=dtype),
-        )
+    def allocate(cls, dims: Dims, rows: int, keeps: bool, device: torch.device, dtype: torch.dtype) -> "Arena":
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        layers, kv, qkv = dims.num_layers, (dims.num_kv_heads, dims.head_dim), (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim
+        kept = None
+        if keeps:
+            kept = Kept(zeros(layers, rows, qkv), zeros(layers, rows, dims.hidden), zeros(layers, rows, 2 * dims.intermediate))
+        grad, x = zeros(rows, dims.hidden), zeros(layers + 1, rows, dims.hidden)
+        return cls(x=x, k=zeros(layers, rows, *kv), v=zeros(layers, rows, *kv), grad=grad, kept=kept)
 
     @staticmethod
-    def bytes_per_row(dims: Dims, dtype: torch.dtype) -> int:
-        keys = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim
-        return ((dims.num_layers + 2) * dims.hidden + keys) * dtype.itemsize
+    def bytes_per_row(dims: Dims, keeps: bool, dtype: torch.dtype) -> int:
+        kv = dims.num_kv_heads * dims.head_dim
+        kept = dims.num_heads * dims.head_dim + 2 * kv + dims.hidden + 2 * dims.intermediate if keeps else 0
+        return ((dims.num_layers + 2) * dims.hidden + dims.num_layers * (2 * kv + kept)) * dtype.itemsize

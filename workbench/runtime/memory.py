@@ -13,6 +13,7 @@ CPU_ACTIVATION_TOKENS = 2_048
 CUDA_ACTIVATION_TOKENS = 8_192
 CUDA_SHARE = 0.9  # of the memory that is free after the weights
 CUDA_WORKSPACE_BYTES = 6 << 30  # a step's intermediates, optimiser state, adapters
+ARENA_SHARE = 0.4  # of the memory that is free after the weights: beyond it the backward recomputes instead of keeping
 LONGEST_DEFAULT_CONTEXT = 8_192
 
 
@@ -23,6 +24,7 @@ class Limits:
     max_model_len: int
     num_blocks: int
     activation_tokens: int
+    keeps: bool
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -61,13 +63,17 @@ def choose_limits(dims: Dims, config: EngineConfig, device: torch.device, dtype:
     )
     on_cuda = device.type == "cuda"
     activation_tokens = config.activation_tokens or (CUDA_ACTIVATION_TOKENS if on_cuda else CPU_ACTIVATION_TOKENS)
+    keeps = config.activations != "recompute"
+    if config.activations is None and on_cuda:
+        keeps = activation_tokens * Arena.bytes_per_row(dims, True, dtype) <= ARENA_SHARE * torch.cuda.mem_get_info(device)[0]
     block_bytes = KVPool.bytes_per_block(dims, config.block_tokens, dtype)
     num_blocks = config.num_blocks
     if num_blocks is None and on_cuda:
-        free = torch.cuda.mem_get_info(device)[0] * CUDA_SHARE - CUDA_WORKSPACE_BYTES - activation_tokens * Arena.bytes_per_row(dims, dtype)
+        arena = activation_tokens * Arena.bytes_per_row(dims, keeps, dtype)
+        free = torch.cuda.mem_get_info(device)[0] * CUDA_SHARE - CUDA_WORKSPACE_BYTES - arena
         num_blocks = int(free // block_bytes)
         step = "Lower EngineConfig.activation_tokens, or use a smaller model."
         require(num_blocks >= 1, "memory must be left for the KV pool after weights, arena and workspace", int(free), step)
     elif num_blocks is None:
         num_blocks = max(1, CPU_POOL_TOKENS // config.block_tokens)
-    return Limits(max_model_len, num_blocks, activation_tokens)
+    return Limits(max_model_len, num_blocks, activation_tokens, keeps)
