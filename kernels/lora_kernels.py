@@ -56,21 +56,25 @@ def shrink_kernel(
     RANK_MULTIPLE: tl.constexpr,
     COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One tile, one split, one slice. Forward reads x and A [r, K]; backward reads the slice's columns of dy and B [N_j, r]."""
-    tile = tiles + tl.program_id(0) * 4
+    """One of PARTS stretches of a tile's rows, one split, one slice. Forward reads x and A [r, K]; backward the slice's columns of dy
+    and B [N_j, r].
+    """
+    tile = tiles + tl.program_id(0) // PARTS * 4
+    skipped = tl.program_id(0) % PARTS * BLOCK_T
     split = tl.program_id(1)
     slice = tl.program_id(2)
     slot = tl.load(tile)
-    num_rows = tl.load(tile + 2)
+    num_rows = tl.load(tile + 2) - skipped
     a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
-    if num_rows == 0:
+    if num_rows <= 0:
         return
-    row = tl.load(tile + 1) + tl.arange(0, BLOCK_T)
+    row = tl.load(tile + 1) + skipped + tl.arange(0, BLOCK_T)
     row_mask = tl.arange(0, BLOCK_T) < num_rows
     rows = row.to(tl.int64)
     length = K
@@ -113,33 +117,42 @@ def expand_kernel(
     RANK_MULTIPLE: tl.constexpr,
     COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
+    REPEATS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y += scale * v B^T for one tile, one block of columns, one slice."""
+    """y += scale * v B^T for one tile, REPEATS blocks of columns, one slice."""
     tile = tiles + tl.program_id(0) * 4
     slice = tl.program_id(2)
     slot = tl.load(tile)
     num_rows = tl.load(tile + 2)
     _a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, y.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if (num_rows == 0) | (rank == 0) | (tl.program_id(1) * BLOCK_N >= width):
+    begin = tl.program_id(1) * (REPEATS * BLOCK_N)
+    if (num_rows == 0) | (rank == 0) | (begin >= width):
         return
     rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
     row_mask = tl.arange(0, BLOCK_T) < num_rows
-    y_at = y + rows[:, None] * y_stride + (column + n)[None, :]
-    y_mask = row_mask[:, None] & (n < width)[None, :]
-    # Asked for first, used last: the loads overlap with the product.
-    old = tl.load(y_at, mask=y_mask, other=0.0)
-    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for r0 in range(0, rank, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        v = load_partials(partials + slice.to(tl.int64) * slice_stride, rows, row_mask, r, rank, split_stride, R, SPLITS)
-        w = tl.load(b + n.to(tl.int64)[None, :] * rank + r[:, None], mask=(n < width)[None, :] & (r < rank)[:, None], other=0.0)
-        acc = dot(v.to(y.dtype.element_ty), w, acc, WIDE)
-    tl.store(y_at, (old.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=y_mask)
+    partials += slice.to(tl.int64) * slice_stride
+    first_r = tl.arange(0, BLOCK_R)
+    # Almost every rank fits one block: its v is read once for all columns.
+    first_v = load_partials(partials, rows, row_mask, first_r, rank, split_stride, R, SPLITS).to(y.dtype.element_ty)
+    for n0 in range(begin, tl.minimum(begin + REPEATS * BLOCK_N, width), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        y_at = y + rows[:, None] * y_stride + (column + n)[None, :]
+        y_mask = row_mask[:, None] & (n < width)[None, :]
+        # Asked for first, used last: the loads overlap with the product.
+        old = tl.load(y_at, mask=y_mask, other=0.0)
+        b_at = b + n.to(tl.int64)[None, :] * rank
+        w = tl.load(b_at + first_r[:, None], mask=(n < width)[None, :] & (first_r < rank)[:, None], other=0.0)
+        acc = dot(first_v, w, tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32), WIDE)
+        for r0 in range(BLOCK_R, rank, BLOCK_R):
+            r = r0 + first_r
+            v = load_partials(partials, rows, row_mask, r, rank, split_stride, R, SPLITS)
+            w = tl.load(b_at + r[:, None], mask=(n < width)[None, :] & (r < rank)[:, None], other=0.0)
+            acc = dot(v.to(y.dtype.element_ty), w, acc, WIDE)
+        tl.store(y_at, (old.to(tl.float32) + scale * acc).to(y.dtype.element_ty), mask=y_mask)
 
 
 @jit

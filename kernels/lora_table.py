@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 
+from kernels.plan import power_of_two
+
 MAX_RANK = 256
 # Words of one table entry: address of A, address of B, rank, bits of the fp32 scale, first output column, width N_j, and two spare ones.
 ENTRY_WORDS = 8
@@ -140,7 +142,13 @@ class LoraTable:
             raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}. Clone it first.")
 
     def _summarise(self) -> None:
-        """Host-side facts that kernels are specialised on. A recorded CUDA graph holds them: record again when `rank_multiple` falls."""
+        """Host-side facts that kernels are specialised on. A recorded CUDA graph holds `facts`: record again when they change."""
         ranks = [weights.rank for weights in self.weights.values()]
         self.max_rank = max(ranks, default=0)
         self.rank_multiple = largest_power_of_two_divisor(ranks)
+        self.rank_bucket = power_of_two(self.max_rank, 16, MAX_RANK)
+
+    @property
+    def facts(self) -> tuple[bool, int, int]:
+        """Whether there is any weight, the padded rank of intermediate results, and what every rank is a multiple of."""
+        return self.max_rank > 0, self.rank_bucket, self.rank_multiple

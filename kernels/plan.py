@@ -11,11 +11,14 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """How one kernel is launched. `block` is the extent of the streamed axis, `splits` the parts of the reduction done apart."""
+    """How one kernel is launched. `block` is the extent of the streamed axis, `splits` the parts of the reduction done apart,
+    `repeats` the blocks that one program does in turn.
+    """
 
     block: int
     block_rank: int = 16
     splits: int = 1
+    repeats: int = 1
     num_warps: int = 4
     num_stages: int = 3
 
@@ -54,9 +57,10 @@ def plan(op: str, *, rows: int, length: int, programs: int, processors: int, ite
         return Launch(block=block, block_rank=block_rank, splits=splits, num_warps=4, num_stages=2 if wide else 3)
     if op == "expand":
         block = power_of_two(length, 16, 64 if wide or (rows <= 32 and programs < processors) else 128)
-        return Launch(block=block, block_rank=block_rank, num_warps=8 if rows * block > 8192 else 4, num_stages=2)
+        repeats = 4 if programs >= 16 * processors else 1
+        return Launch(block=block, block_rank=block_rank, repeats=repeats, num_warps=8 if rows * block > 8192 else 4, num_stages=2)
     if op == "outer":
-        return Launch(block=power_of_two(length, 16, 64), block_rank=block_rank, num_warps=4, num_stages=2 if wide else 3)
+        return Launch(block=power_of_two(length, 16, 64 if wide else 128), block_rank=block_rank, num_warps=4, num_stages=2 if wide else 3)
     if op == "attention":
         block = power_of_two(length, 16, 32 if wide or head_size > 128 else 64)
         splits = splits_for(programs, length // (2 * block), processors, 32)

@@ -18,10 +18,13 @@ from kernels.backend import IS_INTERPRETED, num_processors, triton, uses_triton,
 from kernels.counters import count
 from kernels.layout import SegmentLayout
 from kernels.lora_kernels import expand_dx_kernel, expand_kernel, outer_kernel, shrink_kernel
-from kernels.lora_table import MAX_RANK, LoraTable, SlotWeights
-from kernels.plan import Launch, plan, power_of_two
+from kernels.lora_table import LoraTable, SlotWeights
+from kernels.plan import Launch, plan
 
 __all__ = ["LoraTable", "SlotWeights", "lora_gradients", "segmented_lora", "segmented_lora_"]
+
+SHRINK_ROWS = 32  # rows of a program that reduces over features: more programs, each with a longer stretch of features
+OUTER_ROWS = 64  # rows of one step of a program that reduces over rows
 
 Gradients = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
 
@@ -77,10 +80,10 @@ def _check(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLa
         raise ValueError(f"slots of the layout must be below the table's num_slots {table.num_slots}, got {layout.slots[-1]}")
 
 
-def _plan(op: str, table: LoraTable, layout: SegmentLayout, length: int, programs: int, device: torch.device) -> Launch:
+def _plan(op: str, table: LoraTable, rows: int, length: int, programs: int, device: torch.device) -> Launch:
     return plan(
         op,
-        rows=layout.block_rows,
+        rows=rows,
         length=length,
         programs=programs,
         processors=num_processors(device),
@@ -89,17 +92,16 @@ def _plan(op: str, table: LoraTable, layout: SegmentLayout, length: int, program
     )
 
 
-def _shrink(
-    source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is_backward: bool = False, is_tight: bool = True
-) -> tuple[torch.Tensor, int]:
+def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is_backward: bool = False) -> tuple[torch.Tensor, int]:
     """(split sums fp32 [P, J, T, R], P): v = x A^T forward, dv = scale * dy B backward."""
     slices = table.num_slices
     length = max(table.out_features) if is_backward else table.in_features
-    launch = _plan("shrink", table, layout, length, layout.num_tiles * slices, source.device)
-    # A recorded forward must hold whatever rank the table gets later; a backward keeps its weight gradients small.
-    rank = power_of_two(table.max_rank, 16, MAX_RANK) if is_tight else MAX_RANK
+    block_rows = min(layout.block_rows, SHRINK_ROWS)
+    parts = layout.block_rows // block_rows
+    launch = _plan("shrink", table, block_rows, length, layout.num_tiles * parts * slices, source.device)
+    rank = table.rank_bucket
     partials = torch.empty(launch.splits, slices, layout.num_rows, rank, dtype=torch.float32, device=source.device)
-    shrink_kernel[(layout.num_tiles, launch.splits, slices)](
+    shrink_kernel[(layout.num_tiles * parts, launch.splits, slices)](
         source,
         layout.tiles,
         table.entries,
@@ -114,7 +116,8 @@ def _shrink(
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
         SPLITS=launch.splits,
-        BLOCK_T=layout.block_rows,
+        PARTS=parts,
+        BLOCK_T=block_rows,
         BLOCK_K=launch.block,
         BLOCK_R=launch.block_rank,
         WIDE=IS_INTERPRETED,
@@ -126,8 +129,8 @@ def _shrink(
 def _expand_(y: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout) -> None:
     """y += scale * v B^T."""
     widest = max(table.out_features)
-    launch = _plan("expand", table, layout, widest, layout.num_tiles * table.num_slices * (widest // 128), y.device)
-    expand_kernel[(layout.num_tiles, triton.cdiv(widest, launch.block), table.num_slices)](
+    launch = _plan("expand", table, layout.block_rows, widest, layout.num_tiles * table.num_slices * (widest // 128), y.device)
+    expand_kernel[(layout.num_tiles, triton.cdiv(widest, launch.block * launch.repeats), table.num_slices)](
         y,
         layout.tiles,
         table.entries,
@@ -140,6 +143,7 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTa
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
         SPLITS=splits,
+        REPEATS=launch.repeats,
         BLOCK_T=layout.block_rows,
         BLOCK_N=launch.block,
         BLOCK_R=launch.block_rank,
@@ -148,30 +152,28 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTa
     )
 
 
-def _expand_dx(
-    x: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout, into: torch.Tensor | None
-) -> torch.Tensor:
+def _expand_dx(x: torch.Tensor, dv: torch.Tensor, table: LoraTable, layout: SegmentLayout, into: torch.Tensor | None) -> torch.Tensor:
     """dx = sum over slices of dv A, added to `into` where it is given; in a new dx, rows without an adapter are 0."""
     dx = into
     if dx is None:
         covered = sum(rows for _, _, rows in layout.runs) == layout.num_rows
         dx = (torch.empty if covered else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
-    launch = _plan("expand", table, layout, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
+    launch = _plan("expand", table, layout.block_rows, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
     expand_dx_kernel[(layout.num_tiles, triton.cdiv(table.in_features, launch.block))](
         dx,
         layout.tiles,
         table.entries,
-        partials,
+        dv,
         table.num_slots,
-        partials.stride(1),
-        partials.stride(0),
+        dv.stride(1),
+        dv.stride(0),
         table.in_features,
         table.num_slices,
         ADDS=into is not None,
-        R=partials.shape[3],
+        R=dv.shape[3],
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
-        SPLITS=splits,
+        SPLITS=1,
         BLOCK_T=layout.block_rows,
         BLOCK_N=launch.block,
         BLOCK_R=launch.block_rank,
@@ -181,25 +183,23 @@ def _expand_dx(
     return dx
 
 
-def _outer(
-    source: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout, *, is_db: bool
-) -> list[torch.Tensor]:
+def _outer(source: torch.Tensor, v: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is_db: bool) -> list[torch.Tensor]:
     """One gradient per slot of the layout, fp32: dB [total_out, R], or dA [J, R, K]. The second stage adds a slot's chunks in order."""
-    chunks, slices, rank = layout.chunks.shape[0], table.num_slices, partials.shape[3]
+    chunks, slices, rank = layout.chunks.shape[0], table.num_slices, v.shape[3]
     length = max(table.out_features) if is_db else table.in_features
-    launch = _plan("outer", table, layout, length, chunks * slices, source.device)
+    launch = _plan("outer", table, layout.block_rows, length, chunks * slices, source.device)
     shape = (chunks, table.total_out, rank) if is_db else (chunks, slices, rank, table.in_features)
     sums = torch.empty(shape, dtype=torch.float32, device=source.device)
     outer_kernel[(chunks, triton.cdiv(length, launch.block), slices)](
         source,
         layout.chunks,
         table.entries,
-        partials,
+        v,
         sums,
         source.stride(0),
         table.num_slots,
-        partials.stride(1),
-        partials.stride(0),
+        v.stride(1),
+        v.stride(0),
         table.in_features,
         slices,
         table.total_out,
@@ -207,8 +207,8 @@ def _outer(
         R=rank,
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
-        SPLITS=splits,
-        BLOCK_T=32,
+        SPLITS=1,
+        BLOCK_T=OUTER_ROWS,
         BLOCK_M=launch.block,
         BLOCK_R=launch.block_rank,
         WIDE=IS_INTERPRETED,
@@ -221,11 +221,17 @@ def _outer(
 def _lora_gradients_triton(
     dy: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, needs_dx: bool, into: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, Gradients]:
-    dv, dv_splits = _shrink(dy, table, layout, is_backward=True)
-    v, v_splits = _shrink(x, table, layout)
-    dx = _expand_dx(x, dv, dv_splits, table, layout, into) if needs_dx else None
-    all_da = _outer(x, dv, dv_splits, table, layout, is_db=False)
-    all_db = _outer(dy, v, v_splits, table, layout, is_db=True)
+    # Many programs read v and dv: the splits are added up once, in order, before.
+    dv, v = (
+        partials.sum(0, keepdim=True) if splits > 1 else partials
+        for partials, splits in (
+            _shrink(dy, table, layout, is_backward=True),
+            _shrink(x, table, layout),
+        )
+    )
+    dx = _expand_dx(x, dv, table, layout, into) if needs_dx else None
+    all_da = _outer(x, dv, table, layout, is_db=False)
+    all_db = _outer(dy, v, table, layout, is_db=True)
     gradients: Gradients = {}
     for slot, da, db in zip(layout.slots, all_da, all_db, strict=True):
         for j, (offset, width) in enumerate(zip(table.out_offsets, table.out_features, strict=True)):
@@ -250,7 +256,7 @@ def segmented_lora_(
         count("segmented_lora", "reference", y.device.type)
         return segmented_lora_reference(y, x, table, layout)
     count("segmented_lora", "triton", y.device.type)
-    partials, splits = _shrink(x, table, layout, is_tight=False)
+    partials, splits = _shrink(x, table, layout)
     _expand_(y, partials, splits, table, layout)
     return y
 

@@ -112,7 +112,7 @@ def test_a_recorded_graph_sees_another_layout_and_other_weights():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         segmented_lora_(y, x, table, static)
-    table.set(0, 0, *(random_tensor(shape, 5, torch.bfloat16, "cuda", std=0.1) for shape in ((128, 512), (256, 128))), 0.5)
+    table.set(0, 0, *(random_tensor(shape, 5, torch.bfloat16, "cuda", std=0.1) for shape in ((56, 512), (256, 56))), 0.5)
     for layout in layouts:
         static.copy_(layout)
         y.copy_(base)

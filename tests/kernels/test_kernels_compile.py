@@ -26,9 +26,9 @@ TYPES = {
 LORA = {"R": 256, "RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "SPLITS": 4, "BLOCK_T": 16, "BLOCK_R": 16, "WIDE": False}
 ATTENTION = {"BLOCK_TOKENS": 16, "G": 4, "D": 64, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 64, "WIDE": False}
 KERNELS = {
-    "shrink": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": False, "BLOCK_K": 64}),
-    "shrink backward": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": True, "BLOCK_K": 64}),
-    "expand": (lora_kernels.expand_kernel, LORA | {"BLOCK_N": 64}),
+    "shrink": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": False, "BLOCK_K": 64, "PARTS": 2}),
+    "shrink backward": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": True, "BLOCK_K": 64, "PARTS": 2}),
+    "expand": (lora_kernels.expand_kernel, LORA | {"BLOCK_N": 64, "REPEATS": 4}),
     "expand dx": (lora_kernels.expand_dx_kernel, LORA | {"BLOCK_N": 64, "ADDS": True}),
     "outer": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": True}),
     "outer transposed": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": False}),

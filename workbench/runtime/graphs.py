@@ -14,7 +14,7 @@ from workbench.runtime.inputs import StepInputs, decode_layout
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CONTEXT_BUCKETS = (512, 2048, 8192, 32768)
-Key = tuple[int, int, tuple[tuple[bool, int], ...] | None]
+Key = tuple[int, int, tuple[tuple[bool, int, int], ...] | None]
 
 
 def row_bucket(rows: int) -> int | None:
@@ -73,8 +73,7 @@ class DecodeGraphs:
         # A recorded layer launches nothing where no adapter has weights, and is specialised on what the table's ranks have in common;
         # both may differ from layer to layer.
         tables = (table for layer in self.runner.table.tables for table in layer.values())
-        ranks = tuple((t.max_rank > 0, t.rank_multiple) for t in tables) if has_adapters else None
-        return bucket, context, ranks
+        return bucket, context, tuple(t.facts for t in tables) if has_adapters else None
 
     def _empty(self, bucket: int, context: int, has_adapters: bool) -> StepInputs:
         """Inputs of padding rows alone: token 0 at position 0, one key, in the block that is nobody's."""
