@@ -39,6 +39,11 @@ class Sampling:
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0 (1 is off), got {self.repetition_penalty}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token with the largest logit is taken as it is."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:

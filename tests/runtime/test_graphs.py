@@ -2,13 +2,26 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from kernels.layout import SegmentLayout
 from workbench.runtime import shapes
 from workbench.runtime.adapters import init_adapter
-from workbench.runtime.graphs import ROW_BUCKETS, DecodeGraphs, context_bucket, row_bucket
+from workbench.runtime.graphs import (
+    ROW_BUCKETS,
+    TILE_ROWS,
+    DecodeBatch,
+    DecodeGraphs,
+    context_bucket,
+    decode_fields,
+    decode_tiles,
+    row_bucket,
+    write_rows,
+)
 from workbench.runtime.slots import AdapterTable
+from workbench.runtime.staging import Staging
 from workbench.runtime.weights import Dims
 
 DIMS = Dims.of(shapes.config("tiny-llama"))
@@ -45,3 +58,31 @@ def test_the_row_bucket_is_the_least_that_holds_the_rows(rows, bucket):
 )
 def test_the_context_bucket_holds_the_context_and_stays_within_the_models(context, longest, bucket):
     assert context_bucket(context, longest) == bucket >= context
+
+
+@pytest.mark.parametrize("entries", [[], [None], [2], [None, 0, 0, 5, None, None, 1], [3] * 40 + [None] * 3 + [1] * 17, [0, 1] * 8])
+def test_the_tiles_of_decode_rows_are_those_of_the_general_layout(entries):
+    layout = SegmentLayout.build([(entry, 1) for entry in entries], "cpu", block_rows=TILE_ROWS)
+    assert np.array_equal(decode_tiles(entries), layout.tiles.numpy())
+
+
+def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
+    rng, pool, bucket = np.random.default_rng(0), SimpleNamespace(num_blocks=50, block_tokens=4), 8
+    staging = Staging(decode_fields(bucket, 6), torch.device("cpu"))
+    held = [None] * bucket
+    for rows in (5, 8, 8, 1, 3):
+        positions = rng.integers(0, 24, rows).tolist()
+        blocks = [tuple(rng.permutation(50)[: p // 4 + 1].tolist()) for p in positions]
+        batch = DecodeBatch(rng.integers(0, 99, rows).tolist(), positions, blocks, [int(e) for e in rng.integers(0, 2, rows)])
+        write_rows(staging.host, batch, held, pool)
+        staging.upload()
+        there = {name: tensor.tolist() for name, tensor in staging.device.items()}
+        assert there["token_ids"] == batch.token_ids + [0] * (bucket - rows)
+        assert there["positions"] == positions + [0] * (bucket - rows)
+        assert there["context_lens"] == [p + 1 for p in positions] + [1] * (bucket - rows)
+        assert there["places"] == [b[-1] * 4 + p % 4 for b, p in zip(blocks, positions, strict=True)] + [50 * 4] * (bucket - rows)
+        for row in range(bucket):
+            expected = blocks[row] if row < rows else (50,)
+            assert there["block_tables"][row][: len(expected)] == list(expected)
+        tiles = decode_tiles(batch.entries).tolist()
+        assert there["tiles"] == tiles + [[0, 0, 0, 0]] * (bucket - len(tiles))

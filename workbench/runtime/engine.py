@@ -24,7 +24,7 @@ from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, 
 from workbench.runtime.backward import BackwardPass
 from workbench.runtime.finetune import TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
-from workbench.runtime.graphs import DecodeGraphs, row_bucket
+from workbench.runtime.graphs import ROW_BUCKETS, DecodeBatch, DecodeGraphs
 from workbench.runtime.inputs import StepInputs, build, train_rows
 from workbench.runtime.jobs import JobHandle, restore_state
 from workbench.runtime.kv_cache import Arena, KVPool
@@ -444,9 +444,8 @@ class Engine:
         events = self._mark()
         self._admit(batch, undo)
         self._load(batch, undo)
-        inputs = self._inputs(batch) if batch.segments else None
-        forward = self._forward(inputs) if inputs is not None else None
-        tokens = self._sample(inputs, forward) if inputs is not None and forward is not None else {}
+        forward = self._forward(batch) if batch.segments else None
+        tokens = self._sample(forward) if forward is not None else {}
         should_stop = self.runner.stopper(started, batch.stop_after_s)
         backwards = [self.runner.backward(work, self._trainer(work), should_stop) for work in batch.backwards]
         losses, eval_losses = self._losses(forward)
@@ -468,17 +467,20 @@ class Engine:
             published=published,
         )
 
-    def _forward(self, inputs: StepInputs) -> ForwardOutput:
-        if self._graphs is not None and self._decode_rows(inputs.sampled, inputs.num_tokens) is not None:
-            logits = self._graphs.logits(inputs)
-            return ForwardOutput(logits, None)
-        return self.runner.forward(inputs, self._dropout_states())
-
-    def _decode_rows(self, segments: Sequence[Segment], num_tokens: int) -> int | None:
-        """The bucket of rows of a batch that a recorded graph can run: decode rows alone, not too many; else None."""
-        if self._graphs is None or len(segments) != num_tokens or any(s.kind != "decode" for s in segments):
-            return None
-        return row_bucket(num_tokens)
+    def _forward(self, batch: Batch) -> ForwardOutput:
+        if self._graphs is None or len(batch.segments) > ROW_BUCKETS[-1] or any(s.kind != "decode" for s in batch.segments):
+            return self.runner.forward(self._inputs(batch), self._dropout_states())
+        slot_of = {version: slot for slot, version in self._slots.items()}
+        segments = batch.segments
+        assert all(s.end == len(self._sequences[s.owner].tokens) for s in segments), "a decode takes its sequence's last token"
+        rows = DecodeBatch(
+            token_ids=[self._sequences[s.owner].tokens[s.start] for s in segments],
+            positions=[s.start for s in segments],
+            blocks=[s.blocks for s in segments],
+            entries=[None if s.adapter is None else slot_of[s.adapter, s.version] for s in segments],
+        )
+        logits, greedy = self._graphs.run(rows)
+        return ForwardOutput(logits, None, list(segments), greedy)
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -545,7 +547,6 @@ class Engine:
             scale_of=scale_of,
             block_tokens=self.config.block_tokens,
             device=self.device,
-            decode_rows=self._decode_rows(batch.segments, batch.num_tokens),
         )
 
     def _documents(self, segment: Segment) -> list[Document]:
@@ -556,19 +557,22 @@ class Engine:
     def _dropout_states(self) -> dict[str, TrainState]:
         return {job_id: state for job_id, state in self._states.items() if state.job.dropout > 0}
 
-    def _sample(self, inputs: StepInputs, forward: ForwardOutput) -> dict[str, int]:
+    def _sample(self, forward: ForwardOutput) -> dict[str, int]:
         """One token for every segment that samples; the only copy from the device that a step waits for."""
-        if not inputs.sampled:
+        if not forward.sampled:
             return {}
-        sequences = [self._sequences[s.owner] for s in inputs.sampled]
-        chosen = sample(
-            forward.logits,
-            [s.request.sampling for s in sequences],
-            seeds=[s.seed for s in sequences],
-            positions=[len(s.tokens) for s in sequences],
-            histories=[s.tokens for s in sequences],
-        )
-        return {segment.owner: token for segment, token in zip(inputs.sampled, chosen.tolist(), strict=True)}
+        sequences = [self._sequences[s.owner] for s in forward.sampled]
+        if all(s.request.sampling.is_greedy for s in sequences):
+            chosen = forward.logits.argmax(-1) if forward.greedy is None else forward.greedy
+        else:
+            chosen = sample(
+                forward.logits,
+                [s.request.sampling for s in sequences],
+                seeds=[s.seed for s in sequences],
+                positions=[len(s.tokens) for s in sequences],
+                histories=[s.tokens for s in sequences],
+            )
+        return {segment.owner: token for segment, token in zip(forward.sampled, chosen.tolist(), strict=True)}
 
     def _trainer(self, work: Any) -> BackwardPass:
         """The recomputation of the job's micro-batch, made once and kept until its backward is complete."""

@@ -16,7 +16,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.qkv import place_qkv_
 from kernels.rms_norm import add_rms_norm
 from kernels.swiglu import swiglu
-from workbench.core import Backward
+from workbench.core import Backward, Segment
 from workbench.runtime.attention import StepAttention
 from workbench.runtime.backward import BackwardPass
 from workbench.runtime.finetune import TrainState, dropped_group
@@ -28,12 +28,14 @@ from workbench.runtime.weights import FusedWeights
 
 @dataclass(slots=True)
 class ForwardOutput:
-    """Logits [number of samples, V] of the rows that sample, the last layer's output [T, H] (None from a recorded graph), and (loss
-    sum, labelled tokens) by owner.
+    """Logits [number of samples, V] of the rows that sample, the last layer's output [T, H] (None from a recorded graph), the segments
+    that sample, the logits' argmax (where a graph made it too), and (loss sum, labelled tokens) by owner.
     """
 
     logits: Tensor
     hidden: Tensor | None
+    sampled: list[Segment]
+    greedy: Tensor | None = None
     losses: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     eval_losses: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
@@ -70,7 +72,7 @@ class Runner:
         if inputs.keeps:
             assert self.arena is not None
             keep_rows_(self.arena.x[dims.num_layers], x, inputs.places)
-        out = ForwardOutput(F.linear(h[inputs.samples], fused.lm_head), x)
+        out = ForwardOutput(F.linear(h[inputs.samples], fused.lm_head), x, inputs.sampled)
         for rows in inputs.train:
             self._loss(rows, h, out)
         return out

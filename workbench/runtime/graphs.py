@@ -1,19 +1,25 @@
 """CUDA graphs of decode steps: one launch for a batch of decode rows, whatever its adapters.
 
 A graph holds grids and pointers, so each is recorded for a bucket of rows and of context length, and for batches with and without
-adapters apart. Inputs are copied into buffers that the graph reads; adapters change in the device table that it reads; padding rows
+adapters apart. Inputs are staged in one buffer that the graph reads; adapters change in the device table that it reads; padding rows
 write to a KV block of nobody's.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from workbench.runtime.inputs import StepInputs, decode_layout
+from kernels.layout import SegmentLayout
+from workbench.runtime.inputs import StepInputs
+from workbench.runtime.kv_cache import KVPool
+from workbench.runtime.staging import Staging
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CONTEXT_BUCKETS = (512, 2048, 8192, 32768)
+TILE_ROWS = 16
 Key = tuple[int, int, tuple[tuple[bool, int, int], ...] | None]
 
 
@@ -27,11 +33,25 @@ def context_bucket(context: int, max_model_len: int) -> int:
     return min(next((bucket for bucket in CONTEXT_BUCKETS if bucket >= context), max_model_len), max_model_len)
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """A batch of decode rows on the host, in packed order: last token, its position, KV blocks, and table entry (None: base)."""
+
+    token_ids: list[int]
+    positions: list[int]
+    blocks: list[tuple[int, ...]]
+    entries: list[int | None]
+
+
 @dataclass(slots=True)
 class _Recorded:
+    """A graph with the inputs that it reads, what it leaves (logits [rows, V], their argmax [rows]), and whose blocks lie in its table."""
+
     graph: torch.cuda.CUDAGraph
-    inputs: StepInputs
+    staging: Staging
     logits: Tensor
+    greedy: Tensor
+    held: list[tuple[int, ...] | None]
 
 
 class DecodeGraphs:
@@ -42,15 +62,17 @@ class DecodeGraphs:
         self.recorded: dict[Key, _Recorded] = {}
         self.memory = None
 
-    def logits(self, inputs: StepInputs) -> Tensor:
-        """The logits [rows, V] of a batch of decode rows, whose layout was padded to `row_bucket(rows)`."""
-        rows = inputs.num_tokens
+    def run(self, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
+        """Logits [rows, V] and their argmax [rows] of at most `ROW_BUCKETS[-1]` decode rows; valid until the next step."""
+        rows = len(batch.token_ids)
         bucket = row_bucket(rows)
-        assert bucket is not None and inputs.layout.num_rows == bucket
-        found = self._find(bucket, context_bucket(inputs.max_context, self.max_model_len), bool(inputs.layout.runs))
-        self._copy(found.inputs, inputs)
+        assert bucket is not None
+        context = context_bucket(max(batch.positions) + 1, self.max_model_len)
+        found = self._find(bucket, context, any(entry is not None for entry in batch.entries))
+        write_rows(found.staging.host, batch, found.held, self.runner.pool)
+        found.staging.upload()
         found.graph.replay()
-        return found.logits[:rows]
+        return found.logits[:rows], found.greedy[:rows]
 
     def warm_up(self, max_rows: int, *, has_adapters: bool) -> int:
         """Record every bucket up to `max_rows` now, so that no step pays for it; the number of graphs that there are then."""
@@ -72,58 +94,89 @@ class DecodeGraphs:
         """What a recorded graph depends on: another key needs another graph."""
         # A recorded layer launches nothing where no adapter has weights, and is specialised on what the table's ranks have in common;
         # both may differ from layer to layer.
-        tables = (table for layer in self.runner.table.tables for table in layer.values())
-        return bucket, context, tuple(t.facts for t in tables) if has_adapters else None
-
-    def _empty(self, bucket: int, context: int, has_adapters: bool) -> StepInputs:
-        """Inputs of padding rows alone: token 0 at position 0, one key, in the block that is nobody's."""
-        device, pool = self.runner.device, self.runner.pool
-        width = -(-context // pool.block_tokens)
-        long = {"dtype": torch.int64, "device": device}
-        short = {"dtype": torch.int32, "device": device}
-        return StepInputs(
-            token_ids=torch.zeros(bucket, **long),
-            positions=torch.zeros(bucket, **long),
-            layout=decode_layout([(0, bucket)] if has_adapters else [(None, bucket)], bucket, device),
-            train=[],
-            num_train_rows=0,
-            places=torch.full((bucket,), pool.num_blocks * pool.block_tokens, **long),
-            block_tables=torch.full((bucket, width), pool.num_blocks, **short),
-            cu_seqlens_q=torch.arange(bucket + 1, **short),
-            context_lens=torch.ones(bucket, **short),
-            max_seqlen_q=1,
-            max_context=context,
-            samples=torch.arange(bucket, **long),
-            sampled=[],
-        )
-
-    def _copy(self, into: StepInputs, inputs: StepInputs) -> None:
-        """Put a batch into the graph's buffers, padding rows behind it."""
-        rows, width = inputs.num_tokens, min(inputs.block_tables.shape[1], into.block_tables.shape[1])
-        pool = self.runner.pool
-        for name, padding in (
-            ("token_ids", 0),
-            ("positions", 0),
-            ("places", pool.num_blocks * pool.block_tokens),
-            ("context_lens", 1),
-        ):
-            buffer = getattr(into, name)
-            buffer[:rows] = getattr(inputs, name)
-            buffer[rows:] = padding
-        into.block_tables[:rows, :width] = inputs.block_tables[:, :width]
-        into.block_tables[rows:] = pool.num_blocks
-        into.layout.copy_(inputs.layout)
+        return bucket, context, self.runner.table.facts if has_adapters else None
 
     def _record(self, bucket: int, context: int, has_adapters: bool) -> _Recorded:
-        inputs = self._empty(bucket, context, has_adapters)
-        stream = torch.cuda.Stream(self.runner.device)
-        stream.wait_stream(torch.cuda.current_stream(self.runner.device))
+        pool, device = self.runner.pool, self.runner.device
+        staging = Staging(decode_fields(bucket, -(-context // pool.block_tokens)), device)
+        held: list[tuple[int, ...] | None] = [None] * bucket
+        write_rows(staging.host, DecodeBatch([], [], [], []), held, pool)  # padding rows alone
+        staging.upload()
+        inputs = self._inputs(staging, context, has_adapters)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # compiles what is not compiled yet; padding rows leave no trace
             for _ in range(2):
-                self.runner.forward(inputs, {})
-        torch.cuda.current_stream(self.runner.device).wait_stream(stream)
+                self.runner.forward(inputs, {}).logits.argmax(-1)
+        torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.memory):
             logits = self.runner.forward(inputs, {}).logits
+            greedy = logits.argmax(-1)
         self.memory = self.memory or graph.pool()
-        return _Recorded(graph, inputs, logits)
+        return _Recorded(graph, staging, logits, greedy, held)
+
+    def _inputs(self, staging: Staging, context: int, has_adapters: bool) -> StepInputs:
+        """Inputs that read the staged arrays."""
+        there, device = staging.device, self.runner.device
+        bucket = there["token_ids"].shape[0]
+        layout = SegmentLayout.build([(0 if has_adapters else None, bucket)], device, block_rows=TILE_ROWS, num_tiles=bucket)
+        return StepInputs(
+            token_ids=there["token_ids"],
+            positions=there["positions"],
+            layout=replace(layout, tiles=there["tiles"]),
+            train=[],
+            num_train_rows=0,
+            places=there["places"],
+            block_tables=there["block_tables"],
+            cu_seqlens_q=torch.arange(bucket + 1, dtype=torch.int32, device=device),
+            context_lens=there["context_lens"],
+            max_seqlen_q=1,
+            max_context=context,
+            samples=torch.arange(bucket, device=device),
+            sampled=[],
+        )
+
+
+def decode_fields(rows: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What a step of `rows` decode rows with at most `width` blocks each stages. Any row may be a tile of its own."""
+    fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: ((rows,), torch.int64) for name in ("token_ids", "positions", "places")}
+    return fields | {
+        "context_lens": ((rows,), torch.int32),
+        "tiles": ((rows, 4), torch.int32),
+        "block_tables": ((rows, width), torch.int32),
+    }
+
+
+def write_rows(host: Mapping[str, np.ndarray], batch: DecodeBatch, held: list[tuple[int, ...] | None], pool: KVPool) -> None:
+    """Stage a batch, padding rows behind it: token 0 at position 0, one key, in the block that is nobody's.
+
+    `held` are the blocks that each row of the staged table shows already; only what differs is written.
+    """
+    rows, size = len(batch.token_ids), pool.block_tokens
+    host["token_ids"][:rows], host["token_ids"][rows:] = batch.token_ids, 0
+    host["positions"][:rows], host["positions"][rows:] = batch.positions, 0
+    host["context_lens"][:rows], host["context_lens"][rows:] = host["positions"][:rows] + 1, 1
+    last = np.array([blocks[position // size] for blocks, position in zip(batch.blocks, batch.positions, strict=True)], dtype=np.int64)
+    host["places"][:rows], host["places"][rows:] = last * size + host["positions"][:rows] % size, pool.num_blocks * size
+    table = host["block_tables"]
+    for row in range(len(held)):
+        blocks = batch.blocks[row] if row < rows else (pool.num_blocks,)
+        if held[row] != blocks:
+            table[row, : len(blocks)] = blocks
+            held[row] = blocks
+    tiles = decode_tiles(batch.entries)
+    host["tiles"][: len(tiles)], host["tiles"][len(tiles) :] = tiles, 0
+
+
+def decode_tiles(entries: Sequence[int | None]) -> np.ndarray:
+    """The tiles [n, 4] of `kernels.layout` for rows of one token each: (entry, first row, rows, 0), at most TILE_ROWS rows each."""
+    slots = np.array([-1 if entry is None else entry for entry in entries], dtype=np.int64)
+    first = np.flatnonzero(np.concatenate(([True], slots[1:] != slots[:-1]))) if len(slots) else np.zeros(0, dtype=np.int64)
+    length = np.diff(np.append(first, len(slots)))
+    first, length = first[slots[first] >= 0], length[slots[first] >= 0]
+    pieces = -(-length // TILE_ROWS)
+    run = np.repeat(np.arange(len(first)), pieces)
+    skipped = TILE_ROWS * (np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    zero = np.zeros(len(run), dtype=np.int64)
+    return np.stack((slots[first][run], first[run] + skipped, np.minimum(length[run] - skipped, TILE_ROWS), zero), axis=1)

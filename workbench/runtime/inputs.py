@@ -116,12 +116,6 @@ def train_rows(
     return rows, token_ids, positions
 
 
-def decode_layout(entries: Sequence[tuple[int | None, int]], rows: int, device: torch.device) -> SegmentLayout:
-    """The layout of decode rows padded to `rows`, with as many tiles as there could be: every batch of that size has the same shape."""
-    padding = rows - sum(count for _, count in entries)
-    return SegmentLayout.build([*entries, (None, padding)], device, block_rows=16, num_tiles=rows)
-
-
 def build(
     batch: Batch,
     *,
@@ -131,11 +125,8 @@ def build(
     scale_of: Callable[[Segment], float],
     block_tokens: int,
     device: torch.device,
-    decode_rows: int | None = None,
 ) -> StepInputs:
-    """The step's tensors; `decode_rows` pads the adapter layout of a batch of decodes to that many rows, for a recorded graph.
-
-    Raises AssertionError where the batch contradicts the engine's record of a sequence."""
+    """The step's tensors. Raises AssertionError where the batch contradicts the engine's record of a sequence."""
     token_ids: list[int] = []
     positions: list[int] = []
     entries: list[tuple[int | None, int]] = []
@@ -171,7 +162,7 @@ def build(
     return StepInputs(
         token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
         positions=torch.tensor(positions, dtype=torch.int64).to(device),
-        layout=SegmentLayout.build(entries, device) if decode_rows is None else decode_layout(entries, decode_rows, device),
+        layout=SegmentLayout.build(entries, device),
         train=train,
         num_train_rows=num_train,
         places=torch.from_numpy(np.concatenate(destinations)).to(device),

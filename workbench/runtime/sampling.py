@@ -28,7 +28,7 @@ def sample(
     `positions` are the absolute positions that the new tokens will take, `histories` the tokens so far (prompt and generated), which
     the repetition penalty (arXiv 1909.05858) acts on. Penalty, temperature, top-k and top-p apply in that order.
     """
-    if all(p.temperature == 0 and p.repetition_penalty == 1 for p in params):
+    if all(p.is_greedy for p in params):
         return logits.argmax(-1)
     device = logits.device
     logits = _penalise(logits.float(), params, histories)

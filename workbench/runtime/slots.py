@@ -29,10 +29,19 @@ class AdapterTable:
             for _ in range(dims.num_layers)
         ]
         self.targets: list[frozenset[tuple[int, str]]] = [frozenset()] * num_entries
+        self._facts: tuple[tuple[bool, int, int], ...] | None = None
+
+    @property
+    def facts(self) -> tuple[tuple[bool, int, int], ...]:
+        """`LoraTable.facts` of every layer and group: what recorded launches are specialised on."""
+        if self._facts is None:
+            self._facts = tuple(table.facts for tables in self.tables for table in tables.values())
+        return self._facts
 
     def put(self, entry: int, tensors: Pairs, scales: Mapping[tuple[int, str], float]) -> None:
         """Point `entry` to these weights, cast and copied to the device where they are not there yet."""
         self.clear(entry)
+        self._facts = None
         self.targets[entry] = frozenset(tensors)  # first: a `put` that fails half-way must be cleared too
         for layer, tables in enumerate(self.tables):
             for group, targets in GROUPS.items():
@@ -53,6 +62,7 @@ class AdapterTable:
                 for table in tables.values():
                     table.clear(entry)
         self.targets[entry] = frozenset()
+        self._facts = None
 
     def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout) -> Tensor:
         """y [T, N] += each row's own adapter on x [T, K]."""
