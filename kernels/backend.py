@@ -16,8 +16,8 @@ except ImportError:
     class _Missing:
         """Stands for Triton where it is not installed: decorators return their function, anything else is inert."""
 
-        def jit(self, function: Any) -> Any:
-            return function
+        def jit(self, function: Any = None, **options: Any) -> Any:
+            return function or (lambda decorated: decorated)
 
         def __getattr__(self, name: str) -> "_Missing":
             return self

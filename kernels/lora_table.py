@@ -65,9 +65,9 @@ class LoraTable:
         self.device = torch.device(device)
         self.dtype = dtype
         self.weights: dict[tuple[int, int], SlotWeights] = {}
+        self.max_rank, self.rank_bucket, self.rank_multiple = 0, 16, 16
         for (slice, slot), given in (weights or {}).items():
             self._keep(slot, slice, given)
-        self._summarise()
         self.column_multiple = largest_power_of_two_divisor(self.out_features)
         words = [self._words(j, self.get(j, slot)) for j in range(self.num_slices) for slot in range(num_slots)]
         self.entries = self._upload(words).view(self.num_slices, num_slots, ENTRY_WORDS)
@@ -89,7 +89,6 @@ class LoraTable:
         weights = SlotWeights(a.detach(), b.detach(), float(scale))
         self._keep(slot, slice, weights)
         self.entries[slice, slot].copy_(self._upload([self._words(slice, weights)])[0])
-        self._summarise()
 
     def clear(self, slot: int) -> None:
         """Forget the slot's weights in every slice; rows of that slot are then left as they are."""
@@ -97,7 +96,6 @@ class LoraTable:
         for j in range(self.num_slices):
             self.weights.pop((j, slot), None)
         self.entries[:, slot, :4].zero_()
-        self._summarise()
 
     def get(self, slice: int, slot: int) -> SlotWeights | None:
         """What `set` stored there, or None."""
@@ -123,6 +121,7 @@ class LoraTable:
             raise ValueError(f"rank must lie in 1..{MAX_RANK}, got {weights.rank}")
         self._check_tensor("a", weights.a, (weights.rank, self.in_features))
         self._check_tensor("b", weights.b, (self.out_features[slice], weights.rank))
+        self.expect(weights.rank)
         self.weights[(slice, slot)] = weights
 
     def _check_slot(self, slot: int) -> None:
@@ -141,14 +140,17 @@ class LoraTable:
         if tensor.data_ptr() % 16:
             raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}. Clone it first.")
 
-    def _summarise(self) -> None:
-        """Host-side facts that kernels are specialised on. A recorded CUDA graph holds `facts`: record again when they change."""
-        ranks = [weights.rank for weights in self.weights.values()]
-        self.max_rank = max(ranks, default=0)
-        self.rank_multiple = largest_power_of_two_divisor(ranks)
+    def expect(self, rank: int) -> None:
+        """Widen `facts` for weights of this rank that will come."""
+        self.max_rank = max(self.max_rank, rank)
+        self.rank_multiple = largest_power_of_two_divisor([self.rank_multiple, rank])
         self.rank_bucket = power_of_two(self.max_rank, 16, MAX_RANK)
 
     @property
     def facts(self) -> tuple[bool, int, int]:
-        """Whether there is any weight, the padded rank of intermediate results, and what every rank is a multiple of."""
+        """Whether there has been any weight, the padded rank of intermediate results, and what every rank is a multiple of.
+
+        Launches are specialised on these and a recorded CUDA graph holds them: record again when they change. They only ever widen, so
+        that adapters may come and go under one graph.
+        """
         return self.max_rank > 0, self.rank_bucket, self.rank_multiple

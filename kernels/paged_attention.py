@@ -77,7 +77,8 @@ def find_sequence(tile, cu_seqlens_q, N, BLOCK_Q: tl.constexpr):
     return low
 
 
-@jit
+# Numbers that change from batch to batch: no compilation of their own for 1 or for a multiple of 16.
+@jit(do_not_specialize=["table_stride", "N", "T"])
 def attention_kernel(
     q,
     k_cache,
@@ -173,7 +174,7 @@ def attention_kernel(
         tl.store(logsums + place, logsum, mask=m_mask)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def merge_kernel(parts, logsums, out, rows, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[row] = sum over splits of 2^logsum part / sum of 2^logsum, row counting (query, head)."""
     row = tl.program_id(0).to(tl.int64)
@@ -205,7 +206,8 @@ def _paged_attention_triton(
     max_seqlen_q: int,
     max_context: int,
     scale: float,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     tokens, heads, head_size = q.shape
     kv_heads, num_sequences = k_cache.shape[2], block_tables.shape[0]
     is_decode = max_seqlen_q == 1
@@ -219,7 +221,6 @@ def _paged_attention_triton(
         itemsize=q.dtype.itemsize,
         head_size=head_size,
     )
-    out = torch.empty(tokens, heads, head_size, dtype=q.dtype, device=q.device)
     parts, logsums = out, out
     if launch.splits > 1:
         parts = torch.empty(launch.splits, tokens, heads, head_size, dtype=torch.float32, device=q.device)
@@ -259,7 +260,6 @@ def _paged_attention_triton(
         merge_kernel[(tokens * heads,)](
             parts, logsums, out, tokens * heads, D=head_size, SPLITS=launch.splits, BLOCK_D=block_d, num_warps=2
         )
-    return out
 
 
 def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_tables: torch.Tensor, cu_seqlens_q: torch.Tensor) -> None:
@@ -290,20 +290,26 @@ def paged_attention(
     max_seqlen_q: int,
     max_context: int,
     scale: float,
+    out: Float[torch.Tensor, "T Hq D"] | None = None,
 ) -> Float[torch.Tensor, "T Hq D"]:
     """Causal attention of packed queries over their sequences' cached keys and values, the new ones already stored.
 
     `context_lens` counts the tokens in the cache, new ones included. `max_seqlen_q` and `max_context` are host-side bounds on the query
     and context lengths (1 for a batch of decode rows only, which are split over the keys). A sequence may have no query at all.
-    Raises ValueError where shapes or dtypes do not fit.
+    `out`, contiguous, is written and returned where it is given. Raises ValueError where shapes or dtypes do not fit.
     """
     _check(q, k_cache, v_cache, block_tables, cu_seqlens_q)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    elif out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and like q {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}")
     if not q.shape[0]:
-        return torch.empty_like(q)
+        return out
     if uses_triton(q):
         count("paged_attention", "triton", q.device.type)
-        return _paged_attention_triton(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale)
+        _paged_attention_triton(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale, out)
+        return out
     count("paged_attention", "reference", q.device.type)
     if max_seqlen_q == 1 and q.shape[0] == block_tables.shape[0]:
-        return _padded_decode(q, k_cache, v_cache, block_tables, context_lens, scale)
-    return paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)
+        return out.copy_(_padded_decode(q, k_cache, v_cache, block_tables, context_lens, scale))
+    return out.copy_(paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale))

@@ -5,6 +5,7 @@ choices can take its place without touching an op.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -35,13 +36,17 @@ def power_of_two(number: int, low: int, high: int) -> int:
 
 
 def splits_for(programs: int, pieces: int, processors: int, high: int) -> int:
-    """The power of two that brings `programs` to about two per multiprocessor, at most one per piece of work and at most `high`."""
+    """The power of four that brings `programs` to about two per multiprocessor, at most one per piece of work and at most `high`.
+
+    Of four, not of two: every number of splits is a compilation of its own.
+    """
     splits = 1
-    while splits < high and 2 * splits <= pieces and programs * splits < 2 * processors:
-        splits *= 2
+    while 4 * splits <= min(high, pieces) and programs * splits < 2 * processors:
+        splits *= 4
     return splits
 
 
+@lru_cache(maxsize=4096)
 def plan(op: str, *, rows: int, length: int, programs: int, processors: int, itemsize: int, rank: int = 16, head_size: int = 0) -> Launch:
     """The launch of one kernel.
 
@@ -63,7 +68,7 @@ def plan(op: str, *, rows: int, length: int, programs: int, processors: int, ite
         return Launch(block=power_of_two(length, 16, 64 if wide else 128), block_rank=block_rank, num_warps=4, num_stages=2 if wide else 3)
     if op == "attention":
         block = power_of_two(length, 16, 32 if wide or head_size > 128 else 64)
-        splits = splits_for(programs, length // (2 * block), processors, 32)
+        splits = splits_for(programs, length // (2 * block), processors, 16)
         return Launch(block=block, splits=splits, num_warps=4, num_stages=2)
     if op == "softmax":
         return Launch(block=power_of_two(length, 16, 4096), num_warps=8, num_stages=2)

@@ -16,10 +16,10 @@ from kernels.counters import count
 
 
 def add_rms_norm_reference(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The specification of `add_rms_norm`."""
-    total = x if delta is None else x + delta
+    total = x if delta is None else torch.add(x, delta, out=out)
     return total, F.rms_norm(total, (total.shape[-1],), weight, eps)
 
 
@@ -82,18 +82,26 @@ def _launch(rows: int, features: int) -> dict[str, int]:
 
 
 def add_rms_norm(
-    x: Float[torch.Tensor, "T H"], delta: Float[torch.Tensor, "T H"] | None, weight: Float[torch.Tensor, " H"], eps: float
+    x: Float[torch.Tensor, "T H"],
+    delta: Float[torch.Tensor, "T H"] | None,
+    weight: Float[torch.Tensor, " H"],
+    eps: float,
+    *,
+    out: Float[torch.Tensor, "T H"] | None = None,
 ) -> tuple[Float[torch.Tensor, "T H"], Float[torch.Tensor, "T H"]]:
     """(s = x + delta, its RMS norm times weight); without `delta`, s is x itself. No gradients.
 
-    Tensors are contiguous and share a dtype. Raises ValueError where shapes or strides do not fit.
+    s is written to `out` where it is given, which may be x itself. Tensors are contiguous and share a dtype. Raises ValueError where shapes
+    or strides do not fit.
     """
-    _check(weight, x=x, delta=delta)
+    _check(weight, x=x, delta=delta, out=out)
     if not uses_triton(x):
         count("add_rms_norm", "reference", x.device.type)
-        return add_rms_norm_reference(x, delta, weight, eps)
+        return add_rms_norm_reference(x, delta, weight, eps, out)
     count("add_rms_norm", "triton", x.device.type)
-    total, h = x if delta is None else torch.empty_like(x), torch.empty_like(x)
+    total, h = x, torch.empty_like(x)
+    if delta is not None:
+        total = torch.empty_like(x) if out is None else out
     if x.shape[0]:
         other = x if delta is None else delta
         launch = _launch(*x.shape)

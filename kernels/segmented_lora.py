@@ -173,7 +173,7 @@ def _expand_dx(x: torch.Tensor, dv: torch.Tensor, table: LoraTable, layout: Segm
         R=dv.shape[3],
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
-        SPLITS=1,
+        SPLITS=dv.shape[0],
         BLOCK_T=layout.block_rows,
         BLOCK_N=launch.block,
         BLOCK_R=launch.block_rank,
@@ -207,7 +207,7 @@ def _outer(source: torch.Tensor, v: torch.Tensor, table: LoraTable, layout: Segm
         R=rank,
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
-        SPLITS=1,
+        SPLITS=v.shape[0],
         BLOCK_T=OUTER_ROWS,
         BLOCK_M=launch.block,
         BLOCK_R=launch.block_rank,
@@ -221,14 +221,7 @@ def _outer(source: torch.Tensor, v: torch.Tensor, table: LoraTable, layout: Segm
 def _lora_gradients_triton(
     dy: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, needs_dx: bool, into: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, Gradients]:
-    # Many programs read v and dv: the splits are added up once, in order, before.
-    dv, v = (
-        partials.sum(0, keepdim=True) if splits > 1 else partials
-        for partials, splits in (
-            _shrink(dy, table, layout, is_backward=True),
-            _shrink(x, table, layout),
-        )
-    )
+    dv, v = _shrink(dy, table, layout, is_backward=True)[0], _shrink(x, table, layout)[0]
     dx = _expand_dx(x, dv, table, layout, into) if needs_dx else None
     all_da = _outer(x, dv, table, layout, is_db=False)
     all_db = _outer(dy, v, table, layout, is_db=True)

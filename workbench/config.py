@@ -56,7 +56,8 @@ class EngineConfig:
     `activation_tokens` the arena of kept fine-tune activations. `activations="keep"` keeps all that the backward needs, "recompute" only
     each layer's input (a quarter of the memory or less, and the forward once more). `deterministic` asks for reductions in a fixed
     order (slower).
-    `graphs` records batches of decodes as CUDA graphs.
+    `graphs` records steps as CUDA graphs; `warm_up` records them all before a replay begins (tens of seconds on a fresh machine) instead
+    of each at the first step that needs it.
     """
 
     max_model_len: int | None = None
@@ -71,6 +72,7 @@ class EngineConfig:
     activations: Literal["keep", "recompute"] | None = None
     deterministic: bool = False
     graphs: bool = True
+    warm_up: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_requests", "block_tokens", "num_slots", "max_batch_adapters", "max_jobs"):

@@ -40,7 +40,7 @@ FAMILIES = {
         **(SIZES | dict(num_attention_heads=3, num_key_value_heads=1, hidden_size=48)), tie_word_embeddings=True
     ),
 }
-SMALL = EngineConfig(max_model_len=192, num_blocks=64, block_tokens=16, num_slots=4, max_jobs=3, activation_tokens=512)
+SMALL = EngineConfig(max_model_len=192, num_blocks=64, block_tokens=16, num_slots=4, max_jobs=3, activation_tokens=512, warm_up=False)
 
 
 def make_base(folder: Path, family: str, seed: int = 0) -> Path:

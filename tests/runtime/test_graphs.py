@@ -20,6 +20,8 @@ from workbench.runtime.graphs import (
     row_bucket,
     write_rows,
 )
+from workbench.runtime.inputs import padded_layout
+from workbench.runtime.pieces import token_bucket
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.staging import Staging
 from workbench.runtime.weights import Dims
@@ -37,15 +39,15 @@ def test_an_adapter_that_adds_a_layer_or_another_rank_anywhere_needs_another_gra
     graphs = DecodeGraphs(SimpleNamespace(table=table), 2048)
     every = tuple(range(DIMS.num_layers))
     put(table, 0, rank=8, layers=every[:1])
-    first = graphs.key(8, 512, True)
+    first = graphs.key(8, 512, 8, True)
     put(table, 1, rank=8, layers=every)
-    second = graphs.key(8, 512, True)
+    second = graphs.key(8, 512, 8, True)
     assert first != second, "a graph recorded before launches nothing in the new layers"
     put(table, 2, rank=8, layers=every)
-    assert graphs.key(8, 512, True) == second, "another adapter of the same kind runs under the same graph"
+    assert graphs.key(8, 512, 8, True) == second, "another adapter of the same kind runs under the same graph"
     put(table, 2, rank=3, layers=every[-1:])
-    assert graphs.key(8, 512, True) != second, "a graph recorded before assumes ranks that are multiples of 8"
-    assert graphs.key(8, 512, False) == (8, 512, None)
+    assert graphs.key(8, 512, 8, True) != second, "a graph recorded before assumes ranks that are multiples of 8"
+    assert graphs.key(8, 512, 8, False) == (8, 512, 8, None)
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (3, 4), (17, 24), (256, 256), (257, None)])
@@ -68,7 +70,7 @@ def test_the_tiles_of_decode_rows_are_those_of_the_general_layout(entries):
 
 def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
     rng, pool, bucket = np.random.default_rng(0), SimpleNamespace(num_blocks=50, block_tokens=4), 8
-    staging = Staging(decode_fields(bucket, 6), torch.device("cpu"))
+    staging = Staging(decode_fields(bucket, 6, bucket), torch.device("cpu"))
     held = [None] * bucket
     for rows in (5, 8, 8, 1, 3):
         positions = rng.integers(0, 24, rows).tolist()
@@ -86,3 +88,30 @@ def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
             assert there["block_tables"][row][: len(expected)] == list(expected)
         tiles = decode_tiles(batch.entries).tolist()
         assert there["tiles"] == tiles + [[0, 0, 0, 0]] * (bucket - len(tiles))
+
+
+@pytest.mark.parametrize("row_slots", [[(0, 100), (None, 3)], [(i % 3, 1) for i in range(60)], [(None, 5)], [(1, 700), (0, 200), (1, 1)]])
+def test_a_padded_layout_has_the_same_rows_for_every_step_of_its_bucket_and_tile_count(row_slots):
+    rows = sum(count for _, count in row_slots)
+    bucket = token_bucket(rows, 2048)
+    plain, padded = SegmentLayout.build(row_slots, "cpu"), padded_layout(row_slots, bucket, torch.device("cpu"))
+    assert padded.num_rows == bucket >= rows and padded.runs == plain.runs
+    few = padded_layout([(0, bucket)], bucket, torch.device("cpu")).num_tiles
+    assert padded.num_tiles in (few, bucket), "two kinds of step a bucket"
+    covered = [row for slot, first, count, _ in padded.tiles.tolist() for row in range(first, first + count)]
+    assert covered == [row for slot, first, count in plain.runs for row in range(first, first + count)]
+
+
+@pytest.mark.parametrize(("tokens", "bucket"), [(1, 16), (17, 32), (2000, 2048), (2048, 2048), (2049, None)])
+def test_the_token_bucket_is_the_least_that_holds_the_tokens(tokens, bucket):
+    assert token_bucket(tokens, 2048) == bucket
+
+
+def test_facts_only_widen_so_that_adapters_come_and_go_under_one_graph():
+    table = AdapterTable(DIMS, 3, torch.device("cpu"), torch.float32)
+    put(table, 0, rank=8, layers=tuple(range(DIMS.num_layers)))
+    before = table.facts
+    table.clear(0)
+    assert table.facts == before
+    table.expect(init_adapter(DIMS, "x", rank=24).tensors)
+    assert table.facts != before and {fact[1:] for fact in table.facts} == {(32, 8)}

@@ -3,7 +3,6 @@
 Legend: T packed tokens, F fine-tune and evaluate rows (first), Nq query heads, Nkv key/value heads, D head dimension.
 """
 
-import torch
 from torch import Tensor
 
 from kernels.paged_attention import paged_attention
@@ -18,12 +17,9 @@ class StepAttention:
     def __init__(self, inputs: StepInputs, pool: KVPool, arena: Arena | None, scale: float) -> None:
         self.inputs, self.pool, self.arena, self.scale = inputs, pool, arena, scale
 
-    def __call__(self, layer: int, q: Tensor) -> Tensor:
-        """q [T, Nq, D], rotated -> [T, Nq D]."""
+    def __call__(self, layer: int, q: Tensor, out: Tensor) -> None:
+        """q [T, Nq, D], rotated; the result goes to out [T, Nq, D]."""
         step, num_train = self.inputs, self.inputs.num_train_rows
-        if not num_train:
-            return self._paged(layer, q).flatten(1)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for rows in step.train:
             assert self.arena is not None
             last = rows.first + rows.tokens
@@ -38,19 +34,15 @@ class StepAttention:
                 self.scale,
             )
         if step.num_tokens > num_train:
-            out[num_train:] = self._paged(layer, q[num_train:])
-        return out.flatten(1)
-
-    def _paged(self, layer: int, q: Tensor) -> Tensor:
-        step = self.inputs
-        return paged_attention(
-            q,
-            self.pool.k[layer],
-            self.pool.v[layer],
-            step.block_tables,
-            step.cu_seqlens_q,
-            step.context_lens,
-            step.max_seqlen_q,
-            step.max_context,
-            self.scale,
-        )
+            paged_attention(
+                q[num_train:],
+                self.pool.k[layer],
+                self.pool.v[layer],
+                step.block_tables,
+                step.cu_seqlens_q,
+                step.context_lens,
+                step.max_seqlen_q,
+                step.max_context,
+                self.scale,
+                out[num_train:],
+            )

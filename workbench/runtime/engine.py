@@ -29,6 +29,7 @@ from workbench.runtime.inputs import StepInputs, build, train_rows
 from workbench.runtime.jobs import JobHandle, restore_state
 from workbench.runtime.kv_cache import Arena, KVPool
 from workbench.runtime.memory import choose_limits, resolve_device, resolve_dtype
+from workbench.runtime.pieces import PieceGraphs, token_bucket
 from workbench.runtime.sampling import request_seed, sample
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.virtual import CarriedAdapter, VirtualModule, attach_adapter, pin
@@ -103,6 +104,7 @@ class Engine:
         self._table = table
         uses_graphs = config.graphs and self.device.type == "cuda"
         self._graphs = DecodeGraphs(self.runner, self._limits.max_model_len) if uses_graphs else None
+        self.runner.pieces = PieceGraphs(self.runner, config.max_batch_tokens) if uses_graphs else None
         self._current: dict[str, int] = {}
         self._infos: dict[str, AdapterInfo] = {}
         self._announced: set[Version] = set()
@@ -292,15 +294,19 @@ class Engine:
         return self._predictor
 
     def warm_up(self) -> None:
-        """Record the CUDA graphs of decode steps for the adapters loaded now; without it the first step of each size pays for its own."""
+        """Record the CUDA graphs for the adapters and jobs known now, so that no step pays for it; nothing on the CPU.
+
+        `begin` does so where `EngineConfig.warm_up` says; what is recorded already costs nothing.
+        """
         with self.lock:
             require(not self._active, "warm_up needs an idle engine", "a running replay", "Call it before.")
             if self._graphs is None:
                 return
-            for slot, version in enumerate(list(self._current.items())[: self.config.num_slots]):
-                self._fill(slot, version)
+            for version in self._current.items():
+                self._table.expect(self._versions[version].tensors)
             self._graphs.warm_up(self.config.max_requests, has_adapters=bool(self._current))
-            self._slots.clear()
+            if self.runner.pieces is not None:
+                self.runner.pieces.warm_up(has_adapters=bool(self._current), keeps=self.runner.arena is not None)
 
     @contextmanager
     def uncalibrated(self) -> Iterator[None]:
@@ -346,6 +352,8 @@ class Engine:
             require(len(self._states) == len(jobs), "jobs must have different ids", [j.id for j in jobs], "Give job_id=.")
             if jobs:
                 self.allocate_arena()
+            if self.config.warm_up:
+                self.warm_up()
             self._active = True
             return {job_id: cast(JobShape, state.prepared) for job_id, state in self._states.items()}
 
@@ -519,6 +527,12 @@ class Engine:
         self._table.put(slot, weights.tensors, weights.scales)
         self._slots[slot] = version
 
+    def _bucket(self, batch: Batch) -> int | None:
+        """The bucket of recorded pieces that can run the batch, if any (dropout has masks of its own)."""
+        if self.runner.pieces is None or self._dropout_states():
+            return None
+        return token_bucket(batch.num_tokens, self.runner.pieces.max_tokens)
+
     def _inputs(self, batch: Batch) -> StepInputs:
         slot_of = {version: slot for slot, version in self._slots.items()}
         dropout = self._dropout_states()
@@ -547,6 +561,7 @@ class Engine:
             scale_of=scale_of,
             block_tokens=self.config.block_tokens,
             device=self.device,
+            bucket=self._bucket(batch),
         )
 
     def _documents(self, segment: Segment) -> list[Document]:

@@ -4,7 +4,7 @@ Legend: T packed tokens, H hidden, V vocabulary.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.keep import keep_rows_
+from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.qkv import place_qkv_
 from kernels.rms_norm import add_rms_norm
@@ -22,6 +23,7 @@ from workbench.runtime.backward import BackwardPass
 from workbench.runtime.finetune import TrainState, dropped_group
 from workbench.runtime.inputs import StepInputs, TrainRows
 from workbench.runtime.kv_cache import Arena, KVPool
+from workbench.runtime.pieces import PieceGraphs
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights
 
@@ -50,73 +52,120 @@ class BackwardOutput:
     gradients: dict[int, Tensor]
 
 
+@dataclass(slots=True)
+class LayerRows:
+    """What the layers see of a step's packed rows: everything but who attends to whom.
+
+    `trains` says whether some rows have places in the arena, `keeps` whether a backward will need them, `dropped` names the finetune rows
+    that go through dropout (they are left out of `layout`).
+    """
+
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    places: Tensor  # [T]
+    layout: SegmentLayout
+    trains: bool
+    keeps: bool
+    dropped: Sequence[tuple[TrainRows, TrainState]] = ()
+
+
 class Runner:
     """Runs steps on one device over the fused weights, the pool, the arena and the adapter table."""
 
     def __init__(self, fused: FusedWeights, pool: KVPool, table: AdapterTable, max_model_len: int, device: torch.device) -> None:
         self.fused, self.pool, self.table, self.device = fused, pool, table, device
         self.arena: Arena | None = None
+        self.pieces: PieceGraphs | None = None
         cos, sin = fused.rope(max_model_len)
         self.cos, self.sin = cos.to(device).contiguous(), sin.to(device).contiguous()
 
-    @torch.no_grad()
     def forward(self, inputs: StepInputs, dropout: Mapping[str, TrainState]) -> ForwardOutput:
         """The packed forward. `dropout` names the jobs whose finetune rows go through dropout (they are left out of `inputs.layout`)."""
-        fused, dims = self.fused, self.fused.dims
-        attend = StepAttention(inputs, self.pool, self.arena, dims.head_dim**-0.5)
-        x = F.embedding(inputs.token_ids, fused.embed)
-        h = add_rms_norm(x, None, fused.layers[0].input_norm, dims.norm_eps)[1]
+        if self.pieces is not None and inputs.bucket is not None:
+            return self.outputs(inputs, *self.pieces.layers(inputs))
+        dropped = [(rows, dropout[rows.owner]) for rows in inputs.train if rows.is_finetune and rows.owner in dropout]
+        trains = bool(inputs.num_train_rows)
+        rows = LayerRows(inputs.token_ids, inputs.positions, inputs.places, inputs.layout, trains, inputs.keeps, dropped)
+        return self.outputs(inputs, *self._layers(inputs, rows))
+
+    @torch.no_grad()
+    def _layers(self, inputs: StepInputs, rows: LayerRows) -> tuple[Tensor, Tensor]:
+        """The last layer's output [T, H], and behind the final norm."""
+        dims = self.fused.dims
+        attend = self.attention(inputs)
+        x, h = self.embed(rows)
+        o = torch.empty((inputs.num_tokens, dims.num_heads, dims.head_dim), dtype=x.dtype, device=x.device)
         for layer in range(dims.num_layers):
-            q = self._before_attention(layer, x, h, inputs, dropout)
-            x, h = self._after_attention(layer, x, attend(layer, q), inputs, dropout)
-        if inputs.keeps:
-            assert self.arena is not None
-            keep_rows_(self.arena.x[dims.num_layers], x, inputs.places)
-        out = ForwardOutput(F.linear(h[inputs.samples], fused.lm_head), x, inputs.sampled)
+            attend(layer, self.before_attention(layer, x, h, rows), o)
+            h = self.after_attention(layer, x, o, rows)
+        self.keep_last(x, rows)
+        return x, h
+
+    def attention(self, inputs: StepInputs) -> StepAttention:
+        """The attention of one step."""
+        return StepAttention(inputs, self.pool, self.arena, self.fused.dims.head_dim**-0.5)
+
+    @torch.no_grad()
+    def outputs(self, inputs: StepInputs, x: Tensor, h: Tensor) -> ForwardOutput:
+        """Logits of the rows that sample, and the losses, from the last layer's output x [T, H] and its norm h [T, H]."""
+        out = ForwardOutput(F.linear(h[inputs.samples], self.fused.lm_head), x, inputs.sampled)
         for rows in inputs.train:
             self._loss(rows, h, out)
         return out
 
-    def _before_attention(self, layer: int, x: Tensor, h: Tensor, inputs: StepInputs, dropout: Mapping[str, TrainState]) -> Tensor:
-        """The rotated queries [T, Nq, D] from the normed input h [T, H]; new keys and values go to their places, kept rows to the arena."""
+    def embed(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
+        """The first layer's input x [T, H], and its norm."""
+        x = F.embedding(rows.token_ids, self.fused.embed)
+        return add_rms_norm(x, None, self.fused.layers[0].input_norm, self.fused.dims.norm_eps)
+
+    def before_attention(self, layer: int, x: Tensor, h: Tensor, rows: LayerRows, out: Tensor | None = None) -> Tensor:
+        """The rotated queries [T, Nq, D] of the layer's input x [T, H] and its norm h; keys and values go to their places, kept rows to the
+        arena. The projection [T, (Nq + 2 Nkv) D] is written to `out` where it is given; the queries are a part of it.
+        """
         w, dims, arena = self.fused.layers[layer], self.fused.dims, self.arena
-        qkv = self._lora(layer, "qkv", h, F.linear(h, w.qkv, w.qkv_bias), inputs, dropout)
-        if inputs.keeps:
+        qkv = F.linear(h, w.qkv, w.qkv_bias) if out is None else _linear_into(out, h, w.qkv, w.qkv_bias)
+        qkv = self._lora(layer, "qkv", h, qkv, rows)
+        if rows.keeps:
             assert arena is not None
-            keep_rows_(arena.x[layer], x, inputs.places)
+            keep_rows_(arena.x[layer], x, rows.places)
             if arena.kept is not None:
-                keep_rows_(arena.kept.qkv[layer], qkv, inputs.places)
+                keep_rows_(arena.kept.qkv[layer], qkv, rows.places)
         heads = qkv.view(x.shape[0], -1, dims.head_dim)
         norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
-        pool, rows = (self.pool.k[layer], self.pool.v[layer]), None
-        if inputs.num_train_rows:
+        pool, kept = (self.pool.k[layer], self.pool.v[layer]), None
+        if rows.trains:
             assert arena is not None
-            rows = (arena.k[layer], arena.v[layer])
-        place_qkv_(heads, inputs.positions, self.cos, self.sin, norms, dims.norm_eps, pool, rows, inputs.places)
+            kept = (arena.k[layer], arena.v[layer])
+        place_qkv_(heads, rows.positions, self.cos, self.sin, norms, dims.norm_eps, pool, kept, rows.places)
         return heads[:, : dims.num_heads]
 
-    def _after_attention(
-        self, layer: int, x: Tensor, o: Tensor, inputs: StepInputs, dropout: Mapping[str, TrainState]
-    ) -> tuple[Tensor, Tensor]:
-        """The layer's output [T, H] and its norm for what comes next, from the layer's input x and the attention's output o [T, Nq D]."""
-        fused, eps = self.fused, self.fused.dims.norm_eps
+    def after_attention(self, layer: int, x: Tensor, o: Tensor, rows: LayerRows) -> Tensor:
+        """Turns x [T, H] from the layer's input into its output, given the attention's output o [T, Nq, D]; returns the norm of x for what
+        comes next.
+        """
+        fused, eps, o = self.fused, self.fused.dims.norm_eps, o.flatten(1)
         w, last = fused.layers[layer], layer + 1 == len(fused.layers)
-        x, h = add_rms_norm(x, self._lora(layer, "o", o, F.linear(o, w.o, w.o_bias), inputs, dropout), w.post_norm, eps)
-        gate_up = self._lora(layer, "gate_up", h, F.linear(h, w.gate_up), inputs, dropout)
-        if inputs.keeps and self.arena is not None and self.arena.kept is not None:
-            keep_rows_(self.arena.kept.middle[layer], x, inputs.places)
-            keep_rows_(self.arena.kept.gate_up[layer], gate_up, inputs.places)
+        _, h = add_rms_norm(x, self._lora(layer, "o", o, F.linear(o, w.o, w.o_bias), rows), w.post_norm, eps, out=x)
+        gate_up = self._lora(layer, "gate_up", h, F.linear(h, w.gate_up), rows)
+        if rows.keeps and self.arena is not None and self.arena.kept is not None:
+            keep_rows_(self.arena.kept.middle[layer], x, rows.places)
+            keep_rows_(self.arena.kept.gate_up[layer], gate_up, rows.places)
         a = swiglu(gate_up)
-        y = self._lora(layer, "down", a, F.linear(a, w.down), inputs, dropout)
-        return add_rms_norm(x, y, fused.final_norm if last else fused.layers[layer + 1].input_norm, eps)
+        y = self._lora(layer, "down", a, F.linear(a, w.down), rows)
+        return add_rms_norm(x, y, fused.final_norm if last else fused.layers[layer + 1].input_norm, eps, out=x)[1]
 
-    def _lora(self, layer: int, group: str, x: Tensor, y: Tensor, inputs: StepInputs, dropout: Mapping[str, TrainState]) -> Tensor:
-        y = self.table.add_(layer, group, y, x, inputs.layout)
-        for rows in inputs.train:
-            if rows.is_finetune and rows.owner in dropout:
-                state, here = dropout[rows.owner], slice(rows.first, rows.first + rows.tokens)
-                options = {"micro_batch": rows.micro_batch, "offset": rows.offset}
-                y[here] += dropped_group(state.job, self.fused.dims, x[here], state.compute, layer, group, **options)
+    def keep_last(self, x: Tensor, rows: LayerRows) -> None:
+        """Keep the last layer's output, which the backward begins from."""
+        if rows.keeps:
+            assert self.arena is not None
+            keep_rows_(self.arena.x[self.fused.dims.num_layers], x, rows.places)
+
+    def _lora(self, layer: int, group: str, x: Tensor, y: Tensor, rows: LayerRows) -> Tensor:
+        y = self.table.add_(layer, group, y, x, rows.layout)
+        for train, state in rows.dropped:
+            here = slice(train.first, train.first + train.tokens)
+            options = {"micro_batch": train.micro_batch, "offset": train.offset}
+            y[here] += dropped_group(state.job, self.fused.dims, x[here], state.compute, layer, group, **options)
         return y
 
     def _loss(self, rows: TrainRows, h: Tensor, out: ForwardOutput) -> None:
@@ -158,3 +207,8 @@ class Runner:
             return time.perf_counter() - started_s >= stop_after_s
 
         return should_stop
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, in `out`."""
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from kernels.layout import SegmentLayout
-from workbench.runtime.inputs import StepInputs
+from workbench.runtime.inputs import FEW_RUNS, StepInputs
 from workbench.runtime.kv_cache import KVPool
 from workbench.runtime.staging import Staging
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CONTEXT_BUCKETS = (512, 2048, 8192, 32768)
 TILE_ROWS = 16
-Key = tuple[int, int, tuple[tuple[bool, int, int], ...] | None]
+Key = tuple[int, int, int, tuple[tuple[bool, int, int], ...] | None]
 
 
 def row_bucket(rows: int) -> int | None:
@@ -45,9 +45,12 @@ class DecodeBatch:
 
 @dataclass(slots=True)
 class _Recorded:
-    """A graph with the inputs that it reads, what it leaves (logits [rows, V], their argmax [rows]), and whose blocks lie in its table."""
+    """A graph with the inputs that it reads (kept alive here), what it leaves (logits [rows, V], their argmax [rows]), and whose blocks lie
+    in its table.
+    """
 
     graph: torch.cuda.CUDAGraph
+    inputs: StepInputs
     staging: Staging
     logits: Tensor
     greedy: Tensor
@@ -68,37 +71,39 @@ class DecodeGraphs:
         bucket = row_bucket(rows)
         assert bucket is not None
         context = context_bucket(max(batch.positions) + 1, self.max_model_len)
-        found = self._find(bucket, context, any(entry is not None for entry in batch.entries))
+        found = self._find(
+            bucket, context, tile_bucket(bucket, len(decode_tiles(batch.entries))), any(e is not None for e in batch.entries)
+        )
         write_rows(found.staging.host, batch, found.held, self.runner.pool)
         found.staging.upload()
         found.graph.replay()
         return found.logits[:rows], found.greedy[:rows]
 
     def warm_up(self, max_rows: int, *, has_adapters: bool) -> int:
-        """Record every bucket up to `max_rows` now, so that no step pays for it; the number of graphs that there are then."""
+        """Record every bucket up to `max_rows` for batches of few runs, so that no step pays for it; how many graphs there are then."""
         largest = row_bucket(min(max_rows, ROW_BUCKETS[-1]))
         contexts = {context_bucket(bucket, self.max_model_len) for bucket in (*CONTEXT_BUCKETS, self.max_model_len)}
         for bucket in (b for b in ROW_BUCKETS if largest is not None and b <= largest):
             for context in sorted(contexts):
                 for with_adapters in (False, True)[: 1 + has_adapters]:
-                    self._find(bucket, context, with_adapters)
+                    self._find(bucket, context, tile_bucket(bucket, 1), with_adapters)
         return len(self.recorded)
 
-    def _find(self, bucket: int, context: int, has_adapters: bool) -> _Recorded:
-        key = self.key(bucket, context, has_adapters)
+    def _find(self, bucket: int, context: int, tiles: int, has_adapters: bool) -> _Recorded:
+        key = self.key(bucket, context, tiles, has_adapters)
         if key not in self.recorded:
-            self.recorded[key] = self._record(bucket, context, has_adapters)
+            self.recorded[key] = self._record(bucket, context, tiles, has_adapters)
         return self.recorded[key]
 
-    def key(self, bucket: int, context: int, has_adapters: bool) -> Key:
+    def key(self, bucket: int, context: int, tiles: int, has_adapters: bool) -> Key:
         """What a recorded graph depends on: another key needs another graph."""
         # A recorded layer launches nothing where no adapter has weights, and is specialised on what the table's ranks have in common;
         # both may differ from layer to layer.
-        return bucket, context, self.runner.table.facts if has_adapters else None
+        return bucket, context, tiles, self.runner.table.facts if has_adapters else None
 
-    def _record(self, bucket: int, context: int, has_adapters: bool) -> _Recorded:
+    def _record(self, bucket: int, context: int, tiles: int, has_adapters: bool) -> _Recorded:
         pool, device = self.runner.pool, self.runner.device
-        staging = Staging(decode_fields(bucket, -(-context // pool.block_tokens)), device)
+        staging = Staging(decode_fields(bucket, -(-context // pool.block_tokens), tiles), device)
         held: list[tuple[int, ...] | None] = [None] * bucket
         write_rows(staging.host, DecodeBatch([], [], [], []), held, pool)  # padding rows alone
         staging.upload()
@@ -114,13 +119,15 @@ class DecodeGraphs:
             logits = self.runner.forward(inputs, {}).logits
             greedy = logits.argmax(-1)
         self.memory = self.memory or graph.pool()
-        return _Recorded(graph, staging, logits, greedy, held)
+        return _Recorded(graph, inputs, staging, logits, greedy, held)
 
     def _inputs(self, staging: Staging, context: int, has_adapters: bool) -> StepInputs:
         """Inputs that read the staged arrays."""
         there, device = staging.device, self.runner.device
         bucket = there["token_ids"].shape[0]
-        layout = SegmentLayout.build([(0 if has_adapters else None, bucket)], device, block_rows=TILE_ROWS, num_tiles=bucket)
+        layout = SegmentLayout.build(
+            [(0 if has_adapters else None, bucket)], device, block_rows=TILE_ROWS, num_tiles=there["tiles"].shape[0]
+        )
         return StepInputs(
             token_ids=there["token_ids"],
             positions=there["positions"],
@@ -138,12 +145,18 @@ class DecodeGraphs:
         )
 
 
-def decode_fields(rows: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What a step of `rows` decode rows with at most `width` blocks each stages. Any row may be a tile of its own."""
+def tile_bucket(rows: int, tiles: int) -> int:
+    """How many tiles a graph of `rows` rows has room for: one of two numbers, that of batches of few runs or one a row."""
+    few = min(rows, -(-rows // TILE_ROWS) + FEW_RUNS)
+    return few if tiles <= few else rows
+
+
+def decode_fields(rows: int, width: int, tiles: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What a step of `rows` decode rows with at most `width` blocks each, in at most `tiles` tiles, stages."""
     fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: ((rows,), torch.int64) for name in ("token_ids", "positions", "places")}
     return fields | {
         "context_lens": ((rows,), torch.int32),
-        "tiles": ((rows, 4), torch.int32),
+        "tiles": ((tiles, 4), torch.int32),
         "block_tables": ((rows, width), torch.int32),
     }
 

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.layout import SegmentLayout
+from kernels.layout import SegmentLayout, cut_runs, merge_runs
 from workbench.core import Batch, Segment
 from workbench.data import Document
+
+FEW_RUNS = 8  # a step of few runs of one adapter each has its own, shorter table of tiles
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class StepInputs:
     max_context: int
     samples: Tensor
     sampled: list[Segment]
+    bucket: int | None = None  # rows of the adapter layout, where it was padded for a recorded graph
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +119,21 @@ def train_rows(
     return rows, token_ids, positions
 
 
+def padded_layout(row_slots: Sequence[tuple[int | None, int]], bucket: int, device: torch.device) -> SegmentLayout:
+    """The layout of a step's rows padded to `bucket`: tile height by bucket alone, and one of two numbers of tiles."""
+    runs, rows = merge_runs(row_slots)
+    block_rows, fewest = tile_rows(bucket), -(-bucket // tile_rows(bucket))
+    tiles = min(bucket, fewest + FEW_RUNS)
+    if len(cut_runs(runs, block_rows)) > tiles:
+        tiles = bucket
+    return SegmentLayout.build([*row_slots, (None, bucket - rows)], device, block_rows=block_rows, num_tiles=tiles)
+
+
+def tile_rows(bucket: int) -> int:
+    """Tile height for a bucket of tokens: what suits two to four runs."""
+    return 16 if bucket <= 64 else 32 if bucket <= 256 else 64 if bucket <= 1024 else 128
+
+
 def build(
     batch: Batch,
     *,
@@ -125,8 +143,11 @@ def build(
     scale_of: Callable[[Segment], float],
     block_tokens: int,
     device: torch.device,
+    bucket: int | None = None,
 ) -> StepInputs:
-    """The step's tensors. Raises AssertionError where the batch contradicts the engine's record of a sequence."""
+    """The step's tensors; `bucket` pads the adapter layout to that many rows, for recorded pieces.
+
+    Raises AssertionError where the batch contradicts the engine's record of a sequence."""
     token_ids: list[int] = []
     positions: list[int] = []
     entries: list[tuple[int | None, int]] = []
@@ -162,7 +183,7 @@ def build(
     return StepInputs(
         token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
         positions=torch.tensor(positions, dtype=torch.int64).to(device),
-        layout=SegmentLayout.build(entries, device),
+        layout=SegmentLayout.build(entries, device) if bucket is None else padded_layout(entries, bucket, device),
         train=train,
         num_train_rows=num_train,
         places=torch.from_numpy(np.concatenate(destinations)).to(device),
@@ -173,6 +194,7 @@ def build(
         max_context=max(context, default=0),
         samples=torch.tensor(samples, dtype=torch.int64).to(device),
         sampled=[s for s in inference if s.samples],
+        bucket=bucket,
     )
 
 

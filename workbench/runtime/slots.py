@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.layout import SegmentLayout
 from kernels.segmented_lora import LoraTable, segmented_lora_
-from workbench.runtime.model import GROUPS, group_widths
+from workbench.runtime.model import GROUP_OF, GROUPS, group_widths
 from workbench.runtime.weights import Dims
 
 Pairs = Mapping[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, target) -> A [r, K], B [N, r]
@@ -37,6 +37,12 @@ class AdapterTable:
         if self._facts is None:
             self._facts = tuple(table.facts for tables in self.tables for table in tables.values())
         return self._facts
+
+    def expect(self, tensors: Pairs) -> None:
+        """Widen `facts` for an adapter that will come, so that what is recorded now can run it then."""
+        self._facts = None
+        for (layer, target), (a, _) in tensors.items():
+            self.tables[layer][GROUP_OF[target]].expect(a.shape[0])
 
     def put(self, entry: int, tensors: Pairs, scales: Mapping[tuple[int, str], float]) -> None:
         """Point `entry` to these weights, cast and copied to the device where they are not there yet."""
