@@ -113,3 +113,14 @@ class SegmentLayout:
         if ours != theirs:
             raise ValueError(f"a layout takes over one with equal (block_rows, num_tiles, num_rows) {ours}, got {theirs}. Pad it in build.")
         self.tiles.copy_(other.tiles, non_blocking=True)
+
+    def resize_(self, slot: int, rows: int) -> None:
+        """Let the rows of a layout of one run belong to `slot`, and only the first `rows` of them, in place, for a recorded CUDA graph.
+
+        The host-side facts stay those of the whole run. Raises ValueError for a layout of another kind, or too many rows.
+        """
+        if len(self.runs) != 1 or self.runs[0][2] != self.num_rows or not 0 <= rows <= self.num_rows:
+            raise ValueError(f"resize_ needs one run of all rows and at most as many, got runs {self.runs} and {rows}. Build a new layout.")
+        for table, size in ((self.tiles, self.block_rows), (self.chunks, max(CHUNK_ROWS, -(-self.num_rows // MAX_CHUNKS)))):
+            table[:, 0] = slot
+            table[:, 2] = (rows - table[:, 1]).clamp(0, size)

@@ -221,7 +221,11 @@ def _outer(source: torch.Tensor, v: torch.Tensor, table: LoraTable, layout: Segm
 def _lora_gradients_triton(
     dy: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, needs_dx: bool, into: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, Gradients]:
-    dv, v = _shrink(dy, table, layout, is_backward=True)[0], _shrink(x, table, layout)[0]
+    # Many programs read v and dv: the splits are added up once, in order, before.
+    dv, v = (
+        partials.sum(0, keepdim=True) if splits > 1 else partials
+        for partials, splits in (_shrink(dy, table, layout, is_backward=True), _shrink(x, table, layout))
+    )
     dx = _expand_dx(x, dv, table, layout, into) if needs_dx else None
     all_da = _outer(x, dv, table, layout, is_db=False)
     all_db = _outer(dy, v, table, layout, is_db=True)

@@ -1,13 +1,14 @@
 """The engine on a real GPU: numbers against transformers + PEFT, the fused paths alone, and the speed that a study needs at least."""
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
 import workbench as wb
 from kernels import counters
-from tests.runtime.references import FAMILIES, SMALL, job, make_adapter, make_base, make_family, mixed_rows, request, rows_of
+from tests.runtime.references import FAMILIES, SMALL, job, make_adapter, make_base, make_family, mixed_rows, request, rows_of, shake
 from tests.runtime.test_finetune import gradients_beside_peft
 from workbench.runtime.driver import Driver
 
@@ -58,6 +59,41 @@ def test_gradients_on_the_gpu_equal_peft(tmp_path, seed, activations):
     base = make_base(tmp_path / "base", "qwen3")
     adapters = {"other": make_adapter(tmp_path / "other", base, rank=5, seed=3)}
     assert gradients_beside_peft(base, adapters, tmp_path, seed, {}, device="cuda", activations=activations) <= 1e-4
+
+
+def accumulated_gradients(base, adapters, jobs, config, seed):
+    """fp32 gradients of two micro-batches of every job, cut into layers that alternate between the jobs, beside decodes."""
+    engine = wb.Engine.from_pretrained(base, adapters=adapters, device="cuda", dtype=torch.bfloat16, config=config)
+    with Driver(engine, jobs, seed=seed) as driver:
+        for j in jobs:
+            shake(engine, j.id)
+        driver.add(request("r0", 12, "other"))
+        driver.prefill("r0")
+        driver.step()
+        for _ in range(2):
+            for j in jobs:
+                driver.finetune(j.id)
+                driver.decode(["r0"])
+                driver.step()
+            for _ in range(engine.info.num_layers):
+                for j in jobs:
+                    driver.backward(j.id, 1)
+                driver.decode(["r0"])
+                driver.step()
+        recorded = 0 if engine._backward_graphs is None else len(engine._backward_graphs.recorded)
+        return recorded, [[g.clone() for g in engine._states[j.id].accumulated] for j in jobs]
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_a_recorded_backward_gives_the_gradients_of_the_eager_one(tmp_path, activations):
+    base = make_base(tmp_path / "base", "qwen3")
+    adapters = {"other": make_adapter(tmp_path / "other", base, rank=5, seed=3)}
+    jobs = [job("first", accumulation=3), job("second", seed=1, rank=8, targets=("q_proj", "v_proj", "down_proj"), accumulation=3)]
+    configs = [replace(SMALL, graphs=graphs, activations=activations) for graphs in (True, False)]
+    (recorded, ours), (none, expected) = (accumulated_gradients(base, adapters, jobs, config, 0) for config in configs)
+    assert recorded >= 2 and none == 0
+    for a, b in zip([g for of_job in ours for g in of_job], [g for of_job in expected for g in of_job], strict=True):
+        assert float((a - b).norm()) <= 2e-2 * float(b.norm()) and float(b.norm()) > 0
 
 
 @pytest.fixture(scope="module")

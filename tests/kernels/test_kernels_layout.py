@@ -62,7 +62,7 @@ def test_a_table_entry_follows_set_and_clear():
     table.clear(1)
     assert table.entries[1, 1].tolist() == [0, 0, 0, 0, 4, 6, 0, 0]
     assert table.get(1, 1) is None
-    assert table.max_rank == 0
+    assert not table.weights and not table.entries[:, 1, :4].any()
 
 
 def test_a_table_made_with_weights_equals_one_that_was_set():
@@ -109,3 +109,16 @@ def test_popularities_give_every_row_a_slot_in_packed_order():
     assert set(adapters_of_rows("distinct", 9, 4)) == {0, 1, 2, 3}
     with pytest.raises(ValueError, match="popularity must be one of"):
         adapters_of_rows("zip", 1, 1)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 700, 1300])
+def test_a_resized_layout_covers_the_first_rows_of_its_run_for_another_slot(rows):
+    layout = SegmentLayout.build([(0, 1300)], "cpu")
+    layout.resize_(3, rows)
+    for table in (layout.tiles, layout.chunks):
+        assert [row for slot, first, count, _ in table.tolist() for row in range(first, first + count)] == list(range(rows))
+        assert set(table[:, 0].tolist()) == {3}
+    with pytest.raises(ValueError, match="Build a new layout"):
+        layout.resize_(3, 1301)
+    with pytest.raises(ValueError, match="one run of all rows"):
+        SegmentLayout.build([(0, 5), (None, 1)], "cpu").resize_(0, 5)

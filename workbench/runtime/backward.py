@@ -26,6 +26,12 @@ from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights, LayerWeights
 
 
+def top_gradient(fused: FusedWeights, arena: Arena, rows: TrainRows) -> Tensor:
+    """d loss / d (output of the last layer) [T, H], from the gradient behind the final norm that the loss left in `arena.grad`."""
+    here = slice(rows.arena, rows.arena + rows.tokens)
+    return rms_norm_backward(arena.grad[here], arena.x[fused.dims.num_layers, here], fused.final_norm, fused.dims.norm_eps)
+
+
 class BackwardPass:
     """The backward of one micro-batch, layer by layer from the top."""
 
@@ -36,9 +42,8 @@ class BackwardPass:
         self.arena_rows = slice(rows.arena, rows.arena + rows.tokens)
 
     def top(self, arena: Arena) -> Tensor:
-        """d loss / d (output of the last layer) [T, H], from the gradient behind the final norm that the loss left in `arena.grad`."""
-        x = arena.x[self.dims.num_layers, self.arena_rows]
-        return rms_norm_backward(arena.grad[self.arena_rows], x, self.fused.final_norm, self.dims.norm_eps)
+        """d loss / d (output of the last layer) [T, H]."""
+        return top_gradient(self.fused, arena, self.rows)
 
     def layer(self, index: int, arena: Arena, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
         """d loss / d (input of layer `index`) [T, H] (None at layer 0), and fp32 gradients by parameter index."""

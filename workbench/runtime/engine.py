@@ -22,6 +22,7 @@ from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, 
 from workbench.data import Document, prepare, prompt_token_ids
 from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, save_peft
 from workbench.runtime.backward import BackwardPass
+from workbench.runtime.backward_graphs import BackwardGraphs, RecordedPass
 from workbench.runtime.finetune import TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
 from workbench.runtime.graphs import ROW_BUCKETS, DecodeBatch, DecodeGraphs
@@ -105,6 +106,7 @@ class Engine:
         uses_graphs = config.graphs and self.device.type == "cuda"
         self._graphs = DecodeGraphs(self.runner, self._limits.max_model_len) if uses_graphs else None
         self.runner.pieces = PieceGraphs(self.runner, config.max_batch_tokens) if uses_graphs else None
+        self._backward_graphs = BackwardGraphs(self.fused, table, self.runner.cos, self.runner.sin) if uses_graphs else None
         self._current: dict[str, int] = {}
         self._infos: dict[str, AdapterInfo] = {}
         self._announced: set[Version] = set()
@@ -114,7 +116,7 @@ class Engine:
         self._slots: dict[int, Version] = {}
         self._sequences: dict[str, _Sequence] = {}
         self._states: dict[str, TrainState] = {}
-        self._trainers: dict[str, BackwardPass] = {}
+        self._trainers: dict[str, BackwardPass | RecordedPass] = {}
         self._commands: deque[Command] = deque()
         self._late_interrupts: list[bool] = []
         self._seed = 0
@@ -298,7 +300,7 @@ class Engine:
 
         `begin` does so where `EngineConfig.warm_up` says; what is recorded already costs nothing.
         """
-        with self.lock:
+        with self.lock, deterministic_algorithms(self.config.deterministic):
             require(not self._active, "warm_up needs an idle engine", "a running replay", "Call it before.")
             if self._graphs is None:
                 return
@@ -307,6 +309,9 @@ class Engine:
             self._graphs.warm_up(self.config.max_requests, has_adapters=bool(self._current))
             if self.runner.pieces is not None:
                 self.runner.pieces.warm_up(has_adapters=bool(self._current), keeps=self.runner.arena is not None)
+            for state in self._states.values():
+                if self._backward_graphs is not None and self.runner.arena is not None:
+                    self._backward_graphs.warm_up(state, self.runner.arena)
 
     @contextmanager
     def uncalibrated(self) -> Iterator[None]:
@@ -589,16 +594,20 @@ class Engine:
             )
         return {segment.owner: token for segment, token in zip(forward.sampled, chosen.tolist(), strict=True)}
 
-    def _trainer(self, work: Any) -> BackwardPass:
+    def _trainer(self, work: Any) -> BackwardPass | RecordedPass:
         """The recomputation of the job's micro-batch, made once and kept until its backward is complete."""
         state, layers = self._states[work.owner], self.fused.dims.num_layers
         if work.top_layer == layers:
             segment = Segment("finetune", work.owner, work.adapter, 0, 0, work.tokens, micro_batch=work.micro_batch, rows=work.rows)
             rows, _, positions = train_rows(segment, self._documents(segment), first=0, scale=1.0, device=self.device)
             places = torch.tensor(positions, device=self.device)
-            self._trainers[work.owner] = BackwardPass(
-                self.fused, self._table, state, rows, self.runner.cos[places], self.runner.sin[places]
-            )
+            runner, recorded = self.runner, None
+            assert runner.arena is not None
+            if self._backward_graphs is not None:
+                recorded = self._backward_graphs.begin(state, rows, places, runner.arena)
+            if recorded is None:
+                recorded = BackwardPass(self.fused, self._table, state, rows, runner.cos[places], runner.sin[places])
+            self._trainers[work.owner] = recorded
         expected = layers if work.top_layer == layers else state.layers_left
         assert work.top_layer == expected, f"{work.owner}: the backward stands at layer {expected}, the batch says {work.top_layer}"
         return self._trainers[work.owner]

@@ -20,6 +20,7 @@ from kernels.swiglu import swiglu
 from workbench.core import Backward, Segment
 from workbench.runtime.attention import StepAttention
 from workbench.runtime.backward import BackwardPass
+from workbench.runtime.backward_graphs import RecordedPass
 from workbench.runtime.finetune import TrainState, dropped_group
 from workbench.runtime.inputs import StepInputs, TrainRows
 from workbench.runtime.kv_cache import Arena, KVPool
@@ -180,7 +181,7 @@ class Runner:
             if grad is not None:
                 self.arena.grad[rows.labelled - rows.first + rows.arena] = grad.to(self.arena.grad.dtype)
 
-    def backward(self, work: Backward, trainer: BackwardPass, should_stop: Callable[[], bool]) -> BackwardOutput:
+    def backward(self, work: Backward, trainer: BackwardPass | RecordedPass, should_stop: Callable[[], bool]) -> BackwardOutput:
         """`work.num_layers` layers downwards from `work.top_layer`, fewer if `should_stop` says so between two layers."""
         assert self.arena is not None
         rows = slice(trainer.rows.arena, trainer.rows.arena + trainer.rows.tokens)

@@ -1,0 +1,139 @@
+"""CUDA graphs of the backward: one launch a layer, for micro-batches padded to a bucket.
+
+Rows beyond the micro-batch hold whatever the arena holds there. Nothing reduces over them: attention ends at the documents' bounds,
+weight gradients at the layout's rows, and everything else treats each row alone.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels.layout import SegmentLayout
+from workbench.runtime.backward import BackwardPass, top_gradient
+from workbench.runtime.finetune import TrainState
+from workbench.runtime.inputs import TrainRows
+from workbench.runtime.kv_cache import Arena
+from workbench.runtime.pieces import token_bucket
+from workbench.runtime.slots import AdapterTable
+from workbench.runtime.weights import FusedWeights
+
+LONGEST = 16_384  # tokens of a micro-batch that graphs are recorded for
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardKey:
+    """What the recorded layers of a micro-batch depend on."""
+
+    tokens: int
+    documents: int
+    arena: int
+    rank: int
+    targets: tuple[str, ...]
+    facts: tuple[tuple[bool, int, int], ...]
+
+
+@dataclass(slots=True)
+class _Kind:
+    """The layers of one key: they read the angles, the documents' bounds, the layout and `grad` [tokens, H]; they write `grad` and what
+    `found` names.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    bounds: Tensor
+    layout: SegmentLayout
+    grad: Tensor
+    graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    found: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+
+
+class RecordedPass:
+    """The backward of one micro-batch through recorded layers; the same calls as `BackwardPass`."""
+
+    def __init__(self, fused: FusedWeights, kind: _Kind, rows: TrainRows) -> None:
+        self.fused, self.kind, self.rows = fused, kind, rows
+
+    def top(self, arena: Arena) -> Tensor:
+        """d loss / d (output of the last layer) [T, H]."""
+        return top_gradient(self.fused, arena, self.rows)
+
+    def layer(self, index: int, arena: Arena, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """d loss / d (input of layer `index`) [T, H] (None at layer 0; valid until the next call), and fp32 gradients by parameter."""
+        kind, tokens = self.kind, self.rows.tokens
+        if grad.data_ptr() != kind.grad.data_ptr():
+            kind.grad[:tokens] = grad
+        kind.graphs[index].replay()
+        static = kind.found[index]
+        copies = [torch.empty_like(t) for t in static.values()]
+        torch._foreach_copy_(copies, list(static.values()))  # pyright: ignore[reportPrivateImportUsage]
+        return kind.grad[:tokens] if index else None, dict(zip(static, copies, strict=True))
+
+
+class BackwardGraphs:
+    """Records the layers of a kind of micro-batch at its first backward, or before. Not used outside CUDA."""
+
+    def __init__(self, fused: FusedWeights, table: AdapterTable, cos: Tensor, sin: Tensor) -> None:
+        """cos and sin [positions, D]."""
+        self.fused, self.table, self.cos, self.sin = fused, table, cos, sin
+        self.recorded: dict[BackwardKey, _Kind] = {}
+        self.memory = None
+
+    def begin(self, state: TrainState, rows: TrainRows, positions: Tensor, arena: Arena) -> RecordedPass | None:
+        """The backward of a micro-batch whose forward is complete; None where no graph can run it."""
+        key = self.key(state, rows.tokens, rows.cu_seqlens_q.shape[0] - 1, rows.arena, arena)
+        if key is None:
+            return None
+        kind = self._find(key, state, arena)
+        kind.cos[: rows.tokens], kind.sin[: rows.tokens] = self.cos[positions], self.sin[positions]
+        documents = rows.cu_seqlens_q.shape[0]
+        kind.bounds[:documents] = rows.cu_seqlens_q
+        kind.bounds[documents:] = rows.tokens
+        kind.layout.resize_(state.entry, rows.tokens)
+        return RecordedPass(self.fused, kind, rows)
+
+    def warm_up(self, state: TrainState, arena: Arena) -> None:
+        """Record the kinds of micro-batch that the job has, at the arena's first row."""
+        shapes = {(m.tokens, len(m.documents)) for m in (state.prepared.micro_batch(i) for i in range(state.prepared.num_micro_batches))}
+        keys = {self.key(state, tokens, documents, 0, arena) for tokens, documents in shapes}
+        for key in sorted((key for key in keys if key is not None), key=lambda k: (k.tokens, k.documents)):
+            self._find(key, state, arena)
+
+    def key(self, state: TrainState, tokens: int, documents: int, first: int, arena: Arena) -> BackwardKey | None:
+        """The kind of a micro-batch at arena row `first`; None for dropout, for fp32 (its attention reads the bounds on the host), and where
+        the bucket reaches beyond the arena.
+        """
+        bucket = token_bucket(tokens, LONGEST)
+        if state.job.dropout or arena.x.dtype == torch.float32 or bucket is None or first + bucket > arena.grad.shape[0]:
+            return None
+        return BackwardKey(bucket, 1 << (documents - 1).bit_length(), first, state.job.rank, state.job.targets, self.table.facts)
+
+    def _find(self, key: BackwardKey, state: TrainState, arena: Arena) -> _Kind:
+        if key not in self.recorded:
+            self.recorded[key] = self._record(key, state, arena)
+        return self.recorded[key]
+
+    def _record(self, key: BackwardKey, state: TrainState, arena: Arena) -> _Kind:
+        device, tokens = self.cos.device, key.tokens
+        bounds = torch.full((key.documents + 1,), tokens, dtype=torch.int32, device=device)
+        bounds[0] = 0
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        rows = TrainRows("", True, 0, 0, tokens, 0, key.arena, key.arena, bounds, bounds, tokens, tokens, nothing, nothing, 1.0)
+        cos, sin = self.cos[:1].repeat(tokens, 1), self.sin[:1].repeat(tokens, 1)
+        work = BackwardPass(self.fused, self.table, state, rows, cos, sin)
+        kind = _Kind(cos, sin, bounds, work.layout, torch.zeros_like(arena.grad[:tokens]))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # compiles what is not compiled yet
+            work.layer(self.fused.dims.num_layers - 1, arena, kind.grad)
+            work.layer(0, arena, kind.grad)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for index in range(self.fused.dims.num_layers):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.memory):
+                below, kind.found[index] = work.layer(index, arena, kind.grad)
+                if below is not None:
+                    kind.grad.copy_(below)
+            self.memory = self.memory or graph.pool()
+            kind.graphs[index] = graph
+        return kind
