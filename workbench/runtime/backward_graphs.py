@@ -100,8 +100,8 @@ class BackwardGraphs:
             self._find(key, state, arena)
 
     def key(self, state: TrainState, tokens: int, documents: int, first: int, arena: Arena) -> BackwardKey | None:
-        """The kind of a micro-batch at arena row `first`; None for dropout, for fp32 (its attention reads the bounds on the host), and where
-        the bucket reaches beyond the arena.
+        """The kind of a micro-batch at arena row `first`; None for dropout, for fp32 (whose attention reads the bounds on the host), and
+        where the bucket reaches beyond the arena.
         """
         bucket = token_bucket(tokens, LONGEST)
         if state.job.dropout or arena.x.dtype == torch.float32 or bucket is None or first + bucket > arena.grad.shape[0]:
