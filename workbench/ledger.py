@@ -1,8 +1,7 @@
 """The only mutable state: who waits, who runs, which KV blocks, adapter slots and arena rows they hold, where each job stands.
 
 `apply(plan)` reserves what a plan took and gives the Batch; then either `commit(batch, result, now)` or `rollback(batch)`, which restores
-everything bit for bit; only cached blocks that the step had evicted, and may have written over, stay forgotten. Arrivals may come in
-between.
+everything bit for bit, but for cached blocks that the step evicted and may have written over. Arrivals may come in between.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -346,7 +345,7 @@ class Ledger:
         for queue in (self.requests, self.running, self.begun, self.preempted, self.fresh):
             queue.clear()
         if self.cache is not None:
-            self.cache.clear()
+            self.cache.forget(list(self.cache.keys))
         self._running_views = self._waiting_views = ()
         assert not any(self.in_use().values()), self.in_use()
 
@@ -384,6 +383,8 @@ class Ledger:
         """Reserve everything that the plan took, and give the step's Batch. Queues and jobs change at commit only."""
         assert self._plan is None, "a plan is already applied"
         self._plan, self._undo, self._at_start = plan, [], []
+        if self.cache is not None:
+            self.cache.evicted.clear()
         try:
             return self._apply(plan, self._undo)
         except BaseException:
@@ -522,10 +523,16 @@ class Ledger:
         return Backward(j.id, j.job.adapter, j.index, j.rows, m.documents, j.layers_left, n, m.ends_window)
 
     def rollback(self, batch: Batch | None) -> None:
-        """Undo the applied plan: everything is as it was before `apply`, bit for bit."""
+        """Undo the applied plan: everything is as it was before `apply`, bit for bit.
+
+        Only what the step evicted from the prefix cache is not found any more: the executor may have written over it.
+        """
         assert self._undo is not None, f"nothing is applied to roll back {batch}"
+        evicted = [] if self.cache is None else [block for block, *_ in self.cache.evicted]
         for undo, args in reversed(self._undo):
             undo(*args)
+        if self.cache is not None:
+            self.cache.forget(evicted)
         self._plan = self._undo = None
         self._at_start = []
 

@@ -71,7 +71,7 @@ class PrefixCache:
     must not depend on the executor. Of two requests that compute the same block in one step, the first one's is kept.
     """
 
-    __slots__ = ("_clock", "cached", "free", "keys", "num_blocks", "refs", "tables")
+    __slots__ = ("_clock", "cached", "evicted", "free", "keys", "num_blocks", "refs", "tables")
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -80,6 +80,7 @@ class PrefixCache:
         self.refs: dict[int, int] = {}
         self.keys: dict[int, tuple[Version | None, BlockKey]] = {}
         self.tables: dict[Version | None, dict[BlockKey, int]] = {}
+        self.evicted: list[tuple[int, int, Version | None, BlockKey]] = []  # by this step: what `untake` needs
         self._clock = 0
 
     @property
@@ -125,21 +126,25 @@ class PrefixCache:
     def forget_stale(self, is_current: Callable[[Version], bool]) -> None:
         """Forget everything computed by an adapter version that is not current any more; who holds its blocks keeps them."""
         for version in [v for v in self.tables if v is not None and not is_current(v)]:
-            self._forget_all(version)
+            self.forget(list(self.tables[version].values()))
 
-    def clear(self) -> None:
-        """Forget every content."""
-        for version in list(self.tables):
-            self._forget_all(version)
-
-    def _forget_all(self, version: Version | None) -> None:
-        for block in self.tables.pop(version).values():
-            del self.keys[block]
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Let nobody find these blocks any more: cached ones become free."""
+        for block in blocks:
+            self._drop_key(block)
             if self.cached.pop(block, None) is not None:
                 del self.refs[block]
                 self.free.append(block)
             elif self.refs[block] == 1:
                 del self.refs[block]
+
+    def _drop_key(self, block: int) -> tuple[Version | None, BlockKey]:
+        version, key = self.keys.pop(block)
+        table = self.tables[version]
+        del table[key]
+        if not table:
+            del self.tables[version]
+        return version, key
 
     # blocks that are found
 
@@ -168,19 +173,24 @@ class PrefixCache:
         taken = self.free[-num:][::-1]
         del self.free[-num:]
         while len(taken) < num:
-            block, _ = self.cached.popitem(last=False)
-            version, key = self.keys.pop(block)
+            block, given = self.cached.popitem(last=False)
             del self.refs[block]
-            table = self.tables[version]
-            del table[key]
-            if not table:
-                del self.tables[version]
+            self.evicted.append((block, given, *self._drop_key(block)))
             taken.append(block)
         return taken
 
     def untake(self, blocks: list[int]) -> None:
-        """Undo a `take`. What it evicted stays forgotten, as the step may have written over it: those blocks become free."""
-        self.free.extend(reversed(blocks))
+        """Undo a `take` that was the last change of the pool."""
+        for block in reversed(blocks):
+            if self.evicted and self.evicted[-1][0] == block:
+                _, given, version, key = self.evicted.pop()
+                self.cached[block] = given
+                self.cached.move_to_end(block, last=False)
+                self.refs[block] = 0
+                self.keys[block] = (version, key)
+                self.tables.setdefault(version, {})[key] = block
+            else:
+                self.free.append(block)
 
     def give(self, blocks: list[int]) -> None:
         """One request less holds these blocks; those that nobody holds any more become cached, or free without a key."""
