@@ -156,7 +156,19 @@ class Ledger:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that a rollback has to restore, as a value to compare."""
-        fields = ("id", "phase", "key", "generated", "prefilled", "cached", "context", "capacity", "preemptions", "admitted", "first_token_s")
+        fields = (
+            "id",
+            "phase",
+            "key",
+            "generated",
+            "prefilled",
+            "cached",
+            "context",
+            "capacity",
+            "preemptions",
+            "admitted",
+            "first_token_s",
+        )
         job_fields = ("id", "phase", "paused", "index", "offset", "layers_left", "rows", "eval_index", "committed_tokens", "loss_sum")
         return {
             "blocks": self.blocks.snapshot(),

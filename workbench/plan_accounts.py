@@ -1,6 +1,5 @@
 """What a plan has taken and what that leaves: the counting underneath the verbs of `plan.Plan`."""
 
-from collections import Counter
 from collections.abc import Callable
 from math import inf, isinf, nan
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -221,25 +220,22 @@ class Accounts:
             self._refs[block] = self._refs.get(block, 0) + 1
 
     def _preempt_youngest(self, keep: "RequestState") -> bool:
-        """Preempt the youngest resident request other than `keep` that this plan does not use.
+        """Preempt the youngest resident request other than `keep` that this plan does not use and that alone holds a block.
 
-        Several of them, the youngest first, where all blocks of a younger one are shared: until a block is free. False if none would be.
+        One that shares all its blocks frees none: the others still hold them.
         """
         victims = [
             s
             for s in self._ledger.resident_states()
             if s is not keep and s.id not in self.named and s.id not in self.preempted and s.id not in self.rejected
+            if any(self._holders(block) == 1 for block in reversed(s.blocks))
         ]
-        victims.sort(key=lambda s: (s.arrival_s, s.seq), reverse=True)
-        given: Counter[int] = Counter()
-        for count, victim in enumerate(victims, 1):
-            given.update(victim.blocks)
-            if any(self._holders(block) == given[block] for block in victim.blocks):
-                for s in victims[:count]:
-                    self._release(s)
-                    self.preempted[s.id] = s
-                return True
-        return False
+        if not victims:
+            return False
+        victim = max(victims, key=lambda s: (s.arrival_s, s.seq))
+        self._release(victim)
+        self.preempted[victim.id] = victim
+        return True
 
     def _largest(self, most: int, add: Callable[[Work, int], None], within_s: float, *, whole: bool = False) -> int:
         """The largest amount up to `most` with which the plan is predicted to last at most `within_s`; 0 if none. By bisection."""
