@@ -407,7 +407,10 @@ def _fairness(requests: pd.DataFrame) -> dict[str, float]:
 
 
 def _machine(steps: pd.DataFrame, num_blocks: int | None, start: float, end: float) -> dict[str, Any]:
-    """Steps that overlap the window: how many, how busy, KV occupancy (mean weighted by duration)."""
+    """Steps that overlap the window: how many, how busy, KV occupancy (mean weighted by duration).
+
+    Occupied blocks are those that a resident request holds; what only the prefix cache keeps can be taken at any time and counts as free.
+    """
     steps = steps[(steps["end_s"] > start) & (steps["start_s"] < end)]
     span = end - start
     row: dict[str, Any] = {"steps": len(steps), "busy_share": np.nan, "planning_share": np.nan}

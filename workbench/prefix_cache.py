@@ -180,12 +180,11 @@ class PrefixCache:
         return taken
 
     def untake(self, blocks: list[int]) -> None:
-        """Undo a `take` that was the last change of the pool."""
+        """Undo a `take` that was the last change of the pool. What it evicted is cached again, for `Ledger.rollback` to forget."""
         for block in reversed(blocks):
             if self.evicted and self.evicted[-1][0] == block:
                 _, given, version, key = self.evicted.pop()
                 self.cached[block] = given
-                self.cached.move_to_end(block, last=False)
                 self.refs[block] = 0
                 self.keys[block] = (version, key)
                 self.tables.setdefault(version, {})[key] = block
