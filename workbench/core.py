@@ -78,7 +78,8 @@ class Segment:
     """A run of tokens in one batch with one owner, one adapter and one kind.
 
     `start` is the position of the first token: in the sequence (prefill, decode) or in the job's micro-batch (finetune, evaluate).
-    `blocks` is the sequence's block table and covers `start + tokens`; those before `start` may be shared with other sequences; `rows` is the first activation-arena row of the micro-batch.
+    `blocks` is the sequence's block table and covers `start + tokens`; those before `start` may be shared with other sequences. `rows` is
+    the first activation-arena row of the micro-batch.
     `documents` holds the token counts of all the micro-batch's documents (a document attends only to itself).
     """
 

@@ -89,7 +89,8 @@ def request_frame(requests: Iterable[Request] | pd.DataFrame, events: pd.DataFra
 
     arrival_s is the `arrived` event's time, so sessions that arrive by think time are right. `output_tokens` counts what was generated.
     cached_tokens counts the prompt tokens that its first prefill found in the prefix cache and skipped (recomputation after a preemption
-    may skip tokens too; they do not count). queue_s = first scheduled - arrival; ttft_s = first token - arrival; tpot_s = (last - first) / (tokens - 1), nan below two tokens;
+    may skip tokens too; they do not count).
+    queue_s = first scheduled - arrival; ttft_s = first token - arrival; tpot_s = (last - first) / (tokens - 1), nan below two tokens;
     e2e_s = last token - arrival, nan unless finished; itl_p99_s and itl_max_s over the request's own gaps; itl_slo_s is the
     quantile that its SLO bounds: the smallest gap that at least that share of its gaps does not exceed.
     `met_*` is true only for finished requests, and then when the value is within the target, or there is no target, or the value is

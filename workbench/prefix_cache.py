@@ -59,16 +59,17 @@ def _chain(token_ids: Sequence[int], num: int, block_tokens: int) -> list[BlockK
 class PrefixCache:
     """The KV pool's blocks when prefixes are cached: a `pools.BlockPool` that also counts references and remembers contents.
 
-    Every block is either held, *cached* (nobody holds it, but it has a key) or free. `refs` counts the holders of a block that
-    has a key or several holders; any other held block has one. `take` hands out free blocks first and then evicts cached ones, least recently used first; a
-    request gives its blocks back from the last to the first, so that a prefix outlives what follows it. Free and cached blocks
-    together are what a plan may take (`num_free`).
+    Every block is either held, *cached* (nobody holds it, but it has a key) or free. `refs` counts the holders of a block that has a key
+    or several holders; any other held block has one. `take` hands out free blocks first and then evicts cached ones, least recently
+    used first; a request gives its blocks back from the last to the first, so that a prefix outlives what follows it. Free and cached
+    blocks together are what a plan may take (`num_free`).
 
-    A block with a key is full and is never written again: a request that finds k blocks begins to compute at token k * block_tokens and
-    writes only to blocks of its own, so nothing is ever copied on write. At least the last token has to be computed for a token to
-    be sampled, so of a prompt that is cached to its end the last block is computed again, in a block of the request's own.
-    Only blocks full of prompt tokens get a key: an executor without text does not know the generated ones, and what is found
-    must not depend on the executor. Of two requests that compute the same block in one step, the first one's is kept.
+    Nothing is ever copied on write, because a block with a key is full and nobody writes to it again: a request that finds k blocks begins
+    to compute at token k * block_tokens, and writes only to blocks of its own. At least the last token has to be computed for a token to be
+    sampled: where all of a prompt is cached and its length is a multiple of `block_tokens`, its last block is not shared but
+    computed again, `block_tokens` tokens where one would do, as vLLM does.
+    Only blocks full of prompt tokens get a key: an executor without text does not know the generated ones, and what is found must not
+    depend on the executor. Of two requests that compute the same block in one step, the first one's is kept.
     """
 
     __slots__ = ("_clock", "cached", "evicted", "free", "keys", "num_blocks", "refs", "tables")
