@@ -1,5 +1,6 @@
 """The prefix cache: what is found, by whom, at what cost, and when it is forgotten again."""
 
+import json
 from dataclasses import replace
 from random import Random
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import workbench as wb
+from workbench.check import Workload
 from workbench.config import FinetuneJob, RandomTokens
 from workbench.core import AdapterInfo, Batch, Request, StepResult
 from workbench.data import PREFIX_TOKENS, prompt_token_ids
@@ -319,6 +321,27 @@ def test_a_trace_without_prefixes_is_served_the_same_with_and_without_the_cache(
     assert (on.events["kind"] == "preempted").any()
     assert on.steps["digest"].tolist() == off.steps["digest"].tolist()
     assert on.events.equals(off.events)
+
+
+def test_models_and_replays_saved_before_there_was_a_cache_load_without_one(tmp_path):
+    model = latency_model()
+    recorded = replay(shared_prefixes(), executor=FixedCost(), policy=FCFS(), planning=0.0)
+    for folder, file, entry in (
+        (model.save(tmp_path / "m"), "model.json", "info"),
+        (recorded.save(tmp_path / "r"), "replay.json", "executor"),
+    ):
+        record = json.loads((folder / file).read_text())
+        assert record[entry].pop("prefix_cache") is False
+        (folder / file).write_text(json.dumps(record))
+    assert not LatencyModel.load(tmp_path / "m").info.prefix_cache
+    assert replay(shared_prefixes(), executor=wb.Recorded(wb.load_replay(tmp_path / "r")), policy=FCFS()).events.equals(recorded.events)
+
+
+@pytest.mark.parametrize("policy", [FCFS(), ServeFirst(), wb.policies.LoquetierStatic()], ids=repr)
+def test_shipped_policies_keep_the_rules_where_requests_share_prefixes(policy):
+    info = fixed_info(prefix_cache=True, num_blocks=20, max_model_len=200)
+    workload = Workload("shared prefixes", info, tuple(shared_prefixes(30)), 1)
+    assert repr(wb.check_policy(policy, workloads=[workload])).startswith(f"{policy!r}: no finding")
 
 
 def recount(requests: dict[str, Request], work, block_tokens: int) -> dict[str, int]:

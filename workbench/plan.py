@@ -97,7 +97,7 @@ class Plan(Accounts):
 
         The last one may be cut into a chunk, unless `whole`. It stops at the first request that does not fit, unless its reason is in
         `skip`. A request begins only if its whole prefill fits the free blocks; it holds them from then on. Tokens in the prefix cache
-        (`RequestView.cached_tokens`) are not computed, and count for nothing.
+        (`RequestView.cached_tokens`) are not computed and use up no tokens; their blocks count only if nobody else holds them.
         """
         self._check_amount("tokens", tokens)
         self._check_within(within_s)
