@@ -2,10 +2,11 @@
 
 import itertools
 import re
+from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from workbench.config import FinetuneJob, RandomTokens
@@ -14,6 +15,7 @@ from workbench.features import of_batch
 from workbench.ledger import Ledger
 from workbench.plan import Plan
 from workbench.policies import FCFS
+from workbench.prefix_cache import prompt_keys
 from workbench.replay import ReplayError, replay
 from workbench.testing import FixedCost, FixedShape, fixed_info
 from workbench.views import View
@@ -23,6 +25,10 @@ LIMITS = (
     fixed_info(num_blocks=12, max_model_len=150, num_slots=2, max_batch_adapters=2, max_requests=4),
     fixed_info(num_blocks=40, max_batch_tokens=48, max_batch_adapters=1, num_slots=1, activation_tokens=90),
     fixed_info(can=frozenset(), max_batch_tokens=600),
+    fixed_info(prefix_cache=True),
+    fixed_info(prefix_cache=True, num_blocks=14, max_model_len=150, num_slots=2, max_batch_adapters=2, max_requests=5),
+    fixed_info(prefix_cache=True, num_blocks=24, max_batch_tokens=48, block_tokens=8, max_model_len=150),
+    fixed_info(prefix_cache=True, can=frozenset(), max_batch_tokens=600),
 )
 DOCUMENTS = (40, 25, 15)
 
@@ -44,8 +50,11 @@ def request(name: str, prompt: int = 20, output: int = 5, adapter: str | None = 
 def check_by_recount(ledger: Ledger) -> None:
     """Every counter equals what a brute-force count over requests and jobs gives."""
     info, states = ledger.info, list(ledger.requests.values())
-    held = [b for s in states for b in s.blocks]
-    assert sorted(held + ledger.blocks.free) == list(range(info.num_blocks))
+    held = Counter(b for s in states for b in s.blocks)
+    if ledger.cache is None:
+        assert sorted([*held.elements(), *ledger.blocks.free]) == list(range(info.num_blocks))
+    else:
+        check_cache(ledger, held)
     for s in states:
         resident = s.id in ledger.running or s.id in ledger.begun
         assert resident == bool(s.blocks)
@@ -70,6 +79,31 @@ def check_by_recount(ledger: Ledger) -> None:
         assert busy == (j.rows is not None)
 
 
+def check_cache(ledger: Ledger, held: Counter[int]) -> None:
+    """Every block is held, cached or free; as many holders as counted; the keys are those of what was computed into the block."""
+    cache = ledger.cache
+    assert cache is not None
+    assert sorted([*held, *cache.cached, *cache.free]) == list(range(ledger.info.num_blocks))
+    assert cache.refs == {b: held[b] for b in {*cache.keys, *(b for b, n in held.items() if n > 1)}}
+    assert set(cache.cached) <= set(cache.keys)
+    assert sorted(cache.cached.values()) == list(cache.cached.values())
+    assert {(v, k): b for v, table in cache.tables.items() for k, b in table.items()} == {key: b for b, key in cache.keys.items()}
+    assert all(cache.tables.values())
+    for s in ledger.requests.values():
+        known = prompt_keys(s.request, ledger.info.block_tokens)
+        for i, block in enumerate(s.blocks):
+            assert block not in cache.keys or (s.key, known[i]) == cache.keys[block]
+
+
+def check_found(ledger: Ledger, batch: Batch, requests: dict[str, Request]) -> None:
+    """What a committed prefill has filled with prompt tokens can be found."""
+    size = ledger.info.block_tokens
+    for s in batch.of("prefill") if ledger.cache is not None else ():
+        version = None if s.adapter is None else (s.adapter, s.version)
+        filled = prompt_keys(requests[s.owner], size)[s.start // size : s.end // size]
+        assert not filled or set(filled) <= set(ledger.cache.tables[version])
+
+
 def check_batch(ledger: Ledger, plan: Plan, batch: Batch) -> None:
     """The batch keeps every limit, and the plan's running totals are those of the batch."""
     info = ledger.info
@@ -83,8 +117,14 @@ def check_batch(ledger: Ledger, plan: Plan, batch: Batch) -> None:
     assert [s.kind for s in batch.segments] == sorted(
         [s.kind for s in batch.segments], key=("finetune", "evaluate", "prefill", "decode").index
     )
-    blocks = [b for s in serving for b in s.blocks]
-    assert len(blocks) == len(set(blocks))
+    written = [b for s in serving for b in s.blocks[s.start // info.block_tokens :]]
+    read = [b for s in serving for b in s.blocks[: s.start // info.block_tokens]]
+    assert len(written) == len(set(written)) and not set(written) & set(read), "no row writes where another one reads or writes"
+    if ledger.cache is None:
+        assert len(read) == len(set(read))
+    else:
+        assert not set(written) & set(ledger.cache.keys), "what can be found is never written again"
+        assert all(ledger.cache.holders(b) == 1 for b in written)
     for s in serving:
         assert len(s.blocks) == -(-s.end // info.block_tokens)
         assert s.adapter is None or (s.adapter, s.version) in ledger.slots.entries
@@ -140,7 +180,7 @@ def drain(ledger: Ledger, view: View) -> None:
     raise AssertionError("the ledger did not drain")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32), info=st.sampled_from(LIMITS))
 def test_nothing_leaks_under_random_plans_preemptions_aborts_and_errors(seed, info):
     rng = Random(seed)
@@ -148,6 +188,8 @@ def test_nothing_leaks_under_random_plans_preemptions_aborts_and_errors(seed, in
     ledger, view = new_ledger(info, executor)
     for name in ("t", "u"):
         ledger.add_job(job(name), FixedShape(DOCUMENTS, 4, 2, 1, ((20, 10), (30,))), 0.0)
+    arrived: dict[str, Request] = {}
+    found = 0
     for step in range(60):
         ledger.now_s = now = float(step)
         if rng.random() < 0.5:
@@ -156,8 +198,10 @@ def test_nothing_leaks_under_random_plans_preemptions_aborts_and_errors(seed, in
                 arrival_s=now,
                 prompt_tokens=rng.randint(1, 90),
                 output_tokens=rng.randint(1, 40),
-                adapter=rng.choice([None, "a", "b", "c", "d", "e"]),
+                adapter=rng.choice([None, "a", "b", "c", "d", "e"]) if rng.random() < 0.5 else "a",
+                prefix_ids=rng.choice([(), (1,), (2,), (2,)]),
             )
+            arrived[arriving.request_id] = arriving
             ledger.arrive(arriving, now)
         if rng.random() < 0.05:
             executor.adapter_infos["a"] = AdapterInfo(name="a", version=executor.adapter_infos["a"].version + 1, rank=4, bytes=9)
@@ -167,20 +211,37 @@ def test_nothing_leaks_under_random_plans_preemptions_aborts_and_errors(seed, in
         left, before = plan.left, ledger.snapshot()
         batch = ledger.apply(plan)
         check_batch(ledger, plan, batch)
-        assert (left.blocks, left.slots) == (len(ledger.blocks.free), _available(ledger, plan))
+        assert (left.blocks, left.slots) == (ledger.blocks.num_free, _available(ledger, plan))
         if rng.random() < 0.2:
+            evicted = [] if ledger.cache is None else [block for block, *_ in ledger.cache.evicted]
             ledger.rollback(batch)
-            assert ledger.snapshot() == before
+            assert ledger.snapshot() == without(before, evicted)
             check_by_recount(ledger)
             continue
+        found += sum(map(len, plan.found.values()))
         layers_done = {b.owner: rng.randint(0, b.num_layers) for b in batch.backwards if rng.random() < 0.3}
         ledger.commit(batch, StepResult(duration_s=0.5, layers_done=layers_done), now + 0.5)
         check_by_recount(ledger)
+        check_found(ledger, batch, arrived)
+    event("shares blocks" if found else "shares nothing")
     drain(ledger, view)
     for one in list(ledger.jobs.values()):
         ledger.stop_job(one, 99.0)
     assert ledger.in_use() == {"blocks": 0, "arena_rows": 0, "slots": 0}
     check_by_recount(ledger)
+
+
+def without(snapshot: dict, evicted: list[int]) -> dict:
+    """The snapshot as it is when these blocks' contents are not known any more."""
+    blocks = snapshot["blocks"]
+    for b in evicted:
+        del blocks["keys"][b]
+        if b in blocks["cached"]:
+            blocks["cached"].remove(b)
+            blocks["free"].append(b)
+        if blocks["refs"][b] < 2:
+            del blocks["refs"][b]
+    return snapshot
 
 
 def _available(ledger: Ledger, plan: Plan) -> int:

@@ -157,15 +157,16 @@ class _Check:
         ledger, info = plan._ledger, plan._ledger.info
         chunks = plan.finetunes + plan.evaluates
         tokens = len(plan.decodes) + sum(n for _, n, _ in plan.prefills) + sum(n for _, n in chunks)
-        blocks = sum(s.capacity < s.context for s in plan.decodes)
-        blocks += sum(-(-s.context // info.block_tokens) for s, _, _ in plan.prefills if not s.blocks)
-        gone = {s.id: s for s in plan.preempted.values()} | {s.id: s for s, _ in plan.rejected.values()}
-        free = len(ledger.blocks.free) + sum(len(s.blocks) for s in gone.values())
+        new = sum(s.capacity < s.context for s in plan.decodes)
+        new += sum(-(-s.context // info.block_tokens) - len(plan.found.get(s.id, ())) for s, _, _ in plan.prefills if not s.blocks)
+        gone = plan.preempted.keys() | plan.rejected.keys()
+        held = {block for s in ledger.resident_states() if s.id not in gone for block in s.blocks}
+        blocks = new + len(held.union(*plan.found.values()))
         owners = [s.id for s in plan.decodes] + [s.id for s, _, _ in plan.prefills] + [j.id for j, _ in chunks + plan.backwards]
         if tokens > info.max_batch_tokens:
             self.add("exceeds budgets", f"the plan holds {tokens} tokens, max_batch_tokens is {info.max_batch_tokens}")
-        if blocks > free:
-            self.add("exceeds budgets", f"the plan needs {blocks} blocks, {free} are free")
+        if blocks > info.num_blocks:
+            self.add("exceeds budgets", f"requests would hold {blocks} blocks, the pool has {info.num_blocks}")
         if len(set(owners)) < len(owners):
             self.add("named twice", f"the plan names {max(owners, key=owners.count)!r} twice")
         if self.findings:

@@ -19,9 +19,10 @@ def commit_requests(ledger: "Ledger", batch: Batch, result: StepResult, start_s:
             continue
         s = requests[segment.owner]
         if kind == "prefill":
-            if segment.start == 0:
-                _begin(ledger, s, start_s)
+            if s.id not in ledger.begun:
+                _begin(ledger, s, segment.start, start_s)
             s.prefilled = segment.end
+            ledger.share(s, segment)
             events.append((now_s, step, "prefill", s.id, s.adapter, float(segment.tokens), ""))
             if not segment.samples:
                 continue
@@ -42,13 +43,15 @@ def commit_requests(ledger: "Ledger", batch: Batch, result: StepResult, start_s:
             ledger.end(s, "finished", now_s)
 
 
-def _begin(ledger: "Ledger", s: "RequestState", start_s: float) -> None:
+def _begin(ledger: "Ledger", s: "RequestState", cached_tokens: int, start_s: float) -> None:
     ledger.enter_queue(s, ledger.begun)
     if not s.admitted:
         s.admitted = True
         ledger.log(start_s, "scheduled", s.id, s.adapter)
         if s.adapter is not None:
             ledger.uses[s.adapter] = (ledger.uses.get(s.adapter, (0, 0.0))[0] + 1, start_s)
+    if cached_tokens:
+        ledger.log(start_s, "cached", s.id, s.adapter, float(cached_tokens))
 
 
 def commit_jobs(ledger: "Ledger", batch: Batch, result: StepResult, now_s: float) -> None:

@@ -58,6 +58,8 @@ class EngineConfig:
     order (slower).
     `graphs` records steps as CUDA graphs; `warm_up` records them all before a replay begins (tens of seconds on a fresh machine) instead
     of each at the first step that needs it.
+    `prefix_cache` keeps the KV blocks of prompts, so that a request whose prompt begins as an earlier one's did on the same adapter
+    version skips what is there (`workbench.prefix_cache`).
     """
 
     max_model_len: int | None = None
@@ -73,6 +75,7 @@ class EngineConfig:
     deterministic: bool = False
     graphs: bool = True
     warm_up: bool = True
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_requests", "block_tokens", "num_slots", "max_batch_adapters", "max_jobs"):

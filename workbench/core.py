@@ -78,7 +78,8 @@ class Segment:
     """A run of tokens in one batch with one owner, one adapter and one kind.
 
     `start` is the position of the first token: in the sequence (prefill, decode) or in the job's micro-batch (finetune, evaluate).
-    `blocks` is the sequence's block table and covers `start + tokens`; `rows` is the first activation-arena row of the micro-batch.
+    `blocks` is the sequence's block table and covers `start + tokens`; those before `start` may be shared with other sequences. `rows` is
+    the first activation-arena row of the micro-batch.
     `documents` holds the token counts of all the micro-batch's documents (a document attends only to itself).
     """
 
@@ -219,7 +220,8 @@ class ExecutorInfo:
     """An executor's fixed limits: what the ledger and the plan account against.
 
     `max_batch_tokens` and `max_requests` bound one step, `num_blocks` the KV pool (blocks of `block_tokens` tokens), `num_slots`
-    the adapter versions on the device, `activation_tokens` the arena of kept fine-tune activations.
+    the adapter versions on the device, `activation_tokens` the arena of kept fine-tune activations. With `prefix_cache` the ledger lets
+    requests share the blocks of equal prompt prefixes (`workbench.prefix_cache`); the executor only has to read what it wrote earlier.
     """
 
     name: str
@@ -236,6 +238,7 @@ class ExecutorInfo:
     can: frozenset[str] = frozenset({"chunk", "mixed", "cut_backward", "safepoint"})
     eos_token_ids: frozenset[int] = frozenset()
     simulated: bool = False
+    prefix_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True)

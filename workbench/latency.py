@@ -43,7 +43,7 @@ class LatencyModel:
 
     `adapters`: the adapters that requests may name (names, or the infos of an engine); None accepts every name, at rank 8. `info` holds
     the limits that the ledger accounts against: an engine's own, or others by `with_limits`. `tokenizer` is needed only for jobs
-    whose data is text and not yet token ids.
+    whose data is text and not yet token ids, and for text prompts to find their prefixes in the cache.
     """
 
     redrawn = ("residuals",)  # what differs from seed to seed on one trace
@@ -245,9 +245,10 @@ class LatencyModel:
                     f"{name}: unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self._adapters))}"
                 )
             self._adapters |= _infos([request.adapter], self._bytes)
-        prompt = request.prompt_tokens
-        if request.prompt_token_ids is not None or (request.prompt is not None and self.tokenizer is not None):
-            prompt = len(data.prompt_token_ids(request, vocab_size=self.vocab_size, tokenizer=self.tokenizer))
+        prompt, ids = request.prompt_tokens, request.prompt_token_ids
+        if ids is not None or (request.prompt is not None and self.tokenizer is not None):
+            ids = data.prompt_token_ids(request, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
+            prompt = len(ids)
         require(prompt >= 1, f"{name}: a prompt must have at least 1 token", prompt)
         room = info.max_model_len - prompt
         require(room >= 1, f"{name}: a prompt must be shorter than the context of {info.max_model_len} tokens", prompt)
@@ -260,7 +261,7 @@ class LatencyModel:
             blocks,
             "Raise num_blocks.",
         )
-        return replace(request, prompt_tokens=prompt, max_tokens=max_tokens)
+        return replace(request, prompt_tokens=prompt, prompt_token_ids=ids, max_tokens=max_tokens)
 
     def step(self, batch: Batch) -> StepResult:
         """Predicted duration with a recorded residual on it; the backward stops early where `stop_after_s` says so."""

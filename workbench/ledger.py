@@ -1,7 +1,7 @@
 """The only mutable state: who waits, who runs, which KV blocks, adapter slots and arena rows they hold, where each job stands.
 
 `apply(plan)` reserves what a plan took and gives the Batch; then either `commit(batch, result, now)` or `rollback(batch)`, which restores
-everything bit for bit. Arrivals may come in between.
+everything bit for bit, but for cached blocks that the step evicted and may have written over. Arrivals may come in between.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +24,7 @@ from workbench.core import (
 )
 from workbench.plan import Plan
 from workbench.pools import Arena, BlockPool, SlotTable, Version
+from workbench.prefix_cache import PrefixCache, prompt_keys
 from workbench.states import JobState, RequestState, check_job
 from workbench.views import JobView, RequestView, Room, StepView
 
@@ -50,7 +51,8 @@ class Ledger:
         self.expected_output = expected_output
         self.now_s = 0.0
         self.step = 0
-        self.blocks = BlockPool(info.num_blocks)
+        self.cache = PrefixCache(info.num_blocks) if info.prefix_cache else None
+        self.blocks: BlockPool | PrefixCache = self.cache or BlockPool(info.num_blocks)
         self.slots = SlotTable(info.num_slots)
         self.arena = Arena(info.activation_tokens)
         self.requests: dict[str, RequestState] = {}
@@ -137,7 +139,7 @@ class Ledger:
         return Room(
             tokens=self.info.max_batch_tokens,
             requests=self.info.max_requests - self.num_resident,
-            blocks=len(self.blocks.free),
+            blocks=self.blocks.num_free,
             batch_adapters=self.info.max_batch_adapters,
             slots=self.slots.num_available,
             activation_tokens=self.info.activation_tokens - self.arena.num_used,
@@ -154,10 +156,22 @@ class Ledger:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that a rollback has to restore, as a value to compare."""
-        fields = ("id", "phase", "key", "generated", "prefilled", "context", "capacity", "preemptions", "admitted", "first_token_s")
+        fields = (
+            "id",
+            "phase",
+            "key",
+            "generated",
+            "prefilled",
+            "cached",
+            "context",
+            "capacity",
+            "preemptions",
+            "admitted",
+            "first_token_s",
+        )
         job_fields = ("id", "phase", "paused", "index", "offset", "layers_left", "rows", "eval_index", "committed_tokens", "loss_sum")
         return {
-            "blocks": list(self.blocks.free),
+            "blocks": self.blocks.snapshot(),
             "slots_free": list(self.slots.free),
             "slots": {v: (s.index, s.bytes, s.refs, s.last_used, s.fresh) for v, s in self.slots.entries.items()},
             "evictable": self.slots.num_evictable,
@@ -179,7 +193,7 @@ class Ledger:
         """A request (resolved by `executor.admissible`) joins the queue; False when it could never run, and is rejected."""
         max_tokens = self.info.max_model_len - request.prompt_tokens if request.max_tokens is None else request.max_tokens
         state = RequestState(request, self.num_arrived, now_s, max_tokens, self._slo_of(request))
-        state.view = RequestView(state)
+        state.view = RequestView(state, self)
         self.log(now_s, "arrived", state.id, state.adapter)
         self.num_arrived += 1
         reason = self._never_fits(state)
@@ -195,7 +209,7 @@ class Ledger:
     def refuse(self, request: Request, now_s: float, reason: str) -> None:
         """A request arrives that the executor cannot run at all."""
         state = RequestState(request, self.num_arrived, now_s, request.max_tokens or 1, self._slo_of(request))
-        state.view = RequestView(state)
+        state.view = RequestView(state, self)
         self.log(now_s, "arrived", state.id, state.adapter)
         self.num_arrived += 1
         self._turn_away(state, now_s, reason)
@@ -259,8 +273,13 @@ class Ledger:
         self._job_views = tuple(j.view for j in self.jobs.values())
 
     def sync_adapters(self, now_s: float) -> None:
-        """Reject waiting requests whose adapter was unloaded before they began; those in flight keep their version."""
+        """Reject waiting requests whose adapter was unloaded before they began; those in flight keep their version.
+
+        What versions that are not current any more have computed leaves the prefix cache.
+        """
         known = self.adapter_infos
+        if self.cache is not None:
+            self.cache.forget_stale(lambda key: key[0] in known and known[key[0]].version == key[1])
         gone = [s for s in self.fresh.values() if s.adapter is not None and s.adapter not in known]
         for s in gone:
             self.end(s, "rejected", now_s, f"adapter {s.adapter!r} was unloaded while the request waited")
@@ -301,6 +320,7 @@ class Ledger:
         s.phase = phase  # type: ignore[assignment]
         self.leave_queues(s)
         del self.requests[s.id]
+        s.keys = None
         if s.admitted:
             self.released.append(s.id)
         self.log(time_s, phase, s.id, s.adapter, None, note)
@@ -336,8 +356,34 @@ class Ledger:
             self.drop_job(job)
         for queue in (self.requests, self.running, self.begun, self.preempted, self.fresh):
             queue.clear()
+        if self.cache is not None:
+            self.cache.forget(list(self.cache.keys))
         self._running_views = self._waiting_views = ()
         assert not any(self.in_use().values()), self.in_use()
+
+    # the prefix cache
+
+    def cached_blocks(self, s: RequestState) -> list[int]:
+        """The blocks that a prefill of this waiting request would share if it began now; its last token at least is left to compute."""
+        if self.cache is None or s.blocks or s.phase != "waiting":
+            return []
+        version = s.key
+        if version is None and s.adapter is not None:
+            info = self.adapter_infos.get(s.adapter)
+            if info is None:
+                return []
+            version = (s.adapter, info.version)
+        if s.keys is None:
+            s.keys = prompt_keys(s.request, self.info.block_tokens)
+        return self.cache.find(version, s.keys, (s.context - 1) // self.info.block_tokens)
+
+    def share(self, s: RequestState, segment: Segment) -> None:
+        """A prefill chunk is committed: from now on others find the blocks that it filled with prompt tokens."""
+        if self.cache is None or not s.keys:
+            return
+        first, last = (min(at // self.info.block_tokens, len(s.keys)) for at in (segment.start, segment.end))
+        if first < last:
+            self.cache.register(s.key, s.keys[first:last], s.blocks[first:last])
 
     # one step
 
@@ -349,6 +395,8 @@ class Ledger:
         """Reserve everything that the plan took, and give the step's Batch. Queues and jobs change at commit only."""
         assert self._plan is None, "a plan is already applied"
         self._plan, self._undo, self._at_start = plan, [], []
+        if self.cache is not None:
+            self.cache.evicted.clear()
         try:
             return self._apply(plan, self._undo)
         except BaseException:
@@ -365,6 +413,9 @@ class Ledger:
         loads = self._swap_slots(plan, undo)
         segments = [self._training_segment(plan, s, n, "finetune", undo) for s, n in plan.finetunes]
         segments += [self._training_segment(plan, s, n, "evaluate", undo) for s, n in plan.evaluates]
+        # all of them before any block is taken, which may evict what another one has found
+        for owner, found in plan.found.items():
+            self._hold_found(self.requests[owner], found, undo)
         prefills = [self._prefill_segment(s, n, info, undo) for s, n, info in plan.prefills]
         decodes = [self._decode_segment(s, undo) for s in plan.decodes]
         segments += sorted(prefills, key=_by_adapter)
@@ -393,7 +444,7 @@ class Ledger:
         s.blocks, s.table, s.capacity, s.prefilled = [], (), 0, 0
 
     def _unrelease(self, s: RequestState, blocks: list[int], capacity: int, prefilled: int) -> None:
-        self.blocks.untake(blocks)
+        self.blocks.ungive(blocks)
         if s.key is not None:
             self.slots.undrop(s.key)
         s.blocks, s.table, s.capacity, s.prefilled = blocks, (), capacity, prefilled
@@ -419,11 +470,12 @@ class Ledger:
         self._at_start.append(("adapter_evicted", key[0], key[0], None, f"version {key[1]}"))
 
     def _prefill_segment(self, s: RequestState, n: int, info: AdapterInfo | None, undo: list[Any]) -> Segment:
-        if not s.blocks:
-            undo.append((self._unbegin, (s, s.key, s.info)))
+        if not s.capacity:
+            num_found = len(s.blocks)
+            undo.append((self._unbegin, (s, num_found, s.key, s.info)))
             s.info = info
             s.key = None if info is None else (info.name, info.version)
-            s.blocks = self.blocks.take(-(-s.context // self.info.block_tokens))
+            s.blocks += self.blocks.take(-(-s.context // self.info.block_tokens) - num_found)
             s.capacity = len(s.blocks) * self.info.block_tokens
             if s.key is not None:
                 undo.append((self.slots.unhold, (s.key, self.slots.hold(s.key, self.step))))
@@ -432,9 +484,20 @@ class Ledger:
         version = 0 if s.key is None else s.key[1]
         return Segment("prefill", s.id, s.adapter, version, s.prefilled, n, blocks, end == s.context)
 
-    def _unbegin(self, s: RequestState, key: Version | None, info: AdapterInfo | None) -> None:
-        self.blocks.give(s.blocks)
-        s.blocks, s.table, s.capacity, s.key, s.info = [], (), 0, key, info
+    def _unbegin(self, s: RequestState, num_found: int, key: Version | None, info: AdapterInfo | None) -> None:
+        self.blocks.untake(s.blocks[num_found:])
+        s.blocks, s.table, s.capacity, s.key, s.info = s.blocks[:num_found], (), 0, key, info
+
+    def _hold_found(self, s: RequestState, found: list[int], undo: list[Any]) -> None:
+        assert self.cache is not None and not s.blocks
+        undo.append((self._unhold_found, (s, found, self.cache.hold(found), s.cached)))
+        s.blocks = list(found)
+        s.prefilled = s.cached = len(found) * self.info.block_tokens
+
+    def _unhold_found(self, s: RequestState, found: list[int], places: list[int | None], cached: int) -> None:
+        assert self.cache is not None
+        self.cache.unhold(found, places)
+        s.blocks, s.prefilled, s.cached = [], 0, cached
 
     def _decode_segment(self, s: RequestState, undo: list[Any]) -> Segment:
         if s.capacity < s.context:
@@ -448,7 +511,7 @@ class Ledger:
         return Segment("decode", s.id, s.adapter, version, s.context - 1, 1, s.table, True)
 
     def _ungrow(self, s: RequestState) -> None:
-        self.blocks.give([s.blocks.pop()])
+        self.blocks.untake([s.blocks.pop()])
         s.table = ()
         s.capacity -= self.info.block_tokens
 
@@ -472,10 +535,16 @@ class Ledger:
         return Backward(j.id, j.job.adapter, j.index, j.rows, m.documents, j.layers_left, n, m.ends_window)
 
     def rollback(self, batch: Batch | None) -> None:
-        """Undo the applied plan: everything is as it was before `apply`, bit for bit."""
+        """Undo the applied plan: everything is as it was before `apply`, bit for bit.
+
+        Only what the step evicted from the prefix cache is not found any more: the executor may have written over it.
+        """
         assert self._undo is not None, f"nothing is applied to roll back {batch}"
+        evicted = [] if self.cache is None else [block for block, *_ in self.cache.evicted]
         for undo, args in reversed(self._undo):
             undo(*args)
+        if self.cache is not None:
+            self.cache.forget(evicted)
         self._plan = self._undo = None
         self._at_start = []
 

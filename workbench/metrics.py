@@ -88,6 +88,8 @@ def request_frame(requests: Iterable[Request] | pd.DataFrame, events: pd.DataFra
     """One row per request that arrived, indexed by request_id. Never-arrived requests (an interrupted replay) have no row.
 
     arrival_s is the `arrived` event's time, so sessions that arrive by think time are right. `output_tokens` counts what was generated.
+    cached_tokens counts the prompt tokens that its first prefill found in the prefix cache and skipped (recomputation after a preemption
+    may skip tokens too; they do not count).
     queue_s = first scheduled - arrival; ttft_s = first token - arrival; tpot_s = (last - first) / (tokens - 1), nan below two tokens;
     e2e_s = last token - arrival, nan unless finished; itl_p99_s and itl_max_s over the request's own gaps; itl_slo_s is the
     quantile that its SLO bounds: the smallest gap that at least that share of its gaps does not exceed.
@@ -110,7 +112,9 @@ def request_frame(requests: Iterable[Request] | pd.DataFrame, events: pd.DataFra
     mask = (kind == "token") & (code >= 0)
     seen = _Tokens.of(code[mask], time[mask], events["value"].to_numpy(float)[mask], len(frame))
     frame["output_tokens"] = seen.count
-    frame["queue_s"] = first("scheduled") - frame["arrival_s"]
+    scheduled = first("scheduled")
+    frame["cached_tokens"] = _cached_tokens(events, code, scheduled)
+    frame["queue_s"] = scheduled - frame["arrival_s"]
     frame["ttft_s"] = seen.first - frame["arrival_s"]
     with np.errstate(invalid="ignore", divide="ignore"):
         frame["tpot_s"] = np.where(seen.count > 1, (seen.last - seen.first) / (seen.count - 1), np.nan)
@@ -124,6 +128,15 @@ def request_frame(requests: Iterable[Request] | pd.DataFrame, events: pd.DataFra
     frame["itl_slo_s"] = seen.gap_quantile(targets["itl_quantile"])
     _judge(frame, targets, seen, finished)
     return frame[np.isfinite(frame["arrival_s"].to_numpy())]
+
+
+def _cached_tokens(events: pd.DataFrame, code: np.ndarray, scheduled: np.ndarray) -> np.ndarray:
+    """Per request, the tokens of the `cached` event that came with its first prefill: at the time when it was first scheduled."""
+    out = np.zeros(len(scheduled), int)
+    rows = np.flatnonzero((events["kind"].to_numpy() == "cached") & (code >= 0))
+    rows = rows[events["time_s"].to_numpy(float)[rows] == scheduled[code[rows]]]
+    out[code[rows]] = events["value"].to_numpy(float)[rows]
+    return out
 
 
 def _identity(requests: Iterable[Request] | pd.DataFrame) -> pd.DataFrame:
@@ -308,6 +321,7 @@ def summary(replay: Any, slo: SLOs = None, measure: tuple[float, float] | None =
     row |= _attainment(requests, slo, span)
     row |= _latency(requests, events, start, end)
     row |= _rates(inside, span)
+    row["prefix_hit_share"] = prefix_hit_share(requests)
     row |= _fairness(requests)
     outcomes = requests["outcome"].value_counts()
     row |= {name: int(outcomes.get(name, 0)) for name in ("finished", "rejected", "aborted", "unfinished")}
@@ -369,6 +383,15 @@ def _rates(inside: pd.DataFrame, span_s: float) -> dict[str, float]:
     return {f"{name}_tokens_per_s": value / span_s if span_s > 0 else np.nan for name, value in tokens.items()}
 
 
+def prefix_hit_share(requests: pd.DataFrame) -> float:
+    """cached_tokens / prompt_tokens, summed over the requests that were admitted (scheduled at least once); nan if none was.
+
+    0 without a prefix cache. Each request counts once: what a preempted one finds when it comes back is no hit.
+    """
+    admitted = requests[requests["queue_s"].notna().to_numpy()]
+    return float(admitted["cached_tokens"].sum() / admitted["prompt_tokens"].sum()) if len(admitted) else np.nan
+
+
 def _fairness(requests: pd.DataFrame) -> dict[str, float]:
     """Jain's index over adapters (base-only requests are one group).
 
@@ -385,7 +408,10 @@ def _fairness(requests: pd.DataFrame) -> dict[str, float]:
 
 
 def _machine(steps: pd.DataFrame, num_blocks: int | None, start: float, end: float) -> dict[str, Any]:
-    """Steps that overlap the window: how many, how busy, KV occupancy (mean weighted by duration)."""
+    """Steps that overlap the window: how many, how busy, KV occupancy (mean weighted by duration).
+
+    Occupied blocks are those that a resident request holds; what only the prefix cache keeps can be taken at any time and counts as free.
+    """
     steps = steps[(steps["end_s"] > start) & (steps["start_s"] < end)]
     span = end - start
     row: dict[str, Any] = {"steps": len(steps), "busy_share": np.nan, "planning_share": np.nan}

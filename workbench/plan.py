@@ -96,7 +96,8 @@ class Plan(Accounts):
         """Prefill waiting requests, in the given order, with at most `tokens` tokens together; the number of tokens taken.
 
         The last one may be cut into a chunk, unless `whole`. It stops at the first request that does not fit, unless its reason is in
-        `skip`. A request begins only if its whole prefill fits the free blocks; it holds them from then on.
+        `skip`. A request begins only if its whole prefill fits the free blocks; it holds them from then on. Tokens in the prefix cache
+        (`RequestView.cached_tokens`) are not computed and use up no tokens; their blocks count only if nobody else holds them.
         """
         self._check_amount("tokens", tokens)
         self._check_within(within_s)
@@ -121,7 +122,9 @@ class Plan(Accounts):
 
     def _prefill(self, s: "RequestState", budget: int | None, whole: bool, within_s: float) -> tuple[int, Why]:
         info, slots = self._ledger.info, self._ledger.slots
-        left = s.context - s.prefilled
+        found = self._ledger.cached_blocks(s)
+        first = s.prefilled + len(found) * info.block_tokens
+        left = s.context - first
         most = min(left, self._tokens if budget is None else min(budget, self._tokens))
         is_whole = whole or "chunk" not in info.can
         if most == 0 or (is_whole and most < left):
@@ -129,7 +132,7 @@ class Plan(Accounts):
             return 0, "unsupported" if asked_for_a_cut else "tokens"
         adapter, key, blocks = s.info, s.key, 0
         if not s.blocks:
-            blocks = -(-s.context // info.block_tokens)
+            blocks = -(-s.context // info.block_tokens) - sum([self._holders(block) > 0 for block in found])
             if key is None and s.adapter is not None:
                 adapter = self._ledger.adapter_infos[s.adapter]
                 key = (s.adapter, adapter.version)
@@ -142,9 +145,9 @@ class Plan(Accounts):
         loads = key is not None and key not in slots.entries and key not in self.loads
 
         def add(work: Work, n: int) -> None:
-            v, start, stop = work.values, s.prefilled, s.prefilled + n
+            v, stop = work.values, first + n
             v[2] += n
-            v[5] += (stop * (stop + 1) - start * (start + 1)) // 2
+            v[5] += (stop * (stop + 1) - first * (first + 1)) // 2
             v[7] += 1
             v[8] += stop == s.context
             if key is not None:
@@ -161,6 +164,8 @@ class Plan(Accounts):
         self._tokens -= n
         self._blocks -= blocks
         self._requests -= not s.blocks
+        if found:
+            self._share(s, found)
         if key is not None:
             if loads:
                 assert adapter is not None

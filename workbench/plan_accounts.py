@@ -27,7 +27,7 @@ class Accounts:
     """The content of a plan and the limits that it leaves. Nothing here touches the ledger.
 
     `named` holds the owners with work in this plan, `versions` the serving versions that its rows need, `dropped` how many residents
-    it takes off each version, `loads` the versions that it copies to the device.
+    it takes off each version, `loads` the versions that it copies to the device, `found` the cached blocks that a prefill begins with.
     """
 
     __slots__ = (
@@ -36,6 +36,7 @@ class Accounts:
         "_kind",
         "_ledger",
         "_predicted_s",
+        "_refs",
         "_requests",
         "_slots",
         "_tokens",
@@ -45,6 +46,7 @@ class Accounts:
         "evaluates",
         "evicted",
         "finetunes",
+        "found",
         "held",
         "loads",
         "named",
@@ -63,7 +65,8 @@ class Accounts:
         self._ledger = ledger
         self._tokens = ledger.info.max_batch_tokens
         self._requests = ledger.info.max_requests - ledger.num_resident
-        self._blocks = len(ledger.blocks.free)
+        self._blocks = ledger.blocks.num_free
+        self._refs: dict[int, int] = {}  # by which this plan changes the cache's reference counts
         self._slots = ledger.slots.num_available
         self._arena: Arena | None = None
         self._kind = ""
@@ -79,6 +82,7 @@ class Accounts:
         self.backwards: list[tuple[JobState, int]] = []
         self.preempted: dict[str, RequestState] = {}
         self.rejected: dict[str, tuple[RequestState, str]] = {}
+        self.found: dict[str, list[int]] = {}
         self.dropped: dict[Version, int] = {}
         self.loads: dict[Version, AdapterInfo] = {}
         self.evicted: set[Version] = set()
@@ -193,18 +197,38 @@ class Accounts:
 
     def _release(self, s: "RequestState") -> None:
         """Count what a resident request gives back when this plan takes it off."""
-        self._blocks += len(s.blocks)
+        if self._ledger.cache is None:
+            self._blocks += len(s.blocks)
+        else:
+            for block in s.blocks:
+                self._refs[block] = self._refs.get(block, 0) - 1
+                self._blocks += self._holders(block) == 0
         self._requests += 1
         if s.key is not None:
             self.dropped[s.key] = self.dropped.get(s.key, 0) + 1
             self._slots += self._is_idle_slot(s.key)
 
+    def _holders(self, block: int) -> int:
+        """How many requests hold a block once this plan is applied, what it begins included."""
+        cache = self._ledger.cache
+        return 1 if cache is None else cache.holders(block) + self._refs.get(block, 0)
+
+    def _share(self, s: "RequestState", found: list[int]) -> None:
+        """Let a request that begins in this plan hold the blocks that it found."""
+        self.found[s.id] = found
+        for block in found:
+            self._refs[block] = self._refs.get(block, 0) + 1
+
     def _preempt_youngest(self, keep: "RequestState") -> bool:
-        """Preempt the youngest resident request other than `keep` that this plan does not use."""
+        """Preempt the youngest resident request other than `keep` that this plan does not use and that alone holds a block.
+
+        One that shares all its blocks frees none: the others still hold them.
+        """
         victims = [
             s
             for s in self._ledger.resident_states()
             if s is not keep and s.id not in self.named and s.id not in self.preempted and s.id not in self.rejected
+            if any(self._holders(block) == 1 for block in reversed(s.blocks))
         ]
         if not victims:
             return False

@@ -5,13 +5,14 @@ Each pool changes only through `take`/`give`-like pairs that undo each other exa
 
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 Version = tuple[str, int]
 """(adapter name, version): what occupies a slot."""
 
 
 class BlockPool:
-    """Ids of free KV blocks, as a stack: `give` of what was just taken restores the pool exactly."""
+    """Ids of free KV blocks, as a stack. `untake` and `ungive` undo the last `take` or `give` exactly."""
 
     __slots__ = ("free", "num_blocks")
 
@@ -20,8 +21,16 @@ class BlockPool:
         self.free = list(range(num_blocks - 1, -1, -1))
 
     @property
+    def num_free(self) -> int:
+        return len(self.free)
+
+    @property
     def num_used(self) -> int:
         return self.num_blocks - len(self.free)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The pool as a value to compare."""
+        return {"free": list(self.free)}
 
     def take(self, num: int) -> list[int]:
         """The next `num` free block ids."""
@@ -33,10 +42,14 @@ class BlockPool:
         return taken
 
     def give(self, blocks: list[int]) -> None:
-        """Return blocks; the inverse of `take`."""
+        """Return blocks."""
         self.free.extend(reversed(blocks))
 
     def untake(self, blocks: list[int]) -> None:
+        """Undo a `take` of these blocks that was the last change of the pool."""
+        self.free.extend(reversed(blocks))
+
+    def ungive(self, blocks: list[int]) -> None:
         """Undo a `give` of these blocks that was the last change of the pool."""
         taken = self.take(len(blocks))
         assert taken == blocks

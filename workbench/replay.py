@@ -426,7 +426,7 @@ class _Run:
         start_s = float(env.now)
         accepted_s = start_s + plan_s
         predicted_s = plan.predicted_s
-        counts = (len(ledger.requests) - len(ledger.running), len(ledger.running), len(ledger.blocks.free))
+        counts = (len(ledger.requests) - len(ledger.running), len(ledger.running), ledger.blocks.num_free)
         ahead = self._ask() if self.overlap else None
         batch = ledger.apply(plan)
         if plan.stops_on_arrival:

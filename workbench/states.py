@@ -5,6 +5,7 @@ from typing import Any, Literal
 from workbench.config import SLO, FinetuneJob
 from workbench.core import AdapterInfo, JobShape, MicroBatch, Request
 from workbench.pools import Version
+from workbench.prefix_cache import BlockKey
 
 RequestPhase = Literal["waiting", "running", "finished", "rejected", "aborted"]
 JobPhase = Literal["forward", "backward", "evaluate", "finished", "stopped"]
@@ -14,6 +15,8 @@ class RequestState:
     """One request. `context` is prompt + generated tokens: the KV tokens that its next decode needs; `capacity` is what its blocks hold.
 
     `table` is `blocks` as a tuple, or empty where that has to be made anew.
+    `keys` names the contents of the prompt's full blocks for the prefix cache (None before they are needed), `cached` counts the tokens
+    that its latest prefill found there.
     `limit` is the output length at which it ends (the trace's, or max_tokens); `key` the pinned (adapter, version), None for the base.
     A request holds blocks exactly while it holds its slot and counts as resident.
     """
@@ -23,6 +26,7 @@ class RequestState:
         "admitted",
         "arrival_s",
         "blocks",
+        "cached",
         "capacity",
         "context",
         "expected_output",
@@ -31,6 +35,7 @@ class RequestState:
         "id",
         "info",
         "key",
+        "keys",
         "last_token_s",
         "limit",
         "max_tokens",
@@ -59,8 +64,10 @@ class RequestState:
         self.admitted = False
         self.info: AdapterInfo | None = None
         self.key: Version | None = None
+        self.keys: list[BlockKey] | None = None
         self.generated = 0
         self.prefilled = 0
+        self.cached = 0
         self.context = request.prompt_tokens
         self.capacity = 0
         self.blocks: list[int] = []
@@ -70,10 +77,6 @@ class RequestState:
         self.preemptions = 0
         self.outputs: list[int] = []
         self.view: Any = None
-
-    @property
-    def prefill_left(self) -> int:
-        return 0 if self.phase == "running" else self.context - self.prefilled
 
 
 class JobState:

@@ -74,8 +74,13 @@ class _ReadOnly:
 class RequestView(_ReadOnly):
     """One request, live. Stays readable after the request ended."""
 
-    __slots__ = ()
+    __slots__ = ("_ledger",)
     _state: "RequestState"
+    _ledger: "Ledger"
+
+    def __init__(self, state: "RequestState", ledger: "Ledger") -> None:
+        super().__init__(state)
+        object.__setattr__(self, "_ledger", ledger)
 
     id: str = _read("_state.id")
     adapter: str | None = _read("_state.adapter")
@@ -91,7 +96,6 @@ class RequestView(_ReadOnly):
     generated: int = _read("_state.generated")
     max_tokens: int = _read("_state.max_tokens")
     expected_output: float = _read("_state.expected_output")
-    prefill_left: int = _read("_state.prefill_left")
     preemptions: int = _read("_state.preemptions")
 
     @property
@@ -106,8 +110,22 @@ class RequestView(_ReadOnly):
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens found in a prefix cache; 0 as there is none."""
-        return 0
+        """Tokens in the prefix cache: those that a prefill would skip if it began now; once begun, those that it skipped.
+
+        0 on an executor without `info.prefix_cache`, and for a text prompt whose token ids are not known.
+        """
+        s, ledger = self._state, self._ledger
+        if s.phase == "waiting" and not s.blocks:
+            return len(ledger.cached_blocks(s)) * ledger.info.block_tokens
+        return s.cached
+
+    @property
+    def prefill_left(self) -> int:
+        """Tokens that its prefill has still to compute: without those that it skipped, or would skip if it began now."""
+        s = self._state
+        if s.phase == "running":
+            return 0
+        return s.context - (s.prefilled if s.blocks else self.cached_tokens)
 
     @property
     def due_s(self) -> float:
@@ -117,7 +135,7 @@ class RequestView(_ReadOnly):
 
     def __repr__(self) -> str:
         s = self._state
-        return f"RequestView({s.id!r}, {s.phase}, adapter={s.adapter!r}, prefill_left={s.prefill_left}, generated={s.generated})"
+        return f"RequestView({s.id!r}, {s.phase}, adapter={s.adapter!r}, prefill_left={self.prefill_left}, generated={s.generated})"
 
 
 def _due_s(s: "RequestState") -> float:
@@ -357,12 +375,13 @@ class View:
         s, predictor = request._state, self._ledger.predictor
         if predictor is None:
             raise ValueError("remaining_s needs an executor with a predictor, got predictor=None. Fit a LatencyModel first.")
-        seconds, left = 0.0, s.prefill_left
+        seconds, left = 0.0, request.prefill_left
         if left:
             work = Work()
             v = work.values
             v[2], v[7], v[8] = left, 1, 1
-            v[5] = (s.context * (s.context + 1) - s.prefilled * (s.prefilled + 1)) // 2
+            start = s.context - left
+            v[5] = (s.context * (s.context + 1) - start * (start + 1)) // 2
             v[9] = s.adapter is not None
             seconds += predictor.predict(work)
         steps = max(s.expected_output - s.generated - (left > 0), 1.0 if not left else 0.0)

@@ -270,6 +270,7 @@ class Engine:
             max_batch_adapters=config.max_batch_adapters,
             activation_tokens=limits.activation_tokens,
             eos_token_ids=self._eos_token_ids(),
+            prefix_cache=config.prefix_cache,
         )
 
     def _eos_token_ids(self) -> frozenset[int]:
