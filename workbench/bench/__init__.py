@@ -1,0 +1,1 @@
+"""Whole-engine bench: workload -> rows -> check, table, plot."""
