@@ -335,3 +335,23 @@ def test_a_version_that_a_plan_may_load_outlives_its_replacement(engine, adapter
     assert engine.adapter_infos["a"].version == 2
     engine.load_adapter("b", adapters["b"])
     assert ("a", 1) not in engine._versions
+
+
+def test_a_replay_starts_with_an_empty_adapter_table(engine):
+    with Driver(engine) as driver:
+        driver.add(request("r", 4, "a"))
+        driver.prefill("r")
+        driver.step()
+    with Driver(engine):
+        tables = [table for layer in engine.runner.table.tables for table in layer.values()]
+        assert all(table.max_rank == 0 and not table.weights for table in tables), "what the last replay loaded must cost nothing"
+
+
+def test_random_adapters_come_at_any_time_and_replace_those_of_their_name(engine):
+    assert engine.add_random_adapters((4, 8)) == ("adapter-0", "adapter-1")
+    engine.add_random_adapters((16,), seed=2)
+    infos = engine.adapters
+    assert (infos["adapter-0"].rank, infos["adapter-0"].version, infos["adapter-1"].rank) == (16, 2, 8)
+    assert Engine.random("tiny-llama", adapters=(4, 8), device="cpu").adapters["adapter-1"].rank == 8
+    with pytest.raises(ValueError, match="rank must lie in 1"):
+        engine.add_random_adapters((8, 0))

@@ -1,1 +1,1 @@
-"""Whole-engine bench: workload -> rows -> check, table, plot."""
+"""The whole-engine bench: workload -> rows -> check, table, plot."""

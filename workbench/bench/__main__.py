@@ -27,6 +27,7 @@ MODULES = {
     "w6": "unified",
     "replay": "replaying",
 }
+FOLDER = Path("benchmarks")
 WITHOUT_ENGINE = ("w5", "replay")
 
 
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m workbench.bench", description="Measure the engine, or check what was measured.")
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(targets.WORKLOADS)}; by default w1 to w6")
     parser.add_argument("--shape", default=targets.SHAPE, help="a named model shape; its weights are random (tiny-llama for the CPU)")
-    parser.add_argument("--into", type=Path, default=table.FOLDER, metavar="DIR", help="where rows are appended, one CSV a workload")
+    parser.add_argument("--into", type=Path, default=FOLDER, metavar="DIR", help="where rows are appended, one CSV a workload")
     parser.add_argument(
         "--seconds", type=float, help="of every workload; no cell is begun after that. Each has a time of its own otherwise"
     )
@@ -99,8 +100,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _table(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m workbench.bench table", description="Write README's results table from rows.")
-    parser.add_argument("folder", type=Path, metavar="DIR", nargs="?", default=table.FOLDER)
-    parser.add_argument("--readme", type=Path, default=table.README)
+    parser.add_argument("folder", type=Path, metavar="DIR", nargs="?", default=FOLDER)
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args(given)
     text = options.readme.read_text(encoding="utf-8")
     options.readme.write_text(table.updated(text, rows.read(options.folder)), encoding="utf-8")

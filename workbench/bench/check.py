@@ -31,7 +31,7 @@ class Verdict:
 
 def comparable(frame: pd.DataFrame) -> pd.DataFrame:
     """The newest rows for which targets are defined, correctness rows left out: one per cell, system and metric."""
-    fits = [applies(w, s, d) for w, s, d in zip(frame["workload"], frame["shape"].fillna(""), frame["device"], strict=True)]
+    fits = [applies(w, s, d) for w, s, d in zip(frame["workload"], frame["shape"], frame["device"], strict=True)]
     rows = newest(frame[fits])
     rows = rows[rows["cell"] != CORRECTNESS]
     return rows.groupby(["workload", "cell", "system", "metric"], sort=False).tail(1)

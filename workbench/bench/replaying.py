@@ -8,7 +8,6 @@ from workbench import traces
 from workbench.bench import machine
 from workbench.bench.session import Session
 from workbench.config import FinetuneJob
-from workbench.core import Executor
 from workbench.latency import PROFILES, LatencyModel
 from workbench.policies import ServeFirst
 from workbench.policy import Plan, View
@@ -47,7 +46,7 @@ def run(session: Session) -> bool:
     return True
 
 
-def simulator() -> Executor:
+def simulator() -> Any:
     """The shipped latency model of an 8B shape on an H100, or fixed costs of that order where none is shipped."""
     if (PROFILES / PROFILE).exists():
         model = LatencyModel.load(PROFILE)
@@ -62,8 +61,15 @@ def simulator() -> Executor:
         max_batch_adapters=16,
         activation_tokens=8192,
     )
-    costs = {"step_s": 8e-3, "prefill_s": 3e-5, "finetune_s": 3e-5, "decode_s": 3e-5, "backward_s": 1.5e-6}
-    return FixedCost(**costs, info=info, adapters={f"adapter-{i}": 8 for i in range(4)})
+    return FixedCost(
+        step_s=8e-3,
+        prefill_s=3e-5,
+        finetune_s=3e-5,
+        decode_s=3e-5,
+        backward_s=1.5e-6,
+        info=info,
+        adapters={f"adapter-{i}": 8 for i in range(4)},
+    )
 
 
 def requests_per_cpu_s(session: Session, policy: Any, most: int) -> tuple[float, int, int, str]:

@@ -59,6 +59,8 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in fields(Row))
+DTYPES: Any = {f.name: {str: str, bool: bool, int: int}.get(f.type, float) for f in fields(Row)}
+BLANK: Any = {name: [""] for name, dtype in DTYPES.items() if dtype is float}
 
 
 def is_rate(unit: str) -> bool:
@@ -109,8 +111,7 @@ def read(folder: Path) -> pd.DataFrame:
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise FileNotFoundError(f"{folder} must hold row files (WORKLOAD.csv), got none. Run python -m workbench.bench --into {folder}.")
-    text = {name: str for name in ("workload", "cell", "system", "metric", "unit", "commit", "date", "throttle", "note", "driver")}
-    frames = [pd.read_csv(file, dtype=text, keep_default_na=False, na_values={c: [""] for c in COLUMNS if c not in text}) for file in files]
+    frames = [pd.read_csv(file, dtype=DTYPES, keep_default_na=False, na_values=BLANK) for file in files]
     return pd.concat(frames, ignore_index=True)
 
 

@@ -1,7 +1,6 @@
 """README's results table, written from the newest rows between two markers."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,8 +10,6 @@ from workbench.bench.rows import OURS
 from workbench.bench.targets import WORKLOADS, find
 from workbench.config import require
 
-README = Path(__file__).parents[2] / "README.md"
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 BLOCK = re.compile(r"(<!-- bench: begin -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 TITLES = {
     "w1": "Decode, steady state (W1)",
