@@ -17,6 +17,7 @@ from typing import Any
 
 from workbench.bench import check, rows, table, targets
 from workbench.bench.session import Session
+from workbench.config import did_you_mean
 
 MODULES = {
     "w1": "decode",
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _table(given[1:])
     if given[:1] == ["roofline"]:
         return _roofline(given[1:])
-    options = _parser().parse_args(given)
+    options = _options(given)
     if options.check is not None:
         verdicts = check.judge(rows.read(options.check), options.workloads)
         print(check.report(verdicts))
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workbench.bench", description="Measure the engine, or check what was measured.")
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(targets.WORKLOADS)}; by default w1 to w6")
     parser.add_argument("--shape", default=targets.SHAPE, help="a named model shape; its weights are random (tiny-llama for the CPU)")
@@ -59,23 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", type=Path, metavar="DIR", help="measure nothing: compare the rows of DIR with the targets")
-    return _Checked(parser)  # type: ignore[return-value]
-
-
-class _Checked:
-    """The parser, and what argparse cannot say of a list that may be empty."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self.parser = parser
-
-    def parse_args(self, given: Sequence[str]) -> argparse.Namespace:
-        options = self.parser.parse_args(given)
-        for name in options.workloads:
-            if name not in targets.WORKLOADS:
-                self.parser.error(f"a workload must be one of {', '.join(targets.WORKLOADS)}, got {name!r}")
-        if options.seconds is not None and not options.seconds > 0:
-            self.parser.error(f"--seconds must be above 0, got {options.seconds}")
-        return options
+    options = parser.parse_args(given)
+    for name in options.workloads:
+        if name not in targets.WORKLOADS:
+            parser.error(f"a workload must be one of {', '.join(targets.WORKLOADS)}, got {name!r}. {did_you_mean(name, targets.WORKLOADS)}")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds must be above 0, got {options.seconds}")
+    return options
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -115,7 +106,8 @@ def _roofline(given: Sequence[str]) -> int:
     options = parser.parse_args(given)
     from workbench import plots
 
-    plots.roofline(check.comparable(rows.read(options.folder))).get_figure().savefig(options.file, dpi=150, bbox_inches="tight")
+    figure: Any = plots.roofline(check.comparable(rows.read(options.folder))).get_figure()
+    figure.savefig(options.file, dpi=150, bbox_inches="tight")
     return 0
 
 

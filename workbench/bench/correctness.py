@@ -82,6 +82,7 @@ def gradient_errors(session: Session) -> Errors:
         max_grad_norm=None,
         seed=session.seed,
     )
+    total, count = 0.0, 1
     try:
         with Driver(engine, [job], seed=session.seed) as driver:
             for _ in range(3):
