@@ -10,7 +10,7 @@ import pytest
 
 import workbench as wb
 from workbench.bench import __main__ as cli
-from workbench.bench import check, decode, floors, machine, replaying, rows, session, table, targets, unified
+from workbench.bench import check, decode, finetune, floors, machine, replaying, rows, session, table, targets, unified
 from workbench.bench.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,6 +228,17 @@ def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):
     found = run(tiny, "w6", ("10 req/s",))
     assert {("10 req/s, gaps 45 ms", rows.OURS, m) for m in ("attainment", "fine-tune")} <= found
     assert tiny.engine.adapters == {}
+
+
+def test_the_bytes_of_the_arena_are_those_of_all_its_tensors():
+    import torch
+
+    from workbench.runtime.kv_cache import Arena, Kept
+
+    kept = Kept(torch.zeros(2), torch.zeros(3), torch.zeros(4))
+    arena = Arena(x=torch.zeros(5), k=torch.zeros(6), v=torch.zeros(7), grad=torch.zeros(8), kept=kept)
+    assert finetune.num_bytes_of(arena) == 4 * (2 + 3 + 4 + 5 + 6 + 7 + 8)
+    assert finetune.num_bytes_of(replace(arena, kept=None)) == 4 * (5 + 6 + 7 + 8)
 
 
 def test_kernels_stand_beside_the_loop_and_the_base_gemm(tiny):

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.bench import correctness, floors
@@ -27,7 +28,7 @@ def run(session: Session) -> bool:
             jobs = [tuning_job(session, f"tuned-{i}", batch) for i, batch in enumerate(batches)]
             _reset_peak(session)
             record_rates(session, cell, tune(session, session.engine, jobs))
-            _record_peak(session, cell)
+            _record_peak(session, cell, sum(batches) * session.sizes.example_tokens)
     if session.wants(cell := f"2 x {session.sizes.example_tokens}, backward in slices of 1 layer"):
         _slices(session, cell)
     return True
@@ -107,17 +108,25 @@ def _reset_peak(session: Session) -> None:
         torch.cuda.reset_peak_memory_stats(session.torch_device)
 
 
-def _record_peak(session: Session, cell: str) -> None:
-    """Peak allocated memory less the KV pool, as with an empty one. Nothing on the CPU."""
+def _record_peak(session: Session, cell: str, used_rows: int) -> None:
+    """Peak allocated memory, as with an empty KV pool and an arena of just the micro-batch's rows. Nothing on the CPU."""
     if not session.on_cuda:
         return
     import torch
 
-    pool = session.engine.runner.pool
-    pool_bytes = pool.k.nbytes + pool.v.nbytes
-    peak = torch.cuda.max_memory_allocated(session.torch_device) - pool_bytes
-    note = f"peak allocated by torch less the KV pool's {pool_bytes / 1e9:.1f} GB"
+    runner = session.engine.runner
+    pool_bytes = runner.pool.k.nbytes + runner.pool.v.nbytes
+    unused_bytes = num_bytes_of(runner.arena) * (1 - used_rows / session.engine.info.activation_tokens)
+    peak = torch.cuda.max_memory_allocated(session.torch_device) - pool_bytes - unused_bytes
+    note = f"peak allocated by torch less the KV pool ({pool_bytes / 1e9:.1f} GB) and unused arena rows ({unused_bytes / 1e9:.1f} GB)"
     session.record(cell, "peak memory", [peak / 1e9], "GB", note=note)
+
+
+def num_bytes_of(value: Any) -> int:
+    """Bytes of all tensors in a dataclass of tensors and such dataclasses."""
+    if is_dataclass(value):
+        return sum(num_bytes_of(getattr(value, f.name)) for f in fields(value))
+    return getattr(value, "nbytes", 0)
 
 
 def _slices(session: Session, cell: str) -> None:
