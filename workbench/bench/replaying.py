@@ -38,12 +38,23 @@ def run(session: Session) -> bool:
     wanted = {cell: policy for cell, policy in policies.items() if session.wants(cell)}
     for left, (cell, policy) in zip(range(len(wanted), 0, -1), wanted.items(), strict=True):
         seconds = session.left_s / left
-        probe = requests_per_cpu_s(session, policy, PROBE_REQUESTS)
-        most = max(PROBE_REQUESTS, int(0.8 * probe[0] * seconds))
-        rate, count, steps, name = requests_per_cpu_s(session, policy, most)
-        note = f"{name}; the trace's first {count} requests in {steps} steps"
-        session.record(cell, "requests", [rate], "per CPU-s", n=count, device=machine.cpu_name(), note=note)
+        probe = timed_replay(session, policy, PROBE_REQUESTS)
+        found = timed_replay(session, policy, max(PROBE_REQUESTS, int(0.8 * probe.num_requests / probe.wall_s * seconds)))
+        note = f"{found.executor}; the trace's first {found.num_requests} requests in {found.num_steps} steps"
+        rate = found.num_requests / found.cpu_s
+        session.record(cell, "requests", [rate], "per CPU-s", n=found.num_requests, device=machine.cpu_name(), note=note)
     return True
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How long one replay took: CPU seconds of the whole process, and seconds on the wall."""
+
+    cpu_s: float
+    wall_s: float
+    num_requests: int
+    num_steps: int
+    executor: str
 
 
 def simulator() -> Any:
@@ -72,13 +83,12 @@ def simulator() -> Any:
     )
 
 
-def requests_per_cpu_s(session: Session, policy: Any, most: int) -> tuple[float, int, int, str]:
-    """(requests per CPU-second of the whole process, requests, steps, executor) of the trace's first `most` requests."""
+def timed_replay(session: Session, policy: Any, most: int) -> Timed:
+    """A replay of the trace's first `most` requests."""
     trace = traces.load(TRACE).head(most).assign_adapters(4, popularity=traces.zipf(1.0), seed=session.seed)
     executor = simulator()
-    started_s = time.process_time()
+    cpu_s, wall_s = time.process_time(), time.perf_counter()
     result = replay(
         trace, executor=executor, policy=policy, jobs=[FinetuneJob.example("tuned")], planning=0.0, seed=session.seed, progress=False
     )
-    used_s = time.process_time() - started_s
-    return len(trace) / used_s, len(trace), len(result.steps), executor.info.name
+    return Timed(time.process_time() - cpu_s, time.perf_counter() - wall_s, len(trace), len(result.steps), executor.info.name)
