@@ -39,9 +39,10 @@ class Sizes:
     max_requests: int | None = None
 
 
-# The KV pool holds 256 sequences of 512 tokens and what a cell decodes: 19 GB of the 8B shape.
+# The KV pool holds 256 sequences of 512 tokens and what a cell decodes: 19 GB of the 8B shape. Workloads record the graphs that they
+# need themselves: each of W1's sets of ranks would have all of them recorded otherwise.
 GPU_SIZES = Sizes(
-    config=EngineConfig(max_model_len=2048, num_blocks=9216, num_slots=32, max_batch_adapters=32, activation_tokens=8192),
+    config=EngineConfig(max_model_len=2048, num_blocks=9216, num_slots=32, max_batch_adapters=32, activation_tokens=8192, warm_up=False),
     batches=(1, 16, 64, 256),
     context_tokens=512,
     steps=(8, 24),

@@ -349,8 +349,9 @@ class Engine:
                 raise RuntimeError("begin needs an idle engine, got a running replay. Wait for its end, or call engine.end().")
             assert_aliases(self.base, self.fused)
             self.end()
-            for entry in range(self._table.num_entries):
-                self._table.clear(entry)
+            self._table.reset()
+            for version in self._current.items():
+                self._table.expect(self._versions[version].tensors)
             self._states, self._seed = {}, seed
             for i, job in enumerate(jobs):
                 self._states[job.id] = self._create_state(job, self.config.num_slots + i)
