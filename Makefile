@@ -66,8 +66,8 @@ test-gpu: $(STAMP) ## the tests that need a CUDA device
 test-wall-clock: $(STAMP) ## ten minutes of trace on the wall clock of a CUDA device, against the virtual clock
 	$(OFFLINE) $(PY) -m pytest tests/gpu -s -m wall_clock $(PYTEST_ARGS)
 
-bench: $(STAMP) ## time the kernels (each checked against its reference first)
-	$(OFFLINE) $(PY) -m kernels.bench
+bench: $(STAMP) ## the whole-engine bench on a GPU: rows into benchmarks/, each workload checked first (BENCH="w1 w5 replay" for some)
+	$(OFFLINE) $(PY) -m workbench.bench $(BENCH)
 
 clean: ## remove the environment, the cache and the results
 	rm -rf $(VENV) .cache results

@@ -1,38 +1,48 @@
 """`python -m kernels.bench [--quick] [--only OP] [--json PATH]`: microseconds of each op on shapes of the Llama-3-8B size.
 
 Every row's numbers are checked against float64 first (smaller rows of the same kind); a row that fails prints no time, and the program
-ends with 1. Times are CUDA-graph replays with a cold L2 cache: what a launch costs the host is not in them. The floor is bytes moved
-once over the copy bandwidth, or FLOPs over the matrix rate, of an H100 (3.02 TB/s, 711 TFLOP/s), whichever is larger.
+ends with 1. Times are CUDA-graph replays with a cold L2 cache (each call of a replay has inputs of its own): what a launch costs the
+host is not in them. The floor is bytes moved once over the copy bandwidth, or FLOPs over the matrix rate, of an H100 (3.02 TB/s, 711
+TFLOP/s), whichever is larger. Beside segmented LoRA stand the base GEMM alone, both together, and a torch loop over the adapters.
 """
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from kernels import problems, testing
 from kernels.backend import triton
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.lora_table import LoraTable, SlotWeights
 from kernels.paged_attention import paged_attention
 from kernels.segmented_lora import lora_gradients, segmented_lora_
 
 BYTES_PER_S, FLOPS_PER_S = 3.02e12, 711e12
 TOLERANCE = 1.5e-2
 BF16 = torch.bfloat16
-OPS = ("segmented_lora", "lora_gradients", "decode_attention", "prefill_attention", "linear_cross_entropy")
+LORA_OPS = ("segmented_lora", "lora_gradients", "lora_loop", "base_gemm", "base_gemm_lora")
+OPS = (*LORA_OPS, "decode_attention", "prefill_attention", "linear_cross_entropy")
+# Inputs of all calls of one replay together: thrice an H100's L2 cache, so that a call finds none of its own there.
+COLD_BYTES, MAX_COPIES = 160e6, 256
+CHECKED_ROWS = 300
+REPLAYS = 21
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row: what runs, what checks it, and the least that the hardware must do for it."""
+    """One row: what runs (`prepare` makes inputs anew and gives the call), what checks it, and the least that the hardware must do."""
 
     op: str
     shape: str
@@ -45,49 +55,103 @@ class Case:
     def floor_us(self) -> float:
         return 1e6 * max(self.num_bytes / BYTES_PER_S, self.flops / FLOPS_PER_S)
 
+    @property
+    def num_copies(self) -> int:
+        """How many calls with inputs of their own one replay holds."""
+        return min(MAX_COPIES, max(2, math.ceil(COLD_BYTES / self.num_bytes)))
+
 
 def _runs(rows: int, adapters: int) -> list[tuple[int | None, int]]:
     slots = testing.adapters_of_rows("distinct", rows, adapters)
     return [(slot, slots.count(slot)) for slot in sorted(set(slots))]
 
 
-def _lora_case(op: str, adapters: int, k: int, n: int, rows: int, rank: int = 8) -> Case:
-    def prepare() -> Callable[[], object]:
-        table = testing.random_table(k, (n,), [[rank] * adapters], BF16, "cuda")
-        layout = SegmentLayout.build(_runs(rows, adapters), "cuda")
-        x, y = (torch.randn(rows, width, dtype=BF16, device="cuda") for width in (k, n))
-        if op == "segmented_lora":
-            return lambda: segmented_lora_(y, x, table, layout)
-        return lambda: lora_gradients(y, x, table, layout)
+def _table(adapters: int, k: int, n: int, rank: int, device: str) -> LoraTable:
+    """One slice of random weights, drawn on the device."""
+    a = torch.randn(adapters, rank, k, dtype=BF16, device=device) * k**-0.5
+    b = torch.randn(adapters, n, rank, dtype=BF16, device=device) * rank**-0.5
+    weights = {(0, slot): SlotWeights(a[slot], b[slot], 0.5) for slot in range(adapters)}
+    return LoraTable(k, (n,), adapters, device=device, dtype=BF16, weights=weights)
 
-    used = min(adapters, rows)
-    forward = 2 * (rows * (k + 2 * n) + used * rank * (k + n))
-    # Backward: x and dy read once, dx written, A and B read, fp32 gradients written.
-    backward = 2 * (rows * (2 * k + n) + used * rank * (k + n)) + 4 * used * rank * (k + n)
-    products = 1 if op == "segmented_lora" else 3
+
+def lora_loop_(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> torch.Tensor:
+    """The naive baseline: a torch loop over the runs of one adapter, three launches each."""
+    for slot, first, rows in layout.runs:
+        for j, (offset, width) in enumerate(zip(table.out_offsets, table.out_features, strict=True)):
+            weights = table.get(j, slot)
+            if weights is not None:
+                low = F.linear(x[first : first + rows], weights.a)
+                y[first : first + rows, offset : offset + width].addmm_(low, weights.b.T, alpha=weights.scale)
+    return y
+
+
+def _lora_check(op: str, adapters: int, k: int, n: int, rows: int, rank: int, device: str) -> dict[str, float]:
+    """Errors against float64, on at most `CHECKED_ROWS` rows."""
+    runs = _runs(min(rows, CHECKED_ROWS), adapters)
+    if op not in ("lora_loop", "base_gemm"):
+        return problems.lora_errors(runs, [[rank] * adapters], BF16, device, in_features=k, out_features=(n,))
+    layout = SegmentLayout.build(runs, device)
+    x, y = (torch.randn(layout.num_rows, width, dtype=BF16, device=device) for width in (k, n))
+    if op == "base_gemm":
+        weight = torch.randn(n, k, dtype=BF16, device=device) * k**-0.5
+        return {"y": testing.relative_error(F.linear(x, weight), F.linear(x.float(), weight.float()))}
+    table = _table(adapters, k, n, rank, device)
+    expected = y.double().cpu()
+    for slot, first, count in layout.runs:
+        weights = table.weights[0, slot]
+        low = x[first : first + count].double().cpu() @ weights.a.double().cpu().T
+        expected[first : first + count] += weights.scale * low @ weights.b.double().cpu().T
+    return {"y": testing.relative_error(lora_loop_(y, x, table, layout), expected)}
+
+
+def lora_case(op: str, adapters: int, k: int, n: int, rows: int, rank: int = 8, device: str = "cuda") -> Case:
+    """One of `LORA_OPS` on one projection [T, k] -> [T, n], rows dealt out to the adapters."""
+
+    def prepare() -> Callable[[], object]:
+        table = _table(adapters, k, n, rank, device)
+        layout = SegmentLayout.build(_runs(rows, adapters), device)
+        x, y = (torch.randn(rows, width, dtype=BF16, device=device) for width in (k, n))
+        if op.startswith("base_gemm"):
+            weight = torch.randn(n, k, dtype=BF16, device=device) * k**-0.5
+            if op == "base_gemm":
+                return lambda: F.linear(x, weight)
+            return lambda: segmented_lora_(F.linear(x, weight), x, table, layout)
+        if op == "lora_gradients":
+            return lambda: lora_gradients(y, x, table, layout)
+        return (lambda: segmented_lora_(y, x, table, layout)) if op == "segmented_lora" else (lambda: lora_loop_(y, x, table, layout))
+
+    used, low_rank = min(adapters, rows), 2 * rows * rank * (k + n)
+    weights, base = 2 * used * rank * (k + n), 2 * (rows * (k + n) + k * n)
+    num_bytes, flops = {
+        "segmented_lora": (2 * rows * (k + 2 * n) + weights, low_rank),
+        "lora_loop": (2 * rows * (k + 2 * n) + weights, low_rank),
+        # x and dy read once, dx written, A and B read, fp32 gradients written.
+        "lora_gradients": (2 * rows * (2 * k + n) + 3 * weights, 3 * low_rank),
+        "base_gemm": (base, 2 * rows * k * n),
+        "base_gemm_lora": (base + weights, 2 * rows * k * n + low_rank),
+    }[op]
     return Case(
         op=op,
         shape=f"{adapters} x r{rank}, {k} -> {n}, T={rows}",
-        check=lambda: problems.lora_errors(
-            _runs(min(rows, 300), adapters), [[rank] * adapters], BF16, "cuda", in_features=k, out_features=(n,)
-        ),
+        check=lambda: _lora_check(op, adapters, k, n, rows, rank, device),
         prepare=prepare,
-        num_bytes=forward if op == "segmented_lora" else backward,
-        flops=products * 2 * rows * rank * (k + n),
+        num_bytes=num_bytes,
+        flops=flops,
     )
 
 
-def _attention_case(op: str, query: int, context: int, sequences: int) -> Case:
+def attention_case(op: str, query: int, context: int, sequences: int, device: str = "cuda") -> Case:
+    """Paged attention of `sequences` with `query` new tokens each."""
     heads, kv_heads, size = 32, 8, 128
 
     def prepare() -> Callable[[], object]:
         blocks = -(-context // 16)
         shape = (sequences * blocks, 16, kv_heads, size)
-        k_cache, v_cache = (torch.randn(shape, dtype=BF16, device="cuda") for _ in range(2))
-        tables = torch.randperm(sequences * blocks, device="cuda").view(sequences, blocks).to(torch.int32)
-        cu = problems.bounds([query] * sequences, "cuda")
-        contexts = torch.full((sequences,), context, dtype=torch.int32, device="cuda")
-        q = torch.randn(sequences * query, heads, size, dtype=BF16, device="cuda")
+        k_cache, v_cache = (torch.randn(shape, dtype=BF16, device=device) for _ in range(2))
+        tables = torch.randperm(sequences * blocks, device=device).view(sequences, blocks).to(torch.int32)
+        cu = problems.bounds([query] * sequences, device)
+        contexts = torch.full((sequences,), context, dtype=torch.int32, device=device)
+        q = torch.randn(sequences * query, heads, size, dtype=BF16, device=device)
         return lambda: paged_attention(q, k_cache, v_cache, tables, cu, contexts, query, context, size**-0.5)
 
     checked = min(sequences, 4)
@@ -95,77 +159,100 @@ def _attention_case(op: str, query: int, context: int, sequences: int) -> Case:
     return Case(
         op=op,
         shape=f"B={sequences}, {query} queries on {context} keys, 32/8 heads of 128",
-        check=lambda: problems.paged_attention_errors([query] * checked, [context] * checked, (8, 2), size, BF16, "cuda"),
+        check=lambda: problems.paged_attention_errors([query] * checked, [context] * checked, (8, 2), size, BF16, device),
         prepare=prepare,
         num_bytes=2 * sequences * size * (2 * context * kv_heads + 2 * query * heads),
         flops=4 * pairs * heads * size,
     )
 
 
-def _cross_entropy_case(rows: int, hidden_size: int = 4096, vocab_size: int = 128256) -> Case:
+def cross_entropy_case(rows: int, hidden_size: int = 4096, vocab_size: int = 128256, device: str = "cuda") -> Case:
+    """Linear + cross-entropy with its gradient."""
+
     def prepare() -> Callable[[], object]:
-        hidden = torch.randn(rows, hidden_size, dtype=BF16, device="cuda")
-        weight = torch.randn(vocab_size, hidden_size, dtype=BF16, device="cuda") * 0.02
-        labels = torch.randint(vocab_size, (rows,), device="cuda")
+        hidden = torch.randn(rows, hidden_size, dtype=BF16, device=device)
+        weight = torch.randn(vocab_size, hidden_size, dtype=BF16, device=device) * 0.02
+        labels = torch.randint(vocab_size, (rows,), device=device)
         return lambda: linear_cross_entropy(hidden, weight, labels, 1.0, True)
 
     return Case(
         op="linear_cross_entropy",
         shape=f"N={rows}, {hidden_size} -> {vocab_size}",
-        check=lambda: problems.cross_entropy_errors(min(rows, 600), 64, vocab_size, BF16, "cuda"),
+        check=lambda: problems.cross_entropy_errors(min(rows, 600), 64, vocab_size, BF16, device),
         prepare=prepare,
         num_bytes=2 * (vocab_size * hidden_size + 2 * rows * hidden_size),
         flops=4 * rows * hidden_size * vocab_size,
     )
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """The rows of the table; `quick` keeps one or two of each op."""
+def lora_shapes(quick: bool) -> list[tuple[int, int, int, int]]:
+    """(adapters, K, N, T) of the table."""
     shapes = [(4, 4096, 4096, 64), (4, 4096, 14336, 4096)]
     if not quick:
         shapes += [(4, 4096, 4096, rows) for rows in (16, 1024, 4096)] + [(4, 4096, 14336, 64), (32, 4096, 4096, 64)]
         shapes += [(32, 4096, 14336, 64), (32, 4096, 14336, 4096), (4, 14336, 4096, 64), (4, 14336, 4096, 4096)]
-    for shape in shapes:
-        yield _lora_case("segmented_lora", *shape)
-    for shape in [(1, 4096, 4096, 2048), (1, 4096, 14336, 2048)][: 1 if quick else 2]:
-        yield _lora_case("lora_gradients", *shape)
+    return shapes
+
+
+def other_cases(quick: bool) -> Iterator[Case]:
+    """Attention and cross-entropy."""
     for sequences in (16, 256)[: 1 if quick else 2]:
-        yield _attention_case("decode_attention", 1, 512, sequences)
-    yield _attention_case("prefill_attention", 512, 1024, 4)
-    yield _cross_entropy_case(2048)
+        yield attention_case("decode_attention", 1, 512, sequences)
+    yield attention_case("prefill_attention", 512, 1024, 4)
+    yield cross_entropy_case(2048)
 
 
-def _recorded(run: Callable[[], object], repeats: int) -> torch.cuda.CUDAGraph:
+def cases(quick: bool) -> Iterator[Case]:
+    """The rows of the table; `quick` keeps one or two of each op."""
+    for op in LORA_OPS:
+        if op == "lora_gradients":
+            for shape in [(1, 4096, 4096, 2048), (1, 4096, 14336, 2048)][: 1 if quick else 2]:
+                yield lora_case(op, *shape)
+            continue
+        for shape in lora_shapes(quick):
+            yield lora_case(op, *shape)
+    yield from other_cases(quick)
+
+
+def _recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(repeats):
+        for run in runs:
             run()
     return graph
 
 
-def _replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> list[float]:
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return times
+def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end)
 
 
-def measure_us(run: Callable[[], object], repeats: int = 10, replays: int = 21) -> tuple[float, float, float]:
-    """p20, p50 and p80 of one call in microseconds: graphs of `repeats` (flush the L2 cache, call), less a graph of the flushes alone."""
-    cache = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    for _ in range(3):
-        run()
-    flushes = _recorded(cache.zero_, repeats)
-    both = _recorded(lambda: (cache.zero_(), run()), repeats)
-    for graph in (flushes, both):
-        _replay_us(graph, 3)
-    base = statistics.median(_replay_us(flushes, replays))
-    times = sorted((total - base) / repeats for total in _replay_us(both, replays))
+def _call_us(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return 1e6 * (time.perf_counter() - started)
+
+
+def measure_us(case: Case, replays: int = REPLAYS, device: str = "cuda") -> tuple[float, float, float]:
+    """p20, p50 and p80 of one call in microseconds: replays of a graph of calls with inputs of their own, over their number.
+
+    On the CPU, where there are no graphs, plain calls.
+    """
+    if device == "cpu":
+        runs = [case.prepare() for _ in range(2)]
+        times = sorted([_call_us(runs[i % 2]) for i in range(replays + 2)][2:])
+    else:
+        runs = [case.prepare() for _ in range(case.num_copies)]
+        for run in runs:
+            run()
+        graph = _recorded(runs)
+        for _ in range(3):
+            _replay_us(graph)
+        times = sorted(_replay_us(graph) / len(runs) for _ in range(replays))
     return times[round(0.2 * (replays - 1))], statistics.median(times), times[round(0.8 * (replays - 1))]
 
 
@@ -181,13 +268,18 @@ def provenance() -> dict[str, str]:
     }
 
 
+def passes(errors: dict[str, float]) -> bool:
+    """Whether every error is within `TOLERANCE` (NaN is not)."""
+    return all(error < TOLERANCE for error in errors.values())
+
+
 def run_case(case: Case, record: dict[str, str]) -> dict[str, object] | None:
     """The row of one case, or None where its check fails. Prints the line."""
     errors = case.check()
-    if not all(error < TOLERANCE for error in errors.values()):
+    if not passes(errors):
         print(f"{case.op:22s} {case.shape:48s} CHECK FAILED: {errors}", flush=True)
         return None
-    p20, p50, p80 = measure_us(case.prepare())
+    p20, p50, p80 = measure_us(case)
     print(f"{case.op:22s} {case.shape:48s} {case.floor_us:8.1f} {p50:9.1f} {p50 / case.floor_us:6.2f}x {p20:9.1f} {p80:9.1f}", flush=True)
     times = {"floor_us": case.floor_us, "ratio": p50 / case.floor_us, "p20_us": p20, "p50_us": p50, "p80_us": p80}
     return {"op": case.op, "shape": case.shape, **times, "errors": errors, **record}

@@ -140,6 +140,12 @@ class LoraTable:
         if tensor.data_ptr() % 16:
             raise ValueError(f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}. Clone it first.")
 
+    def narrow(self) -> None:
+        """Bring `facts` back to those of the weights that are here; a graph recorded under wider ones needs to be found by them."""
+        self.max_rank, self.rank_bucket, self.rank_multiple = 0, 16, 16
+        for weights in self.weights.values():
+            self.expect(weights.rank)
+
     def expect(self, rank: int) -> None:
         """Widen `facts` for weights of this rank that will come."""
         self.max_rank = max(self.max_rank, rank)

@@ -18,10 +18,12 @@ TOP = {
 }
 FOLDERS = {
     "workbench/": "traces, policies, replay and measurement: torch-free",
+    "workbench/bench/": "the whole-engine bench: workload -> rows -> check, table, plot",
     "workbench/policies/": "the shipped policies",
     "workbench/runtime/": "models, adapters and the engine: everything that needs torch",
     "workbench/widgets/": "what moves in a notebook",
     "kernels/": "one file per fused operator: equation, reference, Triton kernels, autograd, public op",
+    "benchmarks/": "the bench's rows, one CSV a workload: every number with GPU, versions, commit and date",
     "scripts/": "what the Makefile calls",
     "notebooks/": "numbered; the question first, the answer last",
     "traces/": "real request traces with source, licence, schema and checksum (its README)",

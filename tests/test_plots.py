@@ -150,3 +150,27 @@ def test_a_figure_shows_itself_as_a_png_without_pyplot(comparison):
 def test_gaps_can_be_drawn_by_policy(comparison):
     gaps = pd.concat([metrics.token_gaps(r.events).assign(policy=label) for (label, _), r in comparison.replays.items()])
     assert plots.distribution(gaps, "itl_s", slo_s=0.08).get_ylabel() == "share of gaps (%)"
+
+
+def test_roofline_places_kernels_by_intensity_under_the_measured_roof():
+    rows = pd.DataFrame(
+        {
+            "device": "NVIDIA H100 80GB HBM3",
+            "system": ["workbench", "workbench", "base GEMM", "workbench"],
+            "metric": ["addition", "addition", "GEMM", "attainment"],
+            "unit": ["us", "us", "us", "%"],
+            "p50": [10.0, 20.0, 100.0, 99.0],
+            "num_bytes": [1e6, 2e6, 1e7, np.nan],
+            "flops": [1e7, 2e7, 5e10, np.nan],
+        }
+    )
+    ax = plots.roofline(rows)
+    points = np.vstack([c.get_offsets() for c in ax.collections])
+    np.testing.assert_allclose(sorted(map(tuple, points)), [(10.0, 1.0), (10.0, 1.0), (5000.0, 500.0)])
+    (roof,) = ax.lines
+    x, y = roof.get_data()
+    np.testing.assert_allclose(y, np.minimum(x * 3.02, 711.0))
+    assert "TFLOP/s" in ax.get_ylabel() and "FLOP/byte" in ax.get_xlabel()
+    with pytest.raises(ValueError, match="exactly one device"):
+        plots.roofline(rows.assign(device=["a", "b", "a", "b"]))
+    assert not plots.roofline(rows.assign(device="CPU")).lines

@@ -16,7 +16,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from workbench import metrics
-from workbench.config import SLO
+from workbench.bench import machine
+from workbench.config import SLO, require
 from workbench.features import NAMES
 from workbench.latency_fit import CLASSES, classes_of
 
@@ -250,6 +251,31 @@ def step_timeline(
     ax.set_yticks(range(len(kinds)), kinds)
     ax.set(xlim=(start_s, end_s), xlabel="time (s)")
     return _finish(ax, caption, legend=False)
+
+
+def roofline(rows: pd.DataFrame, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
+    """Kernels against what the device allows: FLOP/s reached over FLOPs per byte (least of each), under its bandwidth and matrix rate.
+
+    `rows`: bench rows of one device; those with microseconds, bytes and FLOPs are drawn. The roof stands where the device's rates
+    were measured (Williams, Waterman, Patterson: Roofline, CACM 2009). Raises ValueError for rows of several devices, or none to draw.
+    """
+    rows = rows[(rows["unit"] == "us") & rows["num_bytes"].notna() & rows["flops"].notna()]
+    devices = list(dict.fromkeys(rows["device"]))
+    require(len(devices) == 1, "a roofline needs kernel rows of exactly one device", devices, "Choose rows by their device.")
+    ax = ax or _axes(7, 4.5)
+    intensity = (rows["flops"] / rows["num_bytes"]).to_numpy(float)
+    reached = (rows["flops"] / rows["p50"]).to_numpy(float) / 1e6  # FLOP per microsecond are MFLOP/s; in TFLOP/s
+    names = (rows["system"] + ", " + rows["metric"]).to_numpy()
+    for name, style in styles(list(dict.fromkeys(names))).items():
+        chosen = names == name
+        ax.scatter(intensity[chosen], reached[chosen], color=style.colour, marker=style.marker, s=22, label=name, zorder=3)
+    rates = machine.rates(devices[0])
+    if rates is not None:
+        ends = np.geomspace(intensity.min() / 2, max(intensity.max(), rates[1] / rates[0]) * 2, 200)
+        label = f"{rates[0] / 1e12:g} TB/s, {rates[1] / 1e12:g} TFLOP/s"
+        ax.plot(ends, np.minimum(ends * rates[0], rates[1]) / 1e12, color="black", linewidth=1, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="reached (TFLOP/s)")
+    return _finish(ax, caption or devices[0], legend)
 
 
 def _axes(width: float = 6.0, height: float = 4.0) -> Axes:

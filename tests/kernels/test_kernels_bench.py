@@ -45,3 +45,29 @@ def test_the_floors_are_those_of_the_targets():
     expected = {"4 x r8, 4096 -> 4096, T=1024": 8.5, "4 x r8, 4096 -> 14336, T=4096": 89, "32 x r8, 4096 -> 4096, T=64": 1.9}
     for shape, floor in expected.items():
         assert floors[shape] == pytest.approx(floor, rel=0.05)
+
+
+def test_the_calls_of_one_replay_do_not_fit_the_cache_together():
+    for made in bench.cases(False):
+        assert made.num_copies == bench.MAX_COPIES or made.num_copies * made.num_bytes >= bench.COLD_BYTES, made.shape
+        assert made.num_copies >= 2
+
+
+@pytest.mark.parametrize("op", bench.LORA_OPS)
+def test_every_lora_op_and_baseline_is_checked_and_runs(op):
+    made = bench.lora_case(op, 4, 64, 96, 40, device="cpu")
+    errors = made.check()
+    assert errors and bench.passes(errors), errors
+    made.prepare()()
+
+
+def test_the_check_of_the_torch_loop_finds_a_missing_scale(monkeypatch):
+    loop = bench.lora_loop_
+
+    def unscaled(y, x, table, layout):
+        for place, weights in table.weights.items():
+            table.weights[place] = bench.SlotWeights(weights.a, weights.b, 1.1 * weights.scale)
+        return loop(y, x, table, layout)
+
+    monkeypatch.setattr(bench, "lora_loop_", unscaled)
+    assert not bench.passes(bench.lora_case("lora_loop", 4, 64, 96, 40, device="cpu").check())

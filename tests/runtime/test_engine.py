@@ -335,3 +335,25 @@ def test_a_version_that_a_plan_may_load_outlives_its_replacement(engine, adapter
     assert engine.adapter_infos["a"].version == 2
     engine.load_adapter("b", adapters["b"])
     assert ("a", 1) not in engine._versions
+
+
+def test_a_replay_pays_nothing_for_adapters_that_only_an_earlier_one_had(engine):
+    with Driver(engine) as driver:
+        driver.add(request("r", 4, "b"))
+        driver.prefill("r")
+        driver.step()
+    tables = [table for layer in engine.runner.table.tables for table in layer.values()]
+    assert {table.max_rank for table in tables} == {9}
+    engine.unload_adapter("b")
+    with Driver(engine):
+        assert all(table.max_rank == 4 and not table.weights for table in tables), "only the adapter of rank 4 is known now"
+
+
+def test_random_adapters_come_at_any_time_and_replace_those_of_their_name(engine):
+    assert engine.add_random_adapters((4, 8)) == ("adapter-0", "adapter-1")
+    engine.add_random_adapters((16,), seed=2)
+    infos = engine.adapters
+    assert (infos["adapter-0"].rank, infos["adapter-0"].version, infos["adapter-1"].rank) == (16, 2, 8)
+    assert Engine.random("tiny-llama", adapters=(4, 8), device="cpu").adapters["adapter-1"].rank == 8
+    with pytest.raises(ValueError, match="rank must lie in 1"):
+        engine.add_random_adapters((8, 0))

@@ -107,6 +107,24 @@ def init_adapter(
     return AdapterWeights(name=name, rank=rank, alpha=alpha, tensors=tensors, use_rslora=use_rslora)
 
 
+def random_adapter(dims: Dims, name: str, rank: int, generator: torch.Generator, dtype: torch.dtype, std: float) -> AdapterWeights:
+    """An adapter on all seven linears whose A and B are drawn from N(0, `std`) on the generator's device; alpha is twice the rank.
+
+    Raises ValueError for a rank outside 1..256.
+    """
+    require(1 <= rank <= MAX_RANK, f"rank must lie in 1..{MAX_RANK}", rank)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (std * torch.randn(shape, device=generator.device, generator=generator)).to(dtype)
+
+    tensors = {}
+    for layer in range(dims.num_layers):
+        for target in LINEARS:
+            width_in, width_out = dims.linear(target)
+            tensors[layer, target] = (draw(rank, width_in), draw(width_out, rank))
+    return AdapterWeights(name=name, rank=rank, alpha=2.0 * rank, tensors=tensors)
+
+
 def load_peft(directory: str | Path, dims: Dims, name: str) -> AdapterWeights:
     """The LoRA adapter in a PEFT directory (`adapter_config.json` + `adapter_model.safetensors`), checked against the base's sizes.
 

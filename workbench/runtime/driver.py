@@ -88,6 +88,16 @@ class Driver:
         left = run.length - run.cached
         self._inference("prefill", run, left if tokens is None else min(tokens, left))
 
+    def assume(self, request_id: str, tokens: int) -> None:
+        """Take the first `tokens` prompt tokens as computed: blocks are handed out, with whatever keys and values they hold.
+
+        For timing decodes at a context without the prefill; the last prompt token must be left (the first decode computes it).
+        """
+        run = self.runs[request_id]
+        assert run.cached == 0 and tokens < run.length, f"{request_id} stands at {run.cached} of {run.length} tokens, got {tokens}"
+        self._take_blocks(run, tokens)
+        run.cached = tokens
+
     def decode(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
             self._inference("decode", self.runs[request_id], 1)
@@ -97,8 +107,7 @@ class Driver:
         if not run.is_known:
             self._admitted.append(request)
             run.is_known = True
-        while len(run.blocks) * self.info.block_tokens < end:
-            run.blocks.append(self.free_blocks.pop())
+        self._take_blocks(run, end)
         if request.adapter is not None:
             self._need_slot(request.adapter, run.version)
         samples = end == run.length
@@ -107,6 +116,10 @@ class Driver:
         )
         run.cached = end
         run.length += samples
+
+    def _take_blocks(self, run: _Run, tokens: int) -> None:
+        while len(run.blocks) * self.info.block_tokens < tokens:
+            run.blocks.append(self.free_blocks.pop())
 
     def _need_slot(self, adapter: str, version: int) -> None:
         if (adapter, version) not in self.slots:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from workbench.config import EngineConfig, FinetuneJob, UnknownAdapterError, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Predictor, Request, Segment, StepResult
 from workbench.data import Document, prepare, prompt_token_ids
-from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, save_peft
+from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, random_adapter, save_peft
 from workbench.runtime.backward import BackwardPass
 from workbench.runtime.backward_graphs import BackwardGraphs, RecordedPass
 from workbench.runtime.finetune import TrainState
@@ -170,15 +170,7 @@ class Engine:
         """
         device = resolve_device(device)
         engine = cls(random_base(shape, device=device, dtype=resolve_dtype(dtype, device), seed=seed), name=shape, config=config)
-        ranks = [rank] * adapters if isinstance(adapters, int) else list(adapters)
-        generator = torch.Generator(device=device).manual_seed(seed + 1)
-        for i, r in enumerate(ranks):
-            weights = init_adapter(engine.fused.dims, f"adapter-{i}", rank=r, alpha=2.0 * r, seed=seed + i)
-            tensors = {
-                key: tuple(0.02 * torch.randn(t.shape, device=device, generator=generator).to(engine.dtype) for t in pair)
-                for key, pair in weights.tensors.items()
-            }
-            engine._register(replace(weights, tensors=tensors))
+        engine.add_random_adapters([rank] * adapters if isinstance(adapters, int) else adapters, seed=seed + 1)
         return engine
 
     def __repr__(self) -> str:
@@ -209,6 +201,19 @@ class Engine:
         with self.lock:
             self._made_by_jobs.discard(name)
             return self._register(weights)
+
+    def add_random_adapters(self, ranks: Sequence[int], *, seed: int = 1, std: float = 0.02) -> tuple[str, ...]:
+        """Serve adapters "adapter-0", ... of these ranks on all seven linears, A and B drawn on the device from N(0, `std`); their names.
+
+        For speed studies: `unload_adapter` takes them away again. A name that is taken gets a new version. Raises ValueError for a rank
+        outside 1..256.
+        """
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        drawn = [random_adapter(self.fused.dims, f"adapter-{i}", r, generator, self.dtype, std) for i, r in enumerate(ranks)]
+        with self.lock:
+            for weights in drawn:
+                self._register(weights)
+        return tuple(weights.name for weights in drawn)
 
     def unload_adapter(self, name: str) -> None:
         """Stop serving `name`: requests in flight finish on their version, waiting ones are rejected with a reason."""
@@ -350,8 +355,9 @@ class Engine:
                 raise RuntimeError("begin needs an idle engine, got a running replay. Wait for its end, or call engine.end().")
             assert_aliases(self.base, self.fused)
             self.end()
-            for entry in range(self.config.num_slots, self._table.num_entries):
-                self._table.clear(entry)
+            self._table.reset()
+            for version in self._current.items():
+                self._table.expect(self._versions[version].tensors)
             self._states, self._seed = {}, seed
             for i, job in enumerate(jobs):
                 self._states[job.id] = self._create_state(job, self.config.num_slots + i)

@@ -46,6 +46,13 @@ class JobHandle:
         """The weights as trained so far (fp32, on the CPU)."""
         return self._engine.trained_weights(self._state, device=torch.device("cpu"))
 
+    @property
+    def gradients(self) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+        """The gradients (dA, dB) in fp32 by (layer, target), summed over the micro-batches of the open window that are committed."""
+        state = self._state
+        places = {key: state.index_of(key) for key in state.master}
+        return {key: (state.accumulated[i], state.accumulated[i + 1]) for key, i in places.items()}
+
     def pause(self) -> None:
         self._engine.command("pause", self._state.job.id)
 

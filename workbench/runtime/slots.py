@@ -70,6 +70,14 @@ class AdapterTable:
         self.targets[entry] = frozenset()
         self._facts = None
 
+    def reset(self) -> None:
+        """Empty every entry, and narrow `facts` to an empty table's: what an earlier replay loaded must not slow down this one."""
+        for entry in range(self.num_entries):
+            self.clear(entry)
+        for tables in self.tables:
+            for table in tables.values():
+                table.narrow()
+
     def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout) -> Tensor:
         """y [T, N] += each row's own adapter on x [T, K]."""
         return segmented_lora_(y, x, self.tables[layer][group], layout)

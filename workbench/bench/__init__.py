@@ -1,0 +1,1 @@
+"""The whole-engine bench: workload -> rows -> check, table, plot."""

@@ -1,0 +1,115 @@
+"""`python -m workbench.bench`: run workloads, check the rows against the targets, write README's table, draw the roofline.
+
+    python -m workbench.bench w1 w4 --into benchmarks          workloads (all six by default; `replay` needs no GPU)
+    python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
+    python -m workbench.bench table benchmarks                 README's results table
+    python -m workbench.bench roofline benchmarks FILE.png     the kernels against the roofline
+
+Every workload first checks its numbers and writes none if they are wrong.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from workbench.bench import check, rows, table, targets
+from workbench.bench.session import Session
+from workbench.config import did_you_mean
+
+MODULES = {
+    "w1": "decode",
+    "w2": "offline",
+    "w3": "online",
+    "w4": "finetune",
+    "w5": "kernel",
+    "w6": "unified",
+    "replay": "replaying",
+}
+FOLDER = Path("benchmarks")
+WITHOUT_ENGINE = ("w5", "replay")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 1 for a failed check or a missed target; 2 for a cell that does not exist."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["table"]:
+        return _table(given[1:])
+    if given[:1] == ["roofline"]:
+        return _roofline(given[1:])
+    options = _options(given)
+    if options.check is not None:
+        verdicts = check.judge(rows.read(options.check), options.workloads)
+        print(check.report(verdicts))
+        return 0 if all(v.is_met for v in verdicts) else 1
+    return _run(options)
+
+
+def _options(given: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m workbench.bench", description="Measure the engine, or check what was measured.")
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(targets.WORKLOADS)}; by default w1 to w6")
+    parser.add_argument("--shape", default=targets.SHAPE, help="a named model shape; its weights are random (tiny-llama for the CPU)")
+    parser.add_argument("--into", type=Path, default=FOLDER, metavar="DIR", help="where rows are appended, one CSV a workload")
+    parser.add_argument(
+        "--seconds", type=float, help="of every workload; no cell is begun after that. Each has a time of its own otherwise"
+    )
+    parser.add_argument("--only", nargs="+", default=(), metavar="CELL", help="cells whose name contains one of these")
+    parser.add_argument("--baseline", choices=["peft"], help="transformers + PEFT beside W1 and W4, in the same run")
+    parser.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", type=Path, metavar="DIR", help="measure nothing: compare the rows of DIR with the targets")
+    options = parser.parse_args(given)
+    for name in options.workloads:
+        if name not in targets.WORKLOADS:
+            parser.error(f"a workload must be one of {', '.join(targets.WORKLOADS)}, got {name!r}. {did_you_mean(name, targets.WORKLOADS)}")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds must be above 0, got {options.seconds}")
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    session = Session(
+        shape=options.shape, into=options.into, seconds=options.seconds, only=options.only, seed=options.seed, device=options.device
+    )
+    for name in options.workloads or targets.WORKLOADS[:-1]:
+        module: Any = import_module(f"workbench.bench.{MODULES[name]}")
+        if name not in WITHOUT_ENGINE:
+            _ = session.engine  # built before the workload's time begins
+        session.start(name, module.SECONDS)
+        if module.run(session) and options.baseline == "peft":
+            import_module("workbench.bench.peft").run(session, name)
+    for cell in session.skipped:
+        print(f"not measured, no time: {cell}")
+    if options.only and not any(row.cell != rows.CORRECTNESS for row in session.rows) and not session.failed:
+        print(f"--only must name a part of a cell's name, got {options.only}. Cells: {'; '.join(session.offered)}", file=sys.stderr)
+        return 2
+    print(f"{len(session.rows)} rows in {session.into}")
+    return 1 if session.failed else 0
+
+
+def _table(given: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m workbench.bench table", description="Write README's results table from rows.")
+    parser.add_argument("folder", type=Path, metavar="DIR", nargs="?", default=FOLDER)
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    options = parser.parse_args(given)
+    text = options.readme.read_text(encoding="utf-8")
+    options.readme.write_text(table.updated(text, rows.read(options.folder)), encoding="utf-8")
+    return 0
+
+
+def _roofline(given: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m workbench.bench roofline", description="Draw the kernels' newest rows.")
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("file", type=Path, metavar="FILE")
+    options = parser.parse_args(given)
+    from workbench import plots
+
+    figure: Any = plots.roofline(check.comparable(rows.read(options.folder))).get_figure()
+    figure.savefig(options.file, dpi=150, bbox_inches="tight")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

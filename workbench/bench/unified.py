@@ -1,0 +1,78 @@
+"""W6: four serving adapters beside one fine-tune job, at most 256 resident: attainment and committed fine-tune tokens per second."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from workbench import traces
+from workbench.bench import correctness, serving
+from workbench.bench.finetune import tuning_job
+from workbench.bench.rows import OURS
+from workbench.bench.session import Session
+from workbench.config import SLO
+from workbench.core import Request
+from workbench.policies import LoquetierStatic, ServeFirst
+
+SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table. The headline policy keeps its steps a little below the target of the gaps; others stand beside it."""
+
+    cell: str
+    rate: int
+    gap_s: float
+    policy: Any
+
+
+SETTINGS = (
+    Setting("2 req/s, gaps 45 ms", 2, 0.045, ServeFirst(step_s=0.040)),
+    Setting("10 req/s, gaps 45 ms", 10, 0.045, ServeFirst(step_s=0.040)),
+    Setting("2 req/s, gaps 20 ms", 2, 0.020, ServeFirst(step_s=0.018)),
+)
+OTHERS = (LoquetierStatic(max_resident=256),)
+
+
+def run(session: Session) -> bool:
+    """Each setting under its policy, then under the others while time is left. False if a check fails."""
+    if not session.check(correctness.serving_errors(session) | correctness.gradient_errors(session)):
+        return False
+    with session.adapters(serving.ADAPTER_RANKS) as names:
+        is_ready = False
+        for policy in (None, *OTHERS):
+            for setting in SETTINGS:
+                if not session.wants(setting.cell):
+                    continue
+                if not is_ready:
+                    session.engine.calibrate(seconds=session.sizes.calibrate_s)
+                    serving.warm_up(session, names)
+                    is_ready = True
+                _measure(session, setting, policy)
+    return True
+
+
+def _requests(session: Session, rate: int) -> list[Request]:
+    """W3's arrivals of the horizon: those of 10 req/s as they are, or those of 5 req/s thinned to 2."""
+    horizon_s = session.sizes.horizon_s
+    if rate == 10:
+        return session.requests("w3-10rps", duration_s=horizon_s)
+    trace = traces.load("w3-5rps").scale(rate=rate, how="thin", seed=session.seed)
+    return session.requests(trace, duration_s=horizon_s)
+
+
+def _measure(session: Session, setting: Setting, other: Any) -> None:
+    horizon_s = session.sizes.horizon_s
+    requests = _requests(session, setting.rate)
+    assert requests, f"{setting.cell}: no request arrives within {horizon_s} s, so the replay would never end"
+    job = tuning_job(session, "tuned", 2)
+    slo = SLO(ttft_s=5.0, itl_s=setting.gap_s)
+    try:
+        result = serving.run(session, requests, other or setting.policy, [job], slo=slo, measure=(0.0, horizon_s))
+    finally:
+        session.engine.unload_adapter(job.adapter)
+    found: dict[str, Any] = result.summary()
+    system = OURS if other is None else f"{OURS}, {type(other).__name__}"
+    note = f"{result.policy}; TTFT p99 {1e3 * found['ttft_p99_s']:.0f} ms, TPOT p50 {1e3 * found['tpot_p50_s']:.1f} ms"
+    session.record(setting.cell, "attainment", [100 * found["attainment"]], "%", n=int(found["requests"]), system=system, note=note)
+    note = f"{result.policy}; committed within {horizon_s:g} s"
+    session.record(setting.cell, "fine-tune", [found["finetune_tokens_per_s"]], "tokens/s", system=system, note=note)
