@@ -27,7 +27,8 @@ class Accounts:
     """The content of a plan and the limits that it leaves. Nothing here touches the ledger.
 
     `named` holds the owners with work in this plan, `versions` the serving versions that its rows need, `dropped` how many residents
-    it takes off each version, `loads` the versions that it copies to the device.
+    it takes off each version, `loads` the versions that it copies to the device. `refused` holds why a serving verb left a request out
+    altogether, `queue_why` why prefill stopped before the end of its queue.
     """
 
     __slots__ = (
@@ -50,6 +51,8 @@ class Accounts:
         "named",
         "preempted",
         "prefills",
+        "queue_why",
+        "refused",
         "rejected",
         "repeat_steps",
         "stops_on_arrival",
@@ -69,6 +72,8 @@ class Accounts:
         self._kind = ""
         self._predicted_s: float | None = 0.0
         self.why: Why = ""
+        self.queue_why: Why = ""
+        self.refused: dict[str, Why] = {}
         self.work = Work()
         self.named: set[str] = set()
         self.versions: set[Version] = set()
