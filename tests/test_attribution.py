@@ -269,7 +269,7 @@ def test_without_a_predictor_a_step_is_divided_by_tokens_and_a_backward_counts_a
 # sums, whatever the policy
 
 
-class Random_:
+class AnythingGoes:
     """Does anything that is allowed: any verb on any part of the queues, waits, rejects, preempts, evicts, does nothing."""
 
     def __init__(self, seed):
@@ -311,7 +311,7 @@ def test_causes_sum_to_the_measured_time_and_none_is_negative(seed, which, overl
         now += rng.expovariate(rng.choice([20.0, 200.0]))
         adapter = rng.choice([None, "a", "b", "c", "d"])
         trace.append(one(f"r{i}", now, rng.randint(1, 90), rng.randint(1, 12), adapter=adapter))
-    policy = {"random": Random_(seed), "fcfs": FCFS(), "static": LoquetierStatic(), "peft": PeftSequential(), "serve": ServeFirst()}[which]
+    policy = {"random": AnythingGoes(seed), "fcfs": FCFS(), "static": LoquetierStatic(), "peft": PeftSequential(), "serve": ServeFirst()}[which]
     info = fixed_info(num_blocks=16, max_requests=rng.choice([2, 8]), num_slots=2, max_batch_adapters=2, max_model_len=160)
     shapes = {"job:t": FixedShape((24, 8), 30, 2, 2, ((16,),))}
     executor = FixedCost(info=info, shapes=shapes)

@@ -120,6 +120,12 @@ class Replay:
 
         return attribution(self, of)
 
+    def save_trace(self, path: str | Path) -> Path:
+        """Write the replay in the Chrome trace format, by `perfetto.save_trace`: open the file in ui.perfetto.dev."""
+        from workbench.perfetto import save_trace
+
+        return save_trace(self, path)
+
     def __repr__(self) -> str:
         end = f", interrupted={self.interrupted}, error={self.error!r}" if self.interrupted or self.error else ""
         loop, num = self.settings.get("loop", "open"), len(self.trace_requests)
