@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from workbench import plots
 from workbench.attribution import CAUSE_COLUMNS, CAUSES, by_policy
 from workbench.config import SLO, FinetuneJob, RandomTokens
 from workbench.core import Request
@@ -67,6 +68,9 @@ def serve_and_train(view, plan):
     plan.prefill(view.waiting)
     for j in view.jobs:
         plan.train(j)
+
+
+POLICIES = {"FCFS": FCFS(), "both": serve_and_train}
 
 
 def test_fine_tuning_beside_a_decode_is_divided_into_forward_and_backward():
@@ -230,6 +234,23 @@ def test_means_by_policy_count_the_window_and_on_request_only_the_missed():
     assert by_policy({("FCFS", 0): run(trace, slo=SLO(ttft_s=1.0))}, missed=True)["own_s"].isna().all()
 
 
+def test_the_figure_stacks_to_the_mean_and_says_n_seeds_executor_and_that_it_is_simulated():
+    trace = [one(f"r{i}", 0.004 * i, 50, 6, adapter="ab"[i % 2]) for i in range(12)]
+    replays = {(label, seed): run(trace, policy, jobs=[job(64, steps=3)]) for label, policy in POLICIES.items() for seed in (0, 1)}
+    frame = by_policy(replays)
+    ax = plots.attribution(frame, source=replays["FCFS", 0], caption="by hand")
+    heights = {x: sum(b.get_height() for b in ax.patches if b.get_x() == pytest.approx(x - 0.3)) for x in range(2)}
+    means = [replays[label, 0].requests["ttft_s"].mean() for label in POLICIES]
+    assert list(heights.values()) == pytest.approx(means)
+    assert ax.get_ylabel() == "mean TTFT per request (s)"
+    assert [t.get_text() for t in ax.get_xticklabels()] == list(POLICIES)
+    text = " ".join(a.get_text() for a in ax.texts).replace("\n", " ")
+    assert "n = 12 requests a run, 2 seeds; simulated by FixedCost" in text and text.endswith("by hand")
+    names = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert "its own compute" in names and "behind backward" in names and "preempted" not in names
+    assert set(plots.CAUSE_STYLES) == set(CAUSES)
+
+
 # the division of a step
 
 
@@ -311,7 +332,9 @@ def test_causes_sum_to_the_measured_time_and_none_is_negative(seed, which, overl
         now += rng.expovariate(rng.choice([20.0, 200.0]))
         adapter = rng.choice([None, "a", "b", "c", "d"])
         trace.append(one(f"r{i}", now, rng.randint(1, 90), rng.randint(1, 12), adapter=adapter))
-    policy = {"random": AnythingGoes(seed), "fcfs": FCFS(), "static": LoquetierStatic(), "peft": PeftSequential(), "serve": ServeFirst()}[which]
+    policy = {"random": AnythingGoes(seed), "fcfs": FCFS(), "static": LoquetierStatic(), "peft": PeftSequential(), "serve": ServeFirst()}[
+        which
+    ]
     info = fixed_info(num_blocks=16, max_requests=rng.choice([2, 8]), num_slots=2, max_batch_adapters=2, max_model_len=160)
     shapes = {"job:t": FixedShape((24, 8), 30, 2, 2, ((16,),))}
     executor = FixedCost(info=info, shapes=shapes)

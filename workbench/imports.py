@@ -11,7 +11,7 @@ Only what a file says is taken over: anything else is nan, with a note. Duration
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -311,8 +311,7 @@ def _loquetier(path: Path, arrivals: np.ndarray | None, slo: SLO | Mapping[str, 
         slo=slo,
     )
     met = {"output_tokens", "preemptions", "met", "met_pace", *(f"met_{name}" for name in metrics.TARGETS)}
-    imported.unknown = frozenset(unknown | met | (set(metrics.summary(imported)) - set(_WAITS)))
-    return imported
+    return replace(imported, unknown=frozenset(unknown | met | (set(metrics.summary(imported)) - set(_WAITS))))
 
 
 def _model_time_rates(log: pd.DataFrame) -> dict[str, float]:

@@ -7,8 +7,9 @@
 | loquetier | a folder with timestamps.txt, inference.json and prompts.jsonl | tests/test_scalable_loquetier.py of the release |
 
 Sources: vllm-project/vllm, pull request 39795; sgl-project/sglang, python/sglang/benchmark/datasets/mooncake.py; NJUDeepEngine/Loquetier.
-The harness of the last cuts prompts to 200 tokens and lets the text decide output lengths. Both servers' clients make a prompt from its hash ids, equal ids giving equal text: vLLM's of `--timed-trace-chunk-hash-size` tokens
-each, cut to input_length; SGLang's of 128 words each, whatever input_length says. So the ids are what carries lengths and prefixes.
+The harness of the last cuts prompts to 200 tokens and lets the text decide output lengths. The two servers' clients make a prompt from
+its hash ids, equal ids giving equal text: vLLM's of `--timed-trace-chunk-hash-size` tokens each, for input_length tokens; SGLang's of
+128 words each, whatever input_length says. So the ids are what carries lengths and prefixes.
 """
 
 import json

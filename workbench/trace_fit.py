@@ -19,6 +19,7 @@ from workbench.trace import Trace
 MIN_REQUESTS = 20
 MAX_PHASES, REQUESTS_A_PHASE = 24, 100
 MAX_EXPONENT = 10.0
+MAX_SHAPE = 1e4  # gaps that vary by 1 %: as good as constant
 CURVE_POINTS = 200
 
 
@@ -103,7 +104,9 @@ class TraceGenerator:
         """Both distribution functions of every row of `report()`: quantity, x, real, fitted. For `plots.trace_fit`."""
         frames = []
         for name, values, cdf, _ in self._quantities():
-            x = np.unique(np.quantile(values, np.linspace(0, 1, CURVE_POINTS), method="nearest"))
+            grid = np.geomspace(1, values.max(), CURVE_POINTS) if name.endswith("_tokens") else np.linspace(0, values.max(), CURVE_POINTS)
+            grid = grid if name in ("arrival_s", "gap") else np.floor(grid)
+            x = np.unique(np.concatenate([grid, np.quantile(values, np.linspace(0, 1, CURVE_POINTS), method="nearest")]))
             real = np.searchsorted(np.sort(values), x, side="right") / len(values)
             frames.append(pd.DataFrame({"quantity": name, "x": x, "real": real, "fitted": cdf(x)}))
         return pd.concat(frames, ignore_index=True)
@@ -184,7 +187,8 @@ def fit(trace: Trace, *, num_phases: int | None = None) -> TraceGenerator:
     fitted: dict[str, Any] = {"prompt": prompt, "output": output, "correlation": correlation, "adapters": adapters}
     fitted |= {"phases": phases, "exponent": exponent, "base_share": base_share, "source": trace}
     gaps = np.diff(TraceGenerator(shape=1.0, **fitted)._expected(times))
-    return TraceGenerator(shape=float(gaps.mean() ** 2 / gaps.var()) if gaps.var() > 0 else 1e6, **fitted)
+    shape = min(float(gaps.mean() ** 2 / max(gaps.var(), 1e-300)), MAX_SHAPE)
+    return TraceGenerator(shape=shape, **fitted)
 
 
 def _lengths(frame: pd.DataFrame) -> tuple[LogNormal | None, LogNormal | None, float]:
@@ -193,7 +197,7 @@ def _lengths(frame: pd.DataFrame) -> tuple[LogNormal | None, LogNormal | None, f
         return None, None, 0.0
     logs = np.log(frame[names].to_numpy(float))
     mean, sd = logs.mean(axis=0), logs.std(axis=0)
-    correlation = float(np.corrcoef(logs.T)[0, 1]) if (sd > 0).all() else 0.0
+    correlation = float(np.corrcoef(logs.T)[0, 1]) if (sd > 1e-9).all() else 0.0
     prompt, output = (
         LogNormal(log_mean=float(mean[k]), log_sd=float(sd[k]), longest=int(frame[name].max())) for k, name in enumerate(names)
     )
