@@ -159,6 +159,48 @@ def test_a_preemption_costs_the_wait_and_the_recomputation():
     assert causes(result, "x", "e2e") == {"own": own, "behind_prefill": 10 * PREFILL, "preempted": again}
 
 
+def test_what_holds_a_preempted_request_up_later_still_counts_as_the_preemption():
+    def give_its_place_away(view, plan):
+        x = next((r for r in view.running if r.id == "x" and r.preemptions == 0 and r.generated == 2), None)
+        if x is not None:
+            plan.preempt(x)
+        plan.decode([r for r in view.running if r is not x])
+        plan.prefill([r for r in view.waiting if r.id != "z" or x is not None or view.now_s > 0.02])
+
+    executor = FixedCost(context_s=0.0, info=fixed_info(max_requests=1))
+    result = run([one("x", prompt=10, output=4), one("z", prompt=10, output=5)], give_its_place_away, executor)
+    assert "refused" in result.events.query("owner == 'x'")["kind"].tolist()
+    z_s = 5 * STEP + 10 * PREFILL + 4 * DECODE
+    own = 3 * STEP + 10 * PREFILL + 2 * DECODE
+    assert causes(result, "x", "e2e") == {"own": own, "preempted": z_s + STEP + 12 * PREFILL}
+
+
+def test_repeated_plans_and_plans_from_an_old_view_keep_the_reasons_of_the_first():
+    def repeat(view, plan):
+        serve_and_train(view, plan)
+        plan.repeat()
+
+    executor = FixedCost(context_s=0.0, info=fixed_info(num_blocks=8, max_model_len=128))
+    trace = [one("x", prompt=100, output=6), one("y", prompt=60)]
+    waited = 6 * STEP + 100 * PREFILL + 5 * DECODE
+    assert causes(run(trace, repeat, executor), "y") == {"kv_blocks": waited, "own": STEP + 60 * PREFILL}
+    assert causes(run(trace, serve_and_train, executor, overlap=True), "y")["kv_blocks"] == waited
+
+
+def test_a_backward_that_stopped_early_counts_what_it_did():
+    def stop(view, plan):
+        serve_and_train(view, plan)
+        plan.stop_on_arrival()
+
+    # the second step, x's decode beside the backward, ends in its third layer of four
+    forward = STEP + 10 * PREFILL + 64 * FINETUNE
+    middle = forward + STEP + DECODE + 2.5 * 64 * BACKWARD
+    result = run([one("x", prompt=10, output=2), one("y", middle, prompt=10)], stop, jobs=[job(64)])
+    assert result.steps["stopped_early"].tolist()[1]
+    own = 2 * STEP + 10 * PREFILL + DECODE
+    assert causes(result, "x", "e2e") == {"own": own, "behind_finetune": 64 * FINETUNE, "behind_backward": 3 * 64 * BACKWARD}
+
+
 def test_a_decode_left_out_for_lack_of_a_block_waits_for_blocks():
     def never_preempt(view, plan):
         plan.decode(view.running, when_full="skip")

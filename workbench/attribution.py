@@ -58,7 +58,7 @@ def attribution(replay: Any, of: Literal["ttft", "e2e"] = "ttft") -> pd.DataFram
 
     `total_s` is the sum: the measured TTFT (`until` "first token") or end-to-end time ("last token"). A request that never came so
     far is followed to its rejection or abortion, or to the end of the replay ("unfinished"). `met` is whether it met its SLO.
-    Raises ValueError for a replay whose rows lack what this needs (measured elsewhere, or saved by a version before 0.2).
+    Raises ValueError for a replay whose rows lack what this needs (measured elsewhere, or saved before steps had these columns).
     """
     require(of in ("ttft", "e2e"), "of must be 'ttft' or 'e2e'", of)
     events, steps, work = replay.events, replay.steps, replay.work

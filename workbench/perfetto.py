@@ -63,25 +63,26 @@ class _Writer:
 
     def __init__(self) -> None:
         self.metadata: list[dict[str, Any]] = []
-        self.timed: list[tuple[int, int, dict[str, Any]]] = []
+        self.timed: list[tuple[int, dict[str, Any]]] = []
 
     def name(self, what: str, pid: int, tid: int, name: str) -> None:
         self.metadata.append({"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}})
 
     def slice(self, name: str, pid: int, tid: int, start: int, end: int, **args: Any) -> None:
         event = {"ph": "X", "name": name, "pid": pid, "tid": tid, "ts": start / 1e3, "dur": (end - start) / 1e3}
-        self.timed.append((start, start - end, event | ({"args": args} if args else {})))
+        self.timed.append((start, event | ({"args": args} if args else {})))
 
     def instant(self, name: str, pid: int, tid: int, at: int, **args: Any) -> None:
         event = {"ph": "i", "name": name, "pid": pid, "tid": tid, "ts": at / 1e3, "s": "t"}
-        self.timed.append((at, 0, event | ({"args": args} if args else {})))
+        self.timed.append((at, event | ({"args": args} if args else {})))
 
     def counter(self, name: str, at: int, value: float) -> None:
-        self.timed.append((at, 0, {"ph": "C", "name": name, "pid": STEPS, "tid": 0, "ts": at / 1e3, "args": {"value": value}}))
+        self.timed.append((at, {"ph": "C", "name": name, "pid": STEPS, "tid": 0, "ts": at / 1e3, "args": {"value": value}}))
 
     def sorted(self) -> list[dict[str, Any]]:
-        self.timed.sort(key=lambda row: row[:2])
-        return [*self.metadata, *(event for _, _, event in self.timed)]
+        # stable: a slice was written before what lies within it
+        self.timed.sort(key=lambda row: row[0])
+        return [*self.metadata, *(event for _, event in self.timed)]
 
 
 def _steps(writer: _Writer, replay: Any) -> None:

@@ -40,7 +40,7 @@ class LogNormal:
         from scipy.special import ndtr
 
         z = (np.log(np.maximum(np.floor(tokens) + 0.5, 0.5)) - self.log_mean) / max(self.log_sd, 1e-12)
-        return np.select([tokens < 1, tokens >= self.longest], [0.0, 1.0], ndtr(z))
+        return np.select([tokens < 1, tokens >= self.longest], [0.0, 1.0], np.asarray(ndtr(z)))
 
 
 @dataclass(frozen=True, kw_only=True)
