@@ -176,15 +176,22 @@ def test_what_holds_a_preempted_request_up_later_still_counts_as_the_preemption(
 
 
 def test_repeated_plans_and_plans_from_an_old_view_keep_the_reasons_of_the_first():
-    def repeat(view, plan):
-        serve_and_train(view, plan)
-        plan.repeat()
+    def repeat(skip):
+        def policy(view, plan):
+            plan.decode(view.running)
+            plan.prefill(view.waiting, skip=skip)
+            plan.repeat()
+
+        return policy
 
     executor = FixedCost(context_s=0.0, info=fixed_info(num_blocks=8, max_model_len=128))
-    trace = [one("x", prompt=100, output=6), one("y", prompt=60)]
+    trace = [one("x", prompt=100, output=6), one("y", prompt=60), one("z", prompt=50)]
     waited = 6 * STEP + 100 * PREFILL + 5 * DECODE
-    assert causes(run(trace, repeat, executor), "y") == {"kv_blocks": waited, "own": STEP + 60 * PREFILL}
-    assert causes(run(trace, serve_and_train, executor, overlap=True), "y")["kv_blocks"] == waited
+    # both refused by themselves; y refused and z behind it
+    for policy, overlap in ((repeat(("blocks",)), False), (repeat(()), False), (serve_and_train, True)):
+        result = run(trace, policy, executor, overlap=overlap)
+        for name in ("y", "z"):
+            assert causes(result, name)["kv_blocks"] == waited
 
 
 def test_a_backward_that_stopped_early_counts_what_it_did():

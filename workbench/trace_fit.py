@@ -80,7 +80,8 @@ class TraceGenerator:
         if self.adapters:
             rng = generator("fitted", "adapters", seed)
             chosen = np.array(self.adapters, object)[rng.choice(len(self.adapters), len(times), p=self._shares())]
-            columns["adapter"] = np.where(rng.random(len(times)) < self.base_share, None, chosen)
+            chosen[rng.random(len(times)) < self.base_share] = None
+            columns["adapter"] = chosen
         trace = Trace.from_frame(pd.DataFrame(columns), name=f"fitted to {self.source.name}", duration_s=duration_s)
         note = (
             f"drawn from a fit to {self.source.name}: {self.rate:.3g}/s in {len(self.phases)} phases, gamma gaps of shape {self.shape:.3g}"
