@@ -13,6 +13,7 @@ _NAMES = {
     "traces": "workbench.traces:",
     "policies": "workbench.policies:",
     "metrics": "workbench.metrics:",
+    "attribution": "workbench.attribution:",
     "plots": "workbench.plots:",
     "widgets": "workbench.widgets:",
     "Trace": "workbench.trace:Trace",
@@ -40,6 +41,7 @@ _NAMES = {
     "check_policy": "workbench.check:check_policy",
     "Replay": "workbench.replay_result:Replay",
     "load_replay": "workbench.replay_result:load_replay",
+    "import_replay": "workbench.imports:import_replay",
     "Recorded": "workbench.recorded:Recorded",
     "LatencyModel": "workbench.latency:LatencyModel",
     "compare": "workbench.experiment:compare",
@@ -51,11 +53,12 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from workbench import metrics, plots, policies, traces, widgets
+    from workbench import attribution, metrics, plots, policies, traces, widgets
     from workbench.check import check_policy
     from workbench.config import SLO, EngineConfig, FinetuneJob, RandomTokens
     from workbench.core import Batch, Request, Sampling, Segment, StepResult
     from workbench.experiment import Comparison, compare
+    from workbench.imports import import_replay
     from workbench.latency import LatencyModel
     from workbench.policy import Evict, Plan, PlanError, Router, View
     from workbench.popularity import clients, geometric, per_phase, round_robin, s_lora_power, uniform, zipf

@@ -6,7 +6,23 @@ from workbench.core import Batch, Segment, StepResult
 
 if TYPE_CHECKING:
     from workbench.ledger import Ledger
+    from workbench.plan import Plan
     from workbench.states import JobState, RequestState
+
+
+def log_refused(ledger: "Ledger", plan: "Plan", start_s: float) -> None:
+    """Log for which request the reason to leave it out is another one than in the plan before; none any more is an empty note."""
+    if not plan.refused and not ledger.refused:
+        return
+    old, requests = ledger.refused, ledger.requests
+    new = {name: why for name, why in plan.refused.items() if name not in plan.named and name in requests}
+    for name in old:
+        if name not in new and name in requests:
+            ledger.log(start_s, "refused", name, requests[name].adapter)
+    for name, why in new.items():
+        if old.get(name) != why:
+            ledger.log(start_s, "refused", name, requests[name].adapter, None, why)
+    ledger.refused = new
 
 
 def commit_requests(ledger: "Ledger", batch: Batch, result: StepResult, start_s: float, now_s: float) -> None:

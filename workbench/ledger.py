@@ -7,7 +7,7 @@ everything bit for bit, but for cached blocks that the step evicted and may have
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from workbench.commit import commit_jobs, commit_requests
+from workbench.commit import commit_jobs, commit_requests, log_refused
 from workbench.config import SLO, FinetuneJob
 from workbench.core import (
     AdapterInfo,
@@ -63,6 +63,7 @@ class Ledger:
         self.jobs: dict[str, JobState] = {}
         self.uses: dict[str, tuple[int, float]] = {}
         self.released: list[str] = []
+        self.refused: dict[str, str] = {}
         self.events: list[EventRow] = []
         self.ended: list[RequestState] = []
         self.num_arrived = 0
@@ -577,6 +578,7 @@ class Ledger:
             self.preempted = dict(sorted(self.preempted.items(), key=lambda item: item[1].seq))
         for owner, paused in plan.held.items():
             self.set_paused(self.jobs[owner], paused, start_s)
+        log_refused(self, plan, start_s)
         commit_requests(self, batch, result, start_s, now_s)
         commit_jobs(self, batch, result, now_s)
         if not self.num_resident:

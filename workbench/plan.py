@@ -58,11 +58,11 @@ class Plan(Accounts):
                 break
             is_new = s.key is not None and s.key not in versions
             if is_new and len(versions) >= max_versions:
-                self.why = "batch_adapters"
+                self.why = self.refused[s.id] = "batch_adapters"
                 continue
             if s.capacity < s.context:
                 if self._blocks == 0 and not (when_full == "preempt" and self._preempt_youngest(s)):
-                    self.why = "blocks"
+                    self.why = self.refused[s.id] = "blocks"
                     continue
                 self._blocks -= 1
             if is_new:
@@ -116,7 +116,10 @@ class Plan(Accounts):
             total += n
             if why:
                 self.why = why
+                if not n:
+                    self.refused[s.id] = why
                 if why not in skip:
+                    self.queue_why = why
                     break
         return total
 

@@ -28,6 +28,7 @@ class Accounts:
 
     `named` holds the owners with work in this plan, `versions` the serving versions that its rows need, `dropped` how many residents
     it takes off each version, `loads` the versions that it copies to the device, `found` the cached blocks that a prefill begins with.
+    `refused` holds why a serving verb left a request out altogether, `queue_why` why prefill stopped before the end of its queue.
     """
 
     __slots__ = (
@@ -52,6 +53,8 @@ class Accounts:
         "named",
         "preempted",
         "prefills",
+        "queue_why",
+        "refused",
         "rejected",
         "repeat_steps",
         "stops_on_arrival",
@@ -72,6 +75,8 @@ class Accounts:
         self._kind = ""
         self._predicted_s: float | None = 0.0
         self.why: Why = ""
+        self.queue_why: Why = ""
+        self.refused: dict[str, Why] = {}
         self.work = Work()
         self.named: set[str] = set()
         self.versions: set[Version] = set()

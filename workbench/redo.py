@@ -40,6 +40,8 @@ def redo(old: Plan, ledger: "Ledger") -> Plan:
             new.load(adapter)
     if old.stops_on_arrival:
         new.stop_on_arrival()
+    new.refused = old.refused | new.refused
+    new.queue_why = new.queue_why or old.queue_why
     return new
 
 

@@ -16,6 +16,7 @@ import simpy.rt
 from workbench.config import SLO, FinetuneJob, Provenance, UnknownAdapterError, require
 from workbench.core import AdapterInfo, Batch, Executor, JobShape, Request, StepResult
 from workbench.expected import length_predictor
+from workbench.features import Work, of_batch
 from workbench.ledger import Ledger
 from workbench.plan import Plan
 from workbench.policy import Policy, policy_label
@@ -32,6 +33,7 @@ from workbench.replay_result import (
     versions_of_code,
 )
 from workbench.states import RequestState
+from workbench.step_parts import step_parts
 from workbench.tape import Tape
 from workbench.views import Oracle, View
 
@@ -78,6 +80,12 @@ def replay(
     """
     run = _Run(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until)
     return run.run(progress)
+
+
+def done_work(batch: Batch, result: StepResult) -> Work:
+    """The features of what a step that stopped early really did."""
+    layers = result.layers_done
+    return of_batch(replace(batch, backwards=tuple(replace(b, num_layers=layers.get(b.owner, b.num_layers)) for b in batch.backwards)))
 
 
 class _Run:
@@ -460,6 +468,7 @@ class _Run:
     ) -> None:
         start_s, end_s, plan_s, predicted_s = times
         step = batch.step
+        done = done_work(batch, result).values if result.stopped_early else plan.work.values
         self.results.append(result)
         self.step_rows.append(
             (
@@ -476,6 +485,8 @@ class _Run:
             )
             + counts
             + tuple(plan.work.values)
+            + (plan.queue_why,)
+            + step_parts(done, result.duration_s, self.ledger.predictor, self.executor.info.num_layers)
         )
         work = self.work_rows
         for s in batch.segments:

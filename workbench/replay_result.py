@@ -7,13 +7,14 @@ from dataclasses import asdict, fields
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from workbench.config import SLO, FinetuneJob, Provenance
 from workbench.core import ExecutorInfo, Predictor, Request, Sampling, StepResult
 from workbench.features import NAMES
+from workbench.step_parts import PART_COLUMNS
 from workbench.tape import Tape
 
 EVENT_COLUMNS = ("time_s", "step", "kind", "owner", "adapter", "value", "note")
@@ -32,6 +33,8 @@ STEP_COLUMNS = (
     "running",
     "free_blocks",
     *NAMES,
+    "queue_why",
+    *PART_COLUMNS,
 )
 WORK_COLUMNS = ("step", "owner", "kind", "start", "tokens", "adapter", "version")
 RECORD_FILE = "replay.json"
@@ -111,6 +114,18 @@ class Replay:
 
         return summary(self)
 
+    def attribution(self, of: Literal["ttft", "e2e"] = "ttft") -> pd.DataFrame:
+        """Why each request took as long as it did: seconds by cause, by `attribution.attribution`."""
+        from workbench.attribution import attribution
+
+        return attribution(self, of)
+
+    def save_trace(self, path: str | Path) -> Path:
+        """Write the replay in the Chrome trace format, by `perfetto.save_trace`: open the file in ui.perfetto.dev."""
+        from workbench.perfetto import save_trace
+
+        return save_trace(self, path)
+
     def __repr__(self) -> str:
         end = f", interrupted={self.interrupted}, error={self.error!r}" if self.interrupted or self.error else ""
         loop, num = self.settings.get("loop", "open"), len(self.trace_requests)
@@ -185,7 +200,7 @@ def rows_to_frame(rows: Sequence[tuple[Any, ...]], columns: Sequence[str]) -> pd
     return frame
 
 
-_TEXT = ("kind", "owner", "adapter", "note", "digest")
+_TEXT = ("kind", "owner", "adapter", "note", "digest", "queue_why")
 _INTEGERS = ("step", "waiting", "running", "free_blocks", "start", "tokens", "version")
 
 

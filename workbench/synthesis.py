@@ -1,4 +1,4 @@
-"""Synthetic arrivals: constant, Poisson, gamma (bursty), piecewise rates, and ServeGen's production clients.
+"""Synthetic arrivals: constant, Poisson, gamma (bursty), piecewise rates, ServeGen's production clients, and fine-tune jobs.
 
 All but `servegen` draw arrivals only; lengths come from `.with_lengths(source, seed=)`.
 """
@@ -9,13 +9,14 @@ All but `servegen` draw arrivals only; lengths come from `.with_lengths(source, 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from workbench.config import require
+from workbench.config import FinetuneJob, require
 from workbench.seeds import generator
 from workbench.trace import Trace
 from workbench.trace_io import shipped
@@ -36,7 +37,7 @@ def _check(rate: float, duration_s: float) -> None:
     require(math.isfinite(duration_s) and duration_s > 0, "duration_s must be above 0", duration_s)
 
 
-def _renewal(rng: np.random.Generator, shape: float, scale: float, duration_s: float) -> np.ndarray:
+def renewal(rng: np.random.Generator, shape: float, scale: float, duration_s: float) -> np.ndarray:
     """Arrivals in (0, duration_s) with independent gamma gaps."""
     expected = duration_s / (shape * scale)
     chunk = int(expected + 4 * math.sqrt(expected / shape) + 16)
@@ -56,14 +57,14 @@ def constant(*, rate: float, duration_s: float) -> Trace:
 def poisson(*, rate: float, duration_s: float, seed: int) -> Trace:
     """Poisson arrivals (independent exponential gaps)."""
     _check(rate, duration_s)
-    return _trace(_renewal(generator("poisson", seed), 1.0, 1 / rate, duration_s), "poisson", duration_s, f"Poisson {rate:g}/s")
+    return _trace(renewal(generator("poisson", seed), 1.0, 1 / rate, duration_s), "poisson", duration_s, f"Poisson {rate:g}/s")
 
 
 def gamma(*, rate: float, cv: float, duration_s: float, seed: int) -> Trace:
     """Gamma gaps with coefficient of variation `cv`: 1 is Poisson, above 1 bursty, below 1 smoother."""
     _check(rate, duration_s)
     require(0.01 <= cv <= 100, "cv must lie in 0.01..100", cv)
-    times = _renewal(generator("gamma", seed), 1 / cv**2, cv**2 / rate, duration_s)
+    times = renewal(generator("gamma", seed), 1 / cv**2, cv**2 / rate, duration_s)
     return _trace(times, "gamma", duration_s, f"gamma {rate:g}/s, CV {cv:g}")
 
 
@@ -90,9 +91,39 @@ def piecewise(
             parts.append(start + np.arange(math.ceil(rate * length - 1e-9)) / rate)
         else:
             assert seed is not None
-            parts.append(start + _renewal(generator("piecewise", seed, i), 1.0, 1 / rate, length))
+            parts.append(start + renewal(generator("piecewise", seed, i), 1.0, 1 / rate, length))
     shape = ", ".join(f"{rate:g}/s to {end:g} s" for end, rate in phases)
     return _trace(np.concatenate(parts), "piecewise", ends[-1], f"{arrivals} arrivals, {shape}", redrawn=arrivals == "poisson")
+
+
+def jobs_at(template: FinetuneJob, arrivals_s: Iterable[float]) -> tuple[FinetuneJob, ...]:
+    """One job like `template` per arrival time, in order, each with an adapter (`NAME-0`, `NAME-1`, ...) and a seed of its own.
+
+    A deadline is kept as a span from the job's arrival. Raises ValueError for a template with a `job_id`, and for negative times.
+    """
+    require(template.job_id is None, "jobs need ids of their own: the template must have no job_id", template.job_id, "Leave it out.")
+    times = sorted(float(t) for t in arrivals_s)
+    require(not times or (times[0] >= 0 and math.isfinite(times[-1])), "arrivals must be at least 0 seconds and finite", times[:1])
+    span = None if template.deadline_s is None else template.deadline_s - template.arrival_s
+    return tuple(
+        replace(
+            template,
+            adapter=f"{template.adapter}-{i}",
+            arrival_s=t,
+            deadline_s=None if span is None else t + span,
+            seed=template.seed + i,
+        )
+        for i, t in enumerate(times)
+    )
+
+
+def jobs_poisson(template: FinetuneJob, *, rate_per_h: float, duration_s: float, seed: int) -> tuple[FinetuneJob, ...]:
+    """Fine-tune jobs as a trace: Poisson arrivals at `rate_per_h` jobs an hour, each a copy of `template` by `jobs_at`.
+
+    `jobs_at(template, traces.job_arrivals().arrival_s[:20] - start)` takes recorded ones instead.
+    """
+    _check(rate_per_h, duration_s)
+    return jobs_at(template, renewal(generator("jobs", seed), 1.0, 3600 / rate_per_h, duration_s))
 
 
 def servegen(
@@ -181,7 +212,7 @@ def _chosen(span: pd.DataFrame, clients: int | Sequence[int] | None) -> set[int]
 
 def _client_window(rng: np.random.Generator, pattern: str, shape: float, scale: float) -> np.ndarray:
     if pattern == "Gamma":
-        return _renewal(rng, shape, scale, WINDOW_S)
+        return renewal(rng, shape, scale, WINDOW_S)
     mean = scale * math.gamma(1 + 1 / shape)
     chunk = int(2 * WINDOW_S / mean) + 16
     times = np.cumsum(scale * rng.weibull(shape, chunk))

@@ -1,9 +1,10 @@
 """`Trace`: requests with their arrival times, as a frozen value; every change gives a new trace that says what was done to it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -48,6 +49,34 @@ class Trace:
         span = last if duration_s is None else float(duration_s)
         require(math.isfinite(span) and span >= last, f"duration_s must reach the last arrival, {last:g} s", duration_s, "Leave it out.")
         return cls(checked, name, span)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        columns: Mapping[str, str] | None = None,
+        *,
+        units: Mapping[str, str] | None = None,
+        format: str | None = None,
+        drop_empty: bool = False,
+        name: str | None = None,
+    ) -> "Trace":
+        """A trace from a CSV, JSONL or parquet file, in a known format or with its columns named.
+
+        `columns` maps our names to the file's: `{"arrival_s": "Timestamp", "prompt_tokens": "in", "output_tokens": "out"}`; what is not
+        named is left out and noted, ids are numbered if they are not. `units` says in what a time column counts ("s", "ms", "us",
+        "ns", "min", "h"; dates need none). Times then start at the first arrival, and rows are sorted by it. `drop_empty` leaves out
+        requests of 0 tokens. Raises FileNotFoundError and ValueError; `traces.validate` lists all that is wrong with a file.
+        """
+        from workbench.trace_io import read
+
+        return read(path, format=format, drop_empty=drop_empty, name=name, columns=columns, units=units)
+
+    def export(self, path: str | Path, format: Literal["vllm", "sglang", "loquetier"], *, prompts: str | Path | None = None) -> str:
+        """Write the trace for another system's load generator; the command line that replays it, by `trace_export.export`."""
+        from workbench.trace_export import export
+
+        return export(self, path, format, prompts)
 
     # ---- what it holds
 

@@ -9,7 +9,7 @@ value, its row and the next step.
 # (pandas types a column as a union of everything that a frame can give)
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -23,6 +23,7 @@ MAX_TIME_S = 1e9  # about 32 years: a larger time is a clock in milliseconds or 
 TEXTS = {"adapter": None, "tenant": "", "slo_class": "", "session": None, "parent_id": None, "prompt": None}
 COUNTS = ("prompt_tokens", "output_tokens", "max_tokens")
 SAMPLING = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "seed": 0}
+NUMBERS = ("think_s", "temperature", "top_p", "repetition_penalty", "top_k", "seed", "priority", "deadline_s")
 COLUMNS = (
     "request_id",
     "arrival_s",
@@ -49,20 +50,20 @@ def canonical(frame: pd.DataFrame) -> pd.DataFrame:
     """A checked copy with columns in the order of `COLUMNS`, ids and names as text, missing values as None or NA. Index 0..n-1."""
     if not isinstance(frame, pd.DataFrame):
         raise ValueError(f"a trace must be a DataFrame, got {type(frame).__name__}. Use pd.DataFrame(rows).")
-    _check_columns(frame)
+    check_columns(frame)
     frame = frame.reset_index(drop=True)
-    columns: dict[str, Any] = {"request_id": _ids(frame), "arrival_s": _times(frame)}
+    columns: dict[str, Any] = {"request_id": check_ids(frame), "arrival_s": check_times(frame)}
     for name in COUNTS:
         if name in frame:
-            columns[name] = _counts(frame, name)
+            columns[name] = check_counts(frame, name)
     columns["adapter"] = _texts(frame, "adapter") if "adapter" in frame else pd.Series([None] * len(frame), dtype=object)
     for name, default in TEXTS.items():
         if name != "adapter" and name in frame:
             columns[name] = pd.Series([default if text is None else text for text in _texts(frame, name)], dtype=object)
     for name in ("prompt_token_ids", "prefix_ids"):
         if name in frame:
-            columns[name] = _id_sequences(frame, name)
-    columns |= _numbers_with_defaults(frame)
+            columns[name] = check_id_sequences(frame, name)
+    columns |= check_numbers(frame)
     checked = pd.DataFrame({name: columns[name] for name in COLUMNS if name in columns})
     _check_prompts(checked)
     _check_together(checked)
@@ -82,13 +83,17 @@ def content_checksum(frame: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
-def fail(rule: str, frame: pd.DataFrame, row: int, column: str, step: str) -> ValueError:
-    value = frame[column].iloc[row]
-    value = value.item() if isinstance(value, np.generic) else value
-    return ValueError(f"{rule}, got {value!r} in row {row}. {step}")
+class TraceRuleError(ValueError):
+    """Rows of a column break a rule: `rule`, `column`, `rows` (positions, ascending) and the next `step`; the message names the first."""
+
+    def __init__(self, rule: str, frame: pd.DataFrame, rows: Sequence[int], column: str, step: str) -> None:
+        value = frame[column].iloc[rows[0]]
+        value = value.item() if isinstance(value, np.generic) else value
+        super().__init__(f"{rule}, got {value!r} in row {rows[0]}. {step}")
+        self.rule, self.column, self.rows, self.step = rule, column, rows, step
 
 
-def _check_columns(frame: pd.DataFrame) -> None:
+def check_columns(frame: pd.DataFrame) -> None:
     names = list(frame.columns)
     for name in names:
         if name not in COLUMNS:
@@ -102,33 +107,27 @@ def _check_columns(frame: pd.DataFrame) -> None:
         raise ValueError(f"output_tokens must come with prompt_tokens, prompt or prompt_token_ids, got {names}. Add one of them.")
 
 
-def _first(mask: pd.Series) -> int | None:
-    positions = np.flatnonzero(mask.to_numpy(dtype=bool))
-    return int(positions[0]) if len(positions) else None
-
-
 def _numeric(frame: pd.DataFrame, name: str, *, missing: bool, step: str) -> pd.Series:
     """The column as float64 with NaN for missing; raises for text, dates, truth values, infinities and unasked missing values."""
     column = frame[name]
     if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_timedelta64_dtype(column) or column.dtype == bool:
-        raise fail(f"{name} must be numbers, not {column.dtype}", frame, 0, name, step)
+        _require(frame, name, pd.Series(True, index=frame.index), f"{name} must be numbers, not {column.dtype}", step)
     absent = column.isna()
     values = pd.to_numeric(column, errors="coerce").astype("float64")
-    if (row := _first(values.isna() & ~absent)) is not None:
-        raise fail(f"{name} must be a number", frame, row, name, step)
-    if not missing and (row := _first(absent)) is not None:
-        raise fail(f"{name} must not be missing", frame, row, name, step)
-    if (row := _first(pd.Series(np.isinf(values)))) is not None:
-        raise fail(f"{name} must be finite", frame, row, name, step)
+    _require(frame, name, values.isna() & ~absent, f"{name} must be a number", step)
+    if not missing:
+        _require(frame, name, absent, f"{name} must not be missing", step)
+    _require(frame, name, pd.Series(np.isinf(values)), f"{name} must be finite", step)
     return values
 
 
 def _require(frame: pd.DataFrame, name: str, broken: pd.Series, rule: str, step: str) -> None:
-    if (row := _first(broken)) is not None:
-        raise fail(rule, frame, row, name, step)
+    rows = np.flatnonzero(broken.to_numpy(dtype=bool)).tolist()
+    if rows:
+        raise TraceRuleError(rule, frame, rows, name, step)
 
 
-def _times(frame: pd.DataFrame) -> pd.Series:
+def check_times(frame: pd.DataFrame) -> pd.Series:
     times = _numeric(frame, "arrival_s", missing=False, step="Give seconds from the trace's start, e.g. (t - t.min()).dt.total_seconds().")
     _require(frame, "arrival_s", times < 0, "arrival_s must be at least 0", "Rebase the times: df.arrival_s - df.arrival_s.min().")
     _require(
@@ -138,14 +137,14 @@ def _times(frame: pd.DataFrame) -> pd.Series:
         f"arrival_s must be at most {MAX_TIME_S:g} seconds",
         "Convert to seconds from the trace's start.",
     )
-    late = pd.Series(np.diff(times, prepend=times[0] if len(times) else 0) < 0)
+    late = times < times.cummax()
     _require(
         frame, "arrival_s", late, "arrival_s must not decrease from row to row", "Sort first: df.sort_values('arrival_s', kind='stable')."
     )
     return times
 
 
-def _counts(frame: pd.DataFrame, name: str) -> pd.Series:
+def check_counts(frame: pd.DataFrame, name: str) -> pd.Series:
     step = {
         "prompt_tokens": "Drop or repair the row (failed requests are often logged with 0 tokens).",
         "output_tokens": "Drop or repair the row, or leave the value missing so that the text decides.",
@@ -171,7 +170,7 @@ def _texts(frame: pd.DataFrame, name: str) -> pd.Series:
     return pd.Series([_text(value) or None for value in frame[name].tolist()], dtype=object)
 
 
-def _ids(frame: pd.DataFrame) -> pd.Series:
+def check_ids(frame: pd.DataFrame) -> pd.Series:
     ids = _texts(frame, "request_id")
     _require(
         frame, "request_id", ids.isna(), "request_id must not be missing or empty", "Number the rows: df.assign(request_id=range(len(df)))."
@@ -180,8 +179,9 @@ def _ids(frame: pd.DataFrame) -> pd.Series:
     return ids
 
 
-def _id_sequences(frame: pd.DataFrame, name: str) -> pd.Series:
+def check_id_sequences(frame: pd.DataFrame, name: str) -> pd.Series:
     rows: list[tuple[int, ...] | None] = []
+    broken: list[int] = []
     for row, value in enumerate(frame[name].tolist()):
         if value is None or (np.ndim(value) == 0 and not isinstance(value, str) and pd.isna(value)):
             rows.append(None if name == "prompt_token_ids" else ())
@@ -189,12 +189,16 @@ def _id_sequences(frame: pd.DataFrame, name: str) -> pd.Series:
         items = [] if isinstance(value, str) or np.ndim(value) != 1 else list(value)
         is_empty = not items and name == "prompt_token_ids"
         if isinstance(value, str) or np.ndim(value) != 1 or is_empty or not all(isinstance(i, Integral) and i >= 0 for i in items):
-            raise fail(f"{name} must be a sequence of integers of at least 0", frame, row, name, "Give a list of ids, or leave it missing.")
+            broken.append(row)
+            continue
         rows.append(tuple(int(i) for i in items))
+    if broken:
+        rule, step = f"{name} must be a sequence of integers of at least 0", "Give a list of ids, or leave it missing."
+        raise TraceRuleError(rule, frame, broken, name, step)
     return pd.Series(rows, dtype=object)
 
 
-def _numbers_with_defaults(frame: pd.DataFrame) -> dict[str, pd.Series]:
+def check_numbers(frame: pd.DataFrame) -> dict[str, pd.Series]:
     """Deadlines, priorities, think times and sampling options; a missing value takes the documented default."""
     columns: dict[str, pd.Series] = {}
     rules: dict[str, tuple[Callable[[pd.Series], pd.Series], str]] = {
@@ -248,8 +252,6 @@ def _check_together(frame: pd.DataFrame) -> None:
     if "parent_id" not in frame:
         return
     row_of = {request_id: row for row, request_id in enumerate(frame["request_id"])}
-    for row, parent in enumerate(frame["parent_id"]):
-        if parent is not None and row_of.get(parent, row) >= row:
-            raise fail(
-                "parent_id must name an earlier request of the trace", frame, row, "parent_id", "Sort parents first, or leave it missing."
-            )
+    broken = pd.Series([parent is not None and row_of.get(parent, row) >= row for row, parent in enumerate(frame["parent_id"])], dtype=bool)
+    rule = "parent_id must name an earlier request of the trace"
+    _require(frame, "parent_id", broken, rule, "Sort parents first, or leave it missing.")

@@ -16,7 +16,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +24,8 @@ import pandas as pd
 from workbench.config import did_you_mean, require
 from workbench.data import PREFIX_TOKENS
 from workbench.trace import Trace
+from workbench.trace_frame import TEXTS
+from workbench.trace_mapping import mapped
 
 TRACES_DIR = Path(os.environ.get("LOQUETIER_TRACES") or Path(__file__).resolve().parents[1] / "traces")
 FORMATS = ("workbench", "burstgpt", "azure", "mooncake", "qwen-bailian")
@@ -42,27 +44,24 @@ def shipped(file: str) -> Path:
     return path
 
 
-def read(path: str | Path, *, format: str | None = None, drop_empty: bool = False, name: str | None = None) -> Trace:
+def read(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    drop_empty: bool = False,
+    name: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    units: Mapping[str, str] | None = None,
+) -> Trace:
     """A trace from a file, its times rebased to the first arrival (our own format: as given).
 
-    `format` is told from the columns if None. Rows with zero prompt or output tokens (failed requests in BurstGPT's logs) are an error
+    `format` is told from the columns if None; `columns` (our name -> the file's) and `units` are for any other table, see
+    `trace_mapping.mapped`. Rows with zero prompt or output tokens (failed requests in BurstGPT's logs) are an error
     unless `drop_empty=True`, which notes how many it dropped. Raises FileNotFoundError, and ValueError for an unknown format or a
     value that breaks a trace's rules.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"a trace must be a shipped name or an existing file, got {str(path)!r}. See traces.names().")
-    table = _table(path)
-    kind = format or _detect(table, path)
-    if kind not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}. {did_you_mean(kind, FORMATS)}")
-    frame, notes = {
-        "workbench": _workbench,
-        "burstgpt": _burstgpt,
-        "azure": _azure,
-        "mooncake": _mooncake,
-        "qwen-bailian": _qwen_bailian,
-    }[kind](table)
+    frame, notes = frame_of(path, format=format, columns=columns, units=units)
     if drop_empty:
         counts = [pd.to_numeric(frame[c], errors="coerce") for c in ("prompt_tokens", "output_tokens") if c in frame]
         empty = pd.concat([c == 0 for c in counts], axis=1).any(axis=1) if counts else pd.Series(False, index=frame.index)
@@ -76,7 +75,31 @@ def read(path: str | Path, *, format: str | None = None, drop_empty: bool = Fals
     return trace.derived(trace._frame, None, *notes) if notes else trace
 
 
-def _table(path: Path) -> pd.DataFrame:
+def frame_of(
+    path: Path, *, format: str | None = None, columns: Mapping[str, str] | None = None, units: Mapping[str, str] | None = None
+) -> Read:
+    """(the file's requests in our columns, not checked yet; notes on what was done)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"a trace must be a shipped name or an existing file, got {str(path)!r}. See traces.names().")
+    if columns is not None:
+        require(format is None, "format and columns exclude each other", format, "Leave one out.")
+        texts = [source for name, source in columns.items() if name == "request_id" or name in TEXTS]
+        return mapped(_table(path, texts), columns, units)
+    require(units is None, "units go with columns", units, "Pass columns= too.")
+    table = _table(path)
+    kind = format or _detect(table, path)
+    if kind not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {kind!r}. {did_you_mean(kind, FORMATS)}")
+    return {
+        "workbench": _workbench,
+        "burstgpt": _burstgpt,
+        "azure": _azure,
+        "mooncake": _mooncake,
+        "qwen-bailian": _qwen_bailian,
+    }[kind](table)
+
+
+def _table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return pd.read_parquet(path)
@@ -86,7 +109,9 @@ def _table(path: Path) -> pd.DataFrame:
         raise ValueError(f"a trace file must end in .csv, .csv.gz, .jsonl or .parquet, got {path.name!r}. Convert or rename it.")
     try:
         # Ids and names stay text: "007" is not 7, and a missing adapter must not turn the others into floats.
-        texts = dict.fromkeys(("request_id", "adapter", "tenant", "slo_class", "session", "parent_id", "prompt", "Session ID"), str)
+        texts = dict.fromkeys(
+            ("request_id", "adapter", "tenant", "slo_class", "session", "parent_id", "prompt", "Session ID", *text_columns), str
+        )
         table = pd.read_csv(path, dtype=texts)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -137,7 +162,10 @@ def _detect(table: pd.DataFrame, path: Path) -> str:
         if needed <= set(table.columns):
             return kind
     known = "; ".join(f"{kind}: {', '.join(sorted(needed))}" for kind, needed in signatures.items())
-    raise ValueError(f"{path.name}: a trace's columns must be those of a known format ({known}), got {list(table.columns)}. Rename them.")
+    raise ValueError(
+        f"{path.name}: a trace's columns must be those of a known format ({known}), got {list(table.columns)}. "
+        "Rename them, or pass columns={'arrival_s': ..., ...}."
+    )
 
 
 def _column(table: pd.DataFrame, name: str, kind: str) -> pd.Series:

@@ -1,6 +1,7 @@
 """Request traces: the shipped ones by name, files in the formats that others publish, and synthesis.
 
-`traces.load(name_or_path)`, `traces.names()`; `traces.poisson(...)` and its siblings; popularity rules for `assign_adapters`.
+`traces.load(name_or_path)`, `traces.names()`; `traces.poisson(...)` and its siblings; popularity rules for `assign_adapters`;
+`traces.validate(path)`, `traces.fit(trace)`; fine-tune jobs by `traces.jobs_poisson(...)`.
 """
 
 from collections.abc import Callable
@@ -13,20 +14,28 @@ import pandas as pd
 from workbench import trace_io
 from workbench.config import did_you_mean, require
 from workbench.popularity import Popularity, clients, geometric, per_phase, round_robin, s_lora_power, uniform, zipf
-from workbench.synthesis import E6_PHASES, constant, gamma, piecewise, poisson, servegen, servegen_arrivals
+from workbench.synthesis import E6_PHASES, constant, gamma, jobs_at, jobs_poisson, piecewise, poisson, servegen, servegen_arrivals
 from workbench.trace import Trace
+from workbench.trace_check import TraceReport, validate
+from workbench.trace_fit import LogNormal, TraceGenerator, fit
 
 __all__ = [
     "E6_PHASES",
+    "LogNormal",
     "Popularity",
     "Trace",
+    "TraceGenerator",
+    "TraceReport",
     "clients",
     "constant",
     "describe",
+    "fit",
     "gamma",
     "geometric",
     "job_arrivals",
     "job_runtimes",
+    "jobs_at",
+    "jobs_poisson",
     "lengths",
     "load",
     "names",
@@ -38,6 +47,7 @@ __all__ = [
     "servegen",
     "servegen_arrivals",
     "uniform",
+    "validate",
     "zipf",
 ]
 
