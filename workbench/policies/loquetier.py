@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from workbench.policies.common import is_resident
 from workbench.policy import JobView, Plan, RequestView, View
-
-
-def is_resident(request: RequestView) -> bool:
-    return request.blocks > 0
 
 
 @dataclass
