@@ -65,7 +65,8 @@ def upper_bound(
         require(r.output_tokens is not None, "a bound needs output_tokens of every request", r.request_id, "Use with_lengths on the trace.")
     last = max((r.arrival_s for r in requests), default=0.0)
     start, end = measure or (0.0, last)
-    require(0 <= start < end, "measure must be (start_s, end_s) with 0 <= start_s < end_s", (start, end))
+    rule = "measure must be (start_s, end_s) with 0 <= start_s < end_s"
+    require(0 <= start < end, rule, (start, end), "Name the window: without arrivals after 0 s there is none to take.")
     assert executor.predictor is not None
     shapes = executor.begin(jobs, seed=0)
     try:
@@ -190,7 +191,7 @@ class _Program:
                 lengths += [b - a, num_blocks * (b - a)]
         end = window[1]
         inside_s = np.where(last_due <= end, total_s, np.where(first_due <= end, first_s, 0.0))
-        return cls(np.array(rows).reshape(-1, len(needs)), np.array(lengths), inside_s, window, token_s, tokens)
+        return cls(np.array(rows).reshape(len(rows), len(needs)), np.array(lengths), inside_s, window, token_s, tokens)
 
     def most_met(self) -> float:
         """The largest sum of x."""

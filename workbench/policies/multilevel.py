@@ -36,8 +36,8 @@ class MultiLevelQueue:
 
     The size of a request is a weighted sum of its prompt, its expected output and its adapter's bytes, each relative to the largest
     seen. K-means over the last `window` arrivals divides sizes into levels; a level's quota of the KV pool is its share of their
-    tokens. Within its quota each level admits by arrival, small sizes first; a head without a slot for its adapter is bypassed. What is left of
-    the quotas is lent in the same order. A needed slot is taken from the adapter that `eviction` names.
+    tokens. Within its quota each level admits by arrival, small sizes first; a head without a slot for its adapter is bypassed. What
+    is left of the quotas is lent in the same order. A needed slot is taken from the adapter that `eviction` names.
     Source: Chameleon (arXiv 2411.17741); K <= 4; the weights of the size are recalled.
     """
 

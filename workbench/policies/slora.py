@@ -25,7 +25,8 @@ class MemoryLookahead:
 
     With residents and candidate sorted by remaining length, longest first: max_i (remaining_i * i + sum_{j <= i} length_j) has to fit
     the pool less `adapter_tokens` for each distinct adapter (0: adapters have slots of their own, as here; in S-LoRA's unified
-    pool they take KV room). Stops at the first that does not fit. What fits alone begins at all events when nothing is resident.
+    pool they take KV room). Stops at the first that does not fit. When nothing is resident the first begins at all events. Tokens are
+    counted, as in S-LoRA's pool of single tokens: with larger blocks, what their ends leave empty may still preempt somebody.
     Source: S-LoRA (Sheng et al., MLSys 2024), its request queue.
     """
 
