@@ -21,9 +21,11 @@ from workbench.policies import (
     LoquetierStatic,
     PeftSequential,
     ServeFirst,
+    SLOSlack,
     TemporalSharing,
     TokenCoserving,
 )
+from workbench.policies.slo_slack import is_lost
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import policy_table
@@ -145,6 +147,80 @@ def test_a_tuned_budget_meets_the_token_target_that_a_larger_one_misses():
     found = LatencyBudget().tuned(lambda p: attained(p) == 1.0, low_s=0.006, high_s=0.1)
     assert 0.010 < found.budget_s <= 0.0125
     assert attained(LatencyBudget(budget_s=0.03)) < 1.0
+
+
+# slack
+
+CLASSES = {"": SLO(ttft_s=5.0, itl_s=0.010), "relaxed": SLO(ttft_s=5.0, itl_s=0.020)}
+
+
+def serving(*requests, policy=None, slo=CLASSES, documents=(200, 200), **options):
+    """A desk whose requests decode already, with a job."""
+    desk = Desk(policy or SLOSlack(), slo=slo, **options)
+    desk.arrive(*requests)
+    desk.step(duration_s=0.01)
+    desk.policy.errors.clear()
+    desk.ledger.last = None
+    desk.job(documents)
+    return desk
+
+
+def trained(desk, **options):
+    return sum(n for _, n in desk.decide(**options).finetunes)
+
+
+def test_slack_follows_the_tightest_target_among_those_who_are_there():
+    # (10 or 20 ms - 4 ms - 0.2 ms a decode) / 50 us, less what the contexts take
+    assert trained(serving(one("x", output=60))) == 115
+    assert trained(serving(one("x", output=60, slo_class="relaxed"), max_batch_tokens=400)) == 315
+    assert trained(serving(one("x", output=60), one("y", output=60, slo_class="relaxed"))) == 111
+
+
+def test_slack_shrinks_with_the_time_that_has_passed_since_the_last_token():
+    desk = serving(one("x", output=60))
+    assert trained(desk, now_s=desk.view.now_s + 0.003) == 55
+    assert trained(desk, now_s=desk.view.now_s + 0.050) == 0
+
+
+def test_slack_keeps_the_recent_error_of_predictions_in_reserve():
+    desk = serving(one("x", output=60))
+    desk.policy.errors = [0.0] * 126 + [0.002, 0.002]
+    assert trained(desk) == 75  # 2 ms less
+    desk.policy.errors = [-0.001] * 128
+    assert trained(desk) == 115  # quicker than predicted is no slack: the next one may not be
+
+
+def test_slack_is_not_bound_by_a_request_that_is_lost():
+    lost = serving(one("x", output=60), slo=SLO(ttft_s=0.005, itl_s=0.010), documents=(30, 30))
+    assert is_lost(lost.view, lost.of("x"))
+    assert trained(lost) == 60  # all there is: 100 ms would take more
+
+
+def test_slack_lets_steps_be_short_enough_for_those_who_wait_for_a_place():
+    desk = serving(one("x", output=21), slo=SLO(ttft_s=0.2, itl_s=0.050), max_requests=1)
+    desk.arrive(one("y", 0.01, 20, 8))
+    # x has 20 tokens to go; y is due in 200 ms and prefills in 4.8 ms: 195.2 / 20 = 9.76 ms a step, so (9.76 - 4.2 ms) / 50 us
+    assert trained(desk) == 111
+    assert trained(serving(one("x", output=21), slo=SLO(ttft_s=0.2, itl_s=0.050), max_requests=1)) == 255
+
+
+def test_slack_idles_in_steps_that_an_arrival_can_bear():
+    desk = Desk(SLOSlack(idle_share=0.2), slo=SLO(ttft_s=0.05))
+    desk.arrive(one("x", output=1))
+    desk.step()
+    job = desk.job(documents=(200, 200))
+    plan = desk.decide()
+    # 20 % of 50 ms: (10 - 4 ms) / 50 us
+    assert (plan.stops_on_arrival, [n for _, n in plan.finetunes]) == (True, [120])
+    while job.phase == "forward":
+        desk.step()
+    assert [n for _, n in desk.decide().backwards] == [4]  # it can stop between layers
+
+
+def test_slack_keeps_a_job_alive_that_got_nothing_for_long():
+    desk = serving(one("x", output=60), slo=SLO(itl_s=0.0042))
+    assert trained(desk, now_s=desk.view.now_s + 1.9) == 0
+    assert trained(desk, now_s=desk.view.now_s + 0.2) == 32
 
 
 # alone

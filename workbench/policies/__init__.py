@@ -17,6 +17,7 @@ from workbench.policies.multilevel import MultiLevelQueue, WeightedEviction
 from workbench.policies.peft_sequential import PeftSequential
 from workbench.policies.rank_aware import RankAware
 from workbench.policies.serve_first import ServeFirst
+from workbench.policies.slo_slack import SLOSlack
 from workbench.policies.slora import AffinityCluster, EarlyAbort, MemoryLookahead
 
 CATALOGUE: dict[int, tuple[type, ...]] = {
@@ -39,6 +40,7 @@ CATALOGUE: dict[int, tuple[type, ...]] = {
     17: (TokenCoserving, ServeFirst),
     18: (TemporalSharing,),
     20: (LatencyBudget,),
+    21: (SLOSlack,),
     22: (InferenceOnly, FinetuneOnly),
     23: (Clairvoyant,),
 }
