@@ -46,4 +46,33 @@ CATALOGUE: dict[int, tuple[type, ...]] = {
 }
 """Number -> policies. 19, a static split, and routers place work on several replicas: no policy of one executor."""
 
-__all__ = ["CATALOGUE", "WeightedEviction", *sorted(p.__name__ for chosen in CATALOGUE.values() for p in chosen)]
+__all__ = [
+    "CATALOGUE",
+    "EDF",
+    "FCFS",
+    "AdapterCycling",
+    "AffinityCluster",
+    "ChunkedPrefill",
+    "Clairvoyant",
+    "CreditMerge",
+    "Drain",
+    "EarlyAbort",
+    "FCFSSkip",
+    "FairCounters",
+    "FinetuneOnly",
+    "InferenceOnly",
+    "LatencyBudget",
+    "LeastSlack",
+    "LoquetierScalable",
+    "LoquetierStatic",
+    "MemoryLookahead",
+    "MultiLevelQueue",
+    "PeftSequential",
+    "RankAware",
+    "SLOSlack",
+    "ServeFirst",
+    "SoftAdmission",
+    "TemporalSharing",
+    "TokenCoserving",
+    "WeightedEviction",
+]
