@@ -91,7 +91,11 @@ class EarlyAbort:
     def __call__(self, view: View, plan: Plan) -> None:
         left = continue_residents(view, plan)
         self.num_arrived += len(view.arrived)
-        waiting = [r for r in not_begun(view) if not self.is_lost(view, plan, r)]
+        waiting = not_begun(view)
+        for request in waiting:
+            if self.is_late(view, request):
+                plan.reject(request, f"cannot begin within {self.target_s(request):g} s")
+        waiting = [r for r in waiting if r.id not in plan.rejected]
         if plan.left.requests == 0:
             return
         self.arriving = self.newest * self.num_arrived + (1 - self.newest) * self.arriving
@@ -107,9 +111,8 @@ class EarlyAbort:
             self.num_arrived = 0
             self.beginning = max(1.0, self.newest * begun + (1 - self.newest) * self.beginning)
 
-    def is_lost(self, view: View, plan: Plan, request: RequestView) -> bool:
-        """Whether it is too late for this request; it is rejected then."""
-        target = self.wait_s if request.slo is None or request.slo.ttft_s is None else request.slo.ttft_s
-        if request.preemptions or view.now_s - request.arrival_s + self.margin_s < target:
-            return False
-        return plan.reject(request, f"cannot begin within {target:g} s")
+    def target_s(self, request: RequestView) -> float:
+        return self.wait_s if request.slo is None or request.slo.ttft_s is None else request.slo.ttft_s
+
+    def is_late(self, view: View, request: RequestView) -> bool:
+        return not request.preemptions and view.now_s - request.arrival_s + self.margin_s >= self.target_s(request)
