@@ -184,10 +184,20 @@ def test_slack_shrinks_with_the_time_that_has_passed_since_the_last_token():
 
 def test_slack_keeps_the_recent_error_of_predictions_in_reserve():
     desk = serving(one("x", output=60))
-    desk.policy.errors = [0.0] * 126 + [0.002, 0.002]
-    assert trained(desk) == 75  # 2 ms less
-    desk.policy.errors = [-0.001] * 128
+    # (10 - 1 ms of planning) / 1.25 = 7.2 ms, less 4.2 ms, / 50 us
+    desk.policy.errors = [(1.0, 0.0)] * 126 + [(1.25, 0.001)] * 2
+    assert trained(desk) == 59
+    desk.policy.errors = [(0.9, 0.0)] * 128
     assert trained(desk) == 115  # quicker than predicted is no slack: the next one may not be
+
+
+def test_slack_learns_from_the_steps_that_were_done():
+    desk = serving(one("x", output=60))
+    desk.policy.errors.clear()
+    desk.step(duration_s=0.02)
+    predicted_s = desk.view.last.predicted_s
+    desk.decide()
+    assert desk.policy.errors == [(0.02 / predicted_s, 0.0)]
 
 
 def test_slack_is_not_bound_by_a_request_that_is_lost():
@@ -207,7 +217,7 @@ def test_slack_lets_steps_be_short_enough_for_those_who_wait_for_a_place():
 def test_slack_idles_in_steps_that_an_arrival_can_bear():
     desk = Desk(SLOSlack(idle_share=0.2), slo=SLO(ttft_s=0.05))
     desk.arrive(one("x", output=1))
-    desk.step()
+    desk.step(duration_s=desk.decide().predicted_s)
     job = desk.job(documents=(200, 200))
     plan = desk.decide()
     # 20 % of 50 ms: (10 - 4 ms) / 50 us

@@ -22,11 +22,11 @@ class SLOSlack:
 
     A running request allows until its next token is due (`token_s` without a target). One that waits for a place needs as many steps
     as the residents need to free it, and allows the time until its first token is due, less its prefill, divided by those. Requests
-    that are lost allow `lost_s`, so that they do not cost training what they can no longer gain. All that less a reserve: the
-    `quantile` of how much longer than predicted the last `window` steps took, planning included. While nothing decodes, a step lasts
-    at most `idle_share` of the tightest TTFT target seen, for the sake of who may arrive; a backward with nobody there takes all its
-    layers and stops at an arrival, on an executor with safepoints. A job without progress for `alive_s` gets one layer or `alive_tokens`
-    tokens whatever the slack. Jobs take turns by committed tokens.
+    that are lost allow `lost_s`, so that they do not cost training what they can no longer gain. Of all that, planning and errors of
+    prediction are taken off: the `quantile` of planning seconds, and of measured over predicted durations, of the last `window` steps.
+    While nothing decodes, a step lasts at most `idle_share` of the tightest TTFT target seen, for the sake of who may arrive; a backward
+    with nobody there takes all its layers and stops at an arrival, on an executor with safepoints. A job without progress for `alive_s`
+    gets one layer or `alive_tokens` tokens whatever the slack. Jobs take turns by committed tokens.
     Source: ours.
     """
 
@@ -37,39 +37,44 @@ class SLOSlack:
     alive_tokens: int = 32
     quantile: float = 0.99
     window: int = 128
-    errors: list[float] = field(default_factory=list, repr=False)
+    errors: list[tuple[float, float]] = field(default_factory=list, repr=False)
     tightest_s: float = field(default=inf, repr=False)
 
     def __call__(self, view: View, plan: Plan) -> None:
-        reserve_s = self.learn(view)
-        slack_s = min((self.token_slack_s(view, r) for r in view.running), default=inf) - reserve_s
+        self.learn(view)
+        slack_s = min((self.token_slack_s(view, r) for r in view.running), default=inf)
         # a step that is late already still has to prefill something, or nobody would ever begin
-        serving_s = max(slack_s, min((self.target_s(r) for r in view.running), default=inf) - reserve_s, 0.0)
+        serving_s = self.planned_s(max(slack_s, min((self.target_s(r) for r in view.running), default=inf)))
         left = continue_residents(view, plan, within_s=serving_s)
         waiting = sorted(not_begun(view), key=lambda r: (is_lost(view, r), r.due_s, r.arrival_s))
         begin_in_order(view, plan, waiting, left, within_s=serving_s)
         if plan.empty and not view.waiting and "safepoint" in view.can:
             plan.stop_on_arrival()
         begun = {s.id for s, _, _ in plan.prefills}
-        slack_s = min(slack_s, self.queue_slack_s(view, [r for r in waiting if r.id not in begun]) - reserve_s)
+        slack_s = min(slack_s, self.queue_slack_s(view, [r for r in waiting if r.id not in begun]))
         if not view.running:
             # whoever may arrive, or begins now, waits for this step only
             slack_s = min(slack_s, self.idle_share * self.tightest_s)
         for job in in_turn(view):
             can_stop = plan.stops_on_arrival and job.phase == "backward"
-            taken = plan.train(job, within_s=inf if can_stop else max(slack_s, 0.0))
+            taken = plan.train(job, within_s=inf if can_stop else self.planned_s(slack_s))
             if not taken and (plan.empty or view.now_s - job.last_progress_s >= self.alive_s):
                 self.keep_alive(plan, job)
 
-    def learn(self, view: View) -> float:
-        """The seconds to keep in reserve, by how the last steps differed from their prediction."""
+    def learn(self, view: View) -> None:
+        """Note the tightest TTFT target, and how the last step differed from its prediction."""
         self.tightest_s = min([self.tightest_s, *(r.slo.ttft_s for r in view.arrived if r.slo is not None and r.slo.ttft_s is not None)])
         last = view.last
-        if last is not None and not last.stopped_early:
-            self.errors = [*self.errors, last.plan_s + last.duration_s - last.predicted_s][-self.window :]
+        if last is not None and not last.stopped_early and last.predicted_s > 0:
+            self.errors = [*self.errors, (last.duration_s / last.predicted_s, last.plan_s)][-self.window :]
+
+    def planned_s(self, seconds: float) -> float:
+        """The predicted duration that a step may have to end, most likely, within `seconds` from now, planning included."""
         if not self.errors:
-            return 0.0
-        return max(0.0, sorted(self.errors)[ceil(self.quantile * len(self.errors)) - 1])
+            return max(0.0, seconds)
+        rank = ceil(self.quantile * len(self.errors)) - 1
+        stretch, planning_s = (sorted(column)[rank] for column in zip(*self.errors))
+        return max(0.0, seconds - planning_s) / max(1.0, stretch)
 
     def target_s(self, request: RequestView) -> float:
         slo = request.slo
