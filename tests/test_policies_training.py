@@ -184,8 +184,8 @@ def test_slack_shrinks_with_the_time_that_has_passed_since_the_last_token():
 
 def test_slack_keeps_the_recent_error_of_predictions_in_reserve():
     desk = serving(one("x", output=60))
-    # (10 - 1 ms of planning) / 1.25 = 7.2 ms, less 4.2 ms, / 50 us
-    desk.policy.errors = [(1.0, 0.0)] * 126 + [(1.25, 0.001)] * 2
+    # (10 - 1 ms of planning) / (1 + 1.25 * 0.2) = 7.2 ms, less 4.2 ms, / 50 us
+    desk.policy.errors = [(1.0, 0.0)] * 127 + [(1.2, 0.001)]
     assert trained(desk) == 59
     desk.policy.errors = [(0.9, 0.0)] * 128
     assert trained(desk) == 115  # quicker than predicted is no slack: the next one may not be

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import ceil, inf
+from math import inf
 
 from workbench.policies.common import begin_in_order, continue_residents, in_turn, is_resident, not_begun
 from workbench.policy import JobView, Plan, RequestView, View
@@ -22,8 +22,9 @@ class SLOSlack:
 
     A running request allows until its next token is due (`token_s` without a target). One that waits for a place needs as many steps
     as the residents need to free it, and allows the time until its first token is due, less its prefill, divided by those. Requests
-    that are lost allow `lost_s`, so that they do not cost training what they can no longer gain. Of all that, planning and errors of
-    prediction are taken off: the `quantile` of planning seconds, and of measured over predicted durations, of the last `window` steps.
+    that are lost allow `lost_s`, so that they do not cost training what they can no longer gain. Of all that, the longest planning of the
+    last `window` steps is taken off, and `margin` times the largest share by which one of them took longer than predicted: a request of a
+    hundred tokens or less is lost by a single late one, so that a quantile of the errors would lose many.
     While nothing decodes, a step lasts at most `idle_share` of the tightest TTFT target seen, for the sake of who may arrive; a backward
     with nobody there takes all its layers and stops at an arrival, on an executor with safepoints. A job without progress for `alive_s`
     gets one layer or `alive_tokens` tokens whatever the slack. Jobs take turns by committed tokens.
@@ -35,8 +36,8 @@ class SLOSlack:
     idle_share: float = 0.2
     alive_s: float = 2.0
     alive_tokens: int = 32
-    quantile: float = 0.99
-    window: int = 128
+    margin: float = 1.25
+    window: int = 512
     errors: list[tuple[float, float]] = field(default_factory=list, repr=False)
     tightest_s: float = field(default=inf, repr=False)
 
@@ -72,9 +73,8 @@ class SLOSlack:
         """The predicted duration that a step may have to end, most likely, within `seconds` from now, planning included."""
         if not self.errors:
             return max(0.0, seconds)
-        rank = ceil(self.quantile * len(self.errors)) - 1
-        stretch, planning_s = (sorted(column)[rank] for column in zip(*self.errors))
-        return max(0.0, seconds - planning_s) / max(1.0, stretch)
+        stretch, planning_s = (max(column) for column in zip(*self.errors))
+        return max(0.0, seconds - planning_s) / (1.0 + self.margin * max(0.0, stretch - 1.0))
 
     def target_s(self, request: RequestView) -> float:
         slo = request.slo
