@@ -55,10 +55,11 @@ check: $(STAMP) ## format, lint (notebooks too) and types
 	$(PY) -m ruff check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-format: $(STAMP) ## format and sort imports in place, refresh README's tree
+format: $(STAMP) ## format and sort imports in place, refresh README's tree and docs/policies.md
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 	$(PY) scripts/readme_tree.py
+	$(PY) scripts/policy_table.py
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(OFFLINE) $(PY) -m pytest tests/gpu -m "gpu and not wall_clock" $(PYTEST_ARGS)

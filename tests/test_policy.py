@@ -320,6 +320,36 @@ def test_without_a_predictor_a_time_bound_is_refused_with_the_next_step():
     assert plan.predicted_s != plan.predicted_s
 
 
+def test_slack_is_what_the_targets_leave_after_the_predicted_work():
+    bench = Bench(slo=SLO(ttft_s=1.0, e2e_s=2.0))
+    request = bench.arrive("x", prompt=100, output=11)
+    request._state.expected_output = 11.0
+    prefill_s = 0.004 + 100 * 4e-5
+    assert bench.view.prefill_s(request) == pytest.approx(prefill_s)
+    assert (request.expected_left, request.finish_by_s) == (11.0, 2.0)
+    assert bench.view.slack_s(request) == pytest.approx(1.0 - prefill_s)
+    bench.ledger.now_s = 0.1
+    assert bench.view.slack_s(request) == pytest.approx(0.9 - prefill_s)
+    plan = bench.plan()
+    plan.prefill(request)
+    bench.run(plan)
+    # the first token is there; what is left are ten decodes until the end
+    assert (bench.view.prefill_s(request), request.expected_left) == (0.0, 10.0)
+    assert bench.view.slack_s(request) == pytest.approx(0.9 - bench.view.remaining_s(request))
+    request._state.expected_output = 0.0
+    assert request.expected_left == 1.0
+
+
+def test_the_end_of_a_request_is_due_at_its_deadline_or_by_its_target_whichever_is_first():
+    bench = Bench(slo=SLO(e2e_s=2.0))
+    for deadline_s, due_s in ((None, 2.0), (1.5, 1.5), (9.0, 2.0)):
+        request = Request(request_id=f"x{deadline_s}", arrival_s=0.0, prompt_tokens=20, output_tokens=3, deadline_s=deadline_s)
+        bench.ledger.arrive(request, 0.0)
+        assert bench.of(request.request_id).finish_by_s == due_s
+    assert Bench().arrive("x").finish_by_s == float("inf")
+    assert Bench().view.slack_s(Bench().arrive("x")) == float("inf")
+
+
 def test_remaining_s_is_prefill_plus_expected_decodes():
     bench = Bench()
     request = bench.arrive("x", prompt=100)

@@ -44,6 +44,8 @@ _NAMES = {
     "import_replay": "workbench.imports:import_replay",
     "Recorded": "workbench.recorded:Recorded",
     "LatencyModel": "workbench.latency:LatencyModel",
+    "UpperBound": "workbench.bound:UpperBound",
+    "upper_bound": "workbench.bound:upper_bound",
     "compare": "workbench.experiment:compare",
     "Comparison": "workbench.experiment:Comparison",
     "Engine": "workbench.runtime.engine:Engine",
@@ -54,6 +56,7 @@ _NAMES = {
 
 if TYPE_CHECKING:
     from workbench import attribution, metrics, plots, policies, traces, widgets
+    from workbench.bound import UpperBound, upper_bound
     from workbench.check import check_policy
     from workbench.config import SLO, EngineConfig, FinetuneJob, RandomTokens
     from workbench.core import Batch, Request, Sampling, Segment, StepResult

@@ -14,7 +14,7 @@ from workbench.features import Work
 
 if TYPE_CHECKING:
     from workbench.config import SLO
-    from workbench.core import AdapterInfo
+    from workbench.core import AdapterInfo, Predictor
     from workbench.ledger import Ledger
     from workbench.states import JobState, RequestState
 
@@ -128,10 +128,22 @@ class RequestView(_ReadOnly):
         return s.context - (s.prefilled if s.blocks else self.cached_tokens)
 
     @property
+    def expected_left(self) -> float:
+        """Output tokens that are still expected; at least 1 while the request is not over."""
+        return max(1.0, self._state.expected_output - self._state.generated)
+
+    @property
     def due_s(self) -> float:
         """When the next token is due by the request's own SLO (defined in `metrics.due_s`); inf without one."""
         s = self._state
         return inf if s.slo is None else _due_s(s)
+
+    @property
+    def finish_by_s(self) -> float:
+        """When its last token is due: the sooner of its own `deadline_s` and arrival + the SLO's `e2e_s`; inf without either."""
+        s = self._state
+        end = inf if s.slo is None or s.slo.e2e_s is None else s.arrival_s + s.slo.e2e_s
+        return end if s.request.deadline_s is None else min(end, s.request.deadline_s)
 
     def __repr__(self) -> str:
         s = self._state
@@ -367,23 +379,35 @@ class View:
         """The predicted duration of a plan, in seconds."""
         return plan.predicted_s
 
+    def _predictor(self, name: str) -> "Predictor":
+        predictor = self._ledger.predictor
+        if predictor is None:
+            raise ValueError(f"{name} needs an executor with a predictor, got predictor=None. Fit a LatencyModel first.")
+        return predictor
+
+    def prefill_s(self, request: RequestView) -> float:
+        """Predicted seconds of the request's prefill in one step of its own; 0 when nothing is left of it.
+
+        Raises ValueError without a predictor.
+        """
+        s, left, predictor = request._state, request.prefill_left, self._predictor("prefill_s")
+        if not left:
+            return 0.0
+        work = Work()
+        v = work.values
+        v[2], v[7], v[8] = left, 1, 1
+        start = s.context - left
+        v[5] = (s.context * (s.context + 1) - start * (start + 1)) // 2
+        v[9] = s.adapter is not None
+        return predictor.predict(work)
+
     def remaining_s(self, request: RequestView) -> float:
         """Predicted seconds until the request ends if it ran alone: its prefill, then its expected decodes at their mean context.
 
         Raises ValueError without a predictor.
         """
-        s, predictor = request._state, self._ledger.predictor
-        if predictor is None:
-            raise ValueError("remaining_s needs an executor with a predictor, got predictor=None. Fit a LatencyModel first.")
-        seconds, left = 0.0, request.prefill_left
-        if left:
-            work = Work()
-            v = work.values
-            v[2], v[7], v[8] = left, 1, 1
-            start = s.context - left
-            v[5] = (s.context * (s.context + 1) - start * (start + 1)) // 2
-            v[9] = s.adapter is not None
-            seconds += predictor.predict(work)
+        s, predictor = request._state, self._predictor("remaining_s")
+        seconds, left = self.prefill_s(request), request.prefill_left
         steps = max(s.expected_output - s.generated - (left > 0), 1.0 if not left else 0.0)
         if steps:
             work = Work()
@@ -393,6 +417,16 @@ class View:
             v[9] = s.adapter is not None
             seconds += steps * predictor.predict(work)
         return seconds
+
+    def slack_s(self, request: RequestView) -> float:
+        """Seconds that the request could still be left alone without missing a target, as predicted; below 0 when one is lost already.
+
+        The smaller of next token due - now - its prefill, and last token due - now - all that remains. Infinite without any target.
+        Raises ValueError without a predictor.
+        """
+        due, end = request.due_s, request.finish_by_s
+        slack = inf if due == inf else due - self.now_s - self.prefill_s(request)
+        return slack if end == inf else min(slack, end - self.now_s - self.remaining_s(request))
 
     def __repr__(self) -> str:
         return f"View(now_s={self.now_s:.3f}, step={self.step}, running={len(self.running)}, waiting={len(self.waiting)}, jobs={self.jobs})"

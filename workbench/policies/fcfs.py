@@ -9,8 +9,9 @@ from workbench.policy import Plan, View
 class FCFS:
     """Decode everything that runs, then prefill in chunks by arrival until the token budget is used. Never fine-tunes.
 
-    The stall-free batching of Sarathi-Serve (Agrawal et al., OSDI 2024): all decodes, then prefills already begun, then new ones.
-    `budget_tokens=None` is the executor's own limit.
+    All decodes, then prefills already begun, then new ones, up to the first that does not fit. `budget_tokens=None` is the executor's
+    own limit.
+    Source: the stall-free batching of Sarathi-Serve (Agrawal et al., OSDI 2024), without its budget.
     """
 
     budget_tokens: int | None = None

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from workbench.policies.common import is_resident
 from workbench.policy import JobView, Plan, RequestView, View
-
-
-def is_resident(request: RequestView) -> bool:
-    return request.blocks > 0
 
 
 @dataclass
@@ -68,7 +65,10 @@ class LoquetierStatic:
 
 @dataclass
 class LoquetierScalable(LoquetierStatic):
-    """Loquetier static with a count that grows with the load: N = floor((steps * residents - 1) / max_resident) + 1, so 1 to `steps`."""
+    """Loquetier static with a count that grows with the load: N = floor((steps * residents - 1) / max_resident) + 1, so 1 to `steps`.
+
+    Source: the scheduler of the released Loquetier (arXiv 2511.00101).
+    """
 
     def num_steps(self, residents: int) -> int:
         return (self.steps * residents - 1) // self.max_resident + 1

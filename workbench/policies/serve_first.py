@@ -9,7 +9,8 @@ from workbench.policy import Plan, View
 class ServeFirst:
     """Serve everything that is ready; fine-tune with the tokens left over, as long as the step is predicted to last at most `step_s`.
 
-    The token-level co-serving of FlexLLM (Miao et al.) in its plainest form: no fine-tuning while a request waits to begin.
+    No fine-tuning while a request waits to begin.
+    Source: ours, the plainest form of the token-level co-serving of FlexLLM (Miao et al., arXiv 2402.18789).
     """
 
     step_s: float = 0.040

@@ -1,0 +1,130 @@
+"""The relaxation is a bound: nobody beats it, and on small cases it is what one finds by hand."""
+
+from random import Random
+
+import pytest
+from policy_cases import one
+
+from workbench.bound import upper_bound
+from workbench.config import SLO, FinetuneJob, RandomTokens
+from workbench.policies import CATALOGUE
+from workbench.replay import replay
+from workbench.testing import FixedCost, FixedShape, fixed_info
+
+POLICIES = [policy() for chosen in CATALOGUE.values() for policy in chosen]
+
+
+def executor(jobs=0, **costs):
+    info = fixed_info(**costs.pop("limits", {}))
+    return FixedCost(info=info, shapes={f"job:t{i}": FixedShape((30, 30), 400, 1) for i in range(jobs)}, **costs)
+
+
+def jobs(num):
+    return [FinetuneJob(adapter=f"t{i}", data=RandomTokens(), steps=400) for i in range(num)]
+
+
+SECONDS = {"step_s": 1e-9, "prefill_s": 1e-3, "decode_s": 1e-9, "context_s": 0.0}  # prefills are all that takes time: 1 ms a token
+
+
+def test_two_requests_that_need_the_same_time_are_one_request():
+    pair = [one("x", 0.1, 60, 1), one("y", 0.1, 60, 1)]
+    # 120 ms of work: 100 ms hold one of them, 120 ms both, 59 ms none
+    for ttft_s, attained in ((0.100, 0.5), (0.1201, 1.0), (0.059, 0.0)):
+        assert upper_bound(pair, executor=executor(**SECONDS), slo=SLO(ttft_s=ttft_s)).attainment == attained
+
+
+def test_intervals_inside_the_trace_are_looked_at():
+    # four requests in a burst of which two can be met; time before and after does not help them
+    burst = [one(f"r{i}", 5.0, 100, 1) for i in range(4)]
+    rest = [one("first", 0.0, 100, 1), one("last", 10.0, 100, 1)]
+    bound = upper_bound([*rest, *burst], executor=executor(**SECONDS), slo=SLO(ttft_s=0.2001))
+    assert bound.attainment == 4 / 6
+
+
+def test_each_token_takes_its_share_of_a_step():
+    # eight residents at most: 16 requests of 10 tokens take at least 20 steps of 10 ms
+    requests = [one(f"r{i}", 1.0, 1, 10) for i in range(16)]
+    slow = {"step_s": 0.010, "prefill_s": 0.0, "decode_s": 0.0, "context_s": 0.0}
+    assert upper_bound(requests, executor=executor(**slow), slo=SLO(e2e_s=0.2001)).attainment == 1.0
+    assert upper_bound(requests, executor=executor(**slow), slo=SLO(e2e_s=0.19)).attainment == 15 / 16
+    # alone, ten tokens take ten steps
+    assert upper_bound(requests, executor=executor(**slow), slo=SLO(e2e_s=0.099)).attainment == 0.0
+
+
+def test_memory_bounds_what_can_be_met():
+    # each holds 8 of 16 blocks for ten steps of 10 ms: 0.8 block-seconds; 0.2 s of the pool hold 3.2
+    requests = [one(f"r{i}", 1.0, 128, 10) for i in range(8)]
+    slow = {"step_s": 0.010, "prefill_s": 0.0, "decode_s": 0.0, "context_s": 0.0, "limits": {"num_blocks": 16, "max_model_len": 256}}
+    assert upper_bound(requests, executor=executor(**slow), slo=SLO(e2e_s=0.2001)).attainment == 0.5
+
+
+def test_a_target_shorter_than_a_step_is_met_by_nobody_but_single_tokens():
+    requests = [one("x", 1.0, 10, 5), one("y", 1.0, 10, 1)]
+    assert upper_bound(requests, executor=executor(), slo=SLO(itl_s=0.003)).attainment == 0.5
+    assert upper_bound(requests, executor=executor(), slo=SLO(tpot_s=0.003)).attainment == 0.5
+
+
+def test_fine_tuning_gets_the_time_that_serving_leaves():
+    # a token: 50 us forward, 4 layers of 20 us: 130 us. Serving takes 0.5 s of 2 s before its deadline
+    served = [one("x", 0.0, 250, 1), one("y", 0.5, 250, 1), one("end", 2.0, 1, 1)]
+    bound = upper_bound(served, executor=executor(1, **SECONDS), slo=SLO(ttft_s=0.3), jobs=jobs(1))
+    assert bound.attainment == 1.0
+    assert bound.finetune_tokens_per_s == pytest.approx(1 / 130e-6, rel=1e-6)
+    assert bound.finetune_at(1.0) == pytest.approx(1.5 / 130e-6 / 2, rel=1e-5)
+    assert bound.finetune_at(1.0) < bound.finetune_at(0.5) < bound.finetune_tokens_per_s
+    with pytest.raises(ValueError, match=r"attainment must lie in \[0, 1\]"):
+        bound.finetune_at(1.1)
+
+
+def test_no_more_is_trained_than_there_is():
+    bound = upper_bound([one("x", 0.0), one("y", 60.0)], executor=executor(1), slo=SLO(ttft_s=1.0), jobs=jobs(1))
+    assert bound.finetune_tokens_per_s == pytest.approx(400 * 60 / 60.0)
+
+
+def test_what_the_bound_cannot_know_is_refused():
+    with pytest.raises(ValueError, match="arrivals that do not depend on the schedule"):
+        upper_bound([one("x"), one("y", 1.0, parent_id="x")], executor=executor(), slo=SLO(ttft_s=1.0))
+    with pytest.raises(ValueError, match="measure must be"):
+        upper_bound([one("x")], executor=executor(), slo=SLO(ttft_s=1.0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_policy_beats_the_bound(seed):
+    rng = Random(seed)
+    # odd seeds: a burst of prefills that take all the time, where the bound is tight
+    costs = {"step_s": 1e-5, "prefill_s": 1e-3} if seed % 2 else {}
+    gap_s = 0.005 if seed % 2 else rng.choice([0.01, 0.03, 0.08])
+    lengths = [(rng.randint(1, 200), rng.randint(1, 30), rng.choice([None, "a", "b"])) for _ in range(14)]
+    requests = [one(f"r{i}", gap_s * (i + 1) * rng.random() * 2, *shape) for i, shape in enumerate(lengths)]
+    slo = SLO(
+        ttft_s=rng.choice([0.02, 0.06, 0.3]),
+        itl_s=rng.choice([None, 0.007, 0.03]),
+        tpot_s=rng.choice([None, 0.006, 0.02]),
+        e2e_s=rng.choice([None, 0.2, 1.0]),
+    )
+    slo = SLO(ttft_s=0.4) if seed % 2 else slo
+    limits = {"max_batch_tokens": 32, "max_requests": 16} if seed % 2 else rng.choice([{}, {"max_requests": 3}, {"num_blocks": 30}])
+    window = (0.0, max(r.arrival_s for r in requests))
+    bound = upper_bound(requests, executor=executor(1, limits=limits, **costs), slo=slo, jobs=jobs(1), measure=window)
+    best = 0.0
+    for policy in POLICIES:
+        done = replay(
+            requests,
+            executor=executor(1, limits=limits, **costs),
+            policy=policy,
+            jobs=jobs(1),
+            slo=slo,
+            measure=window,
+            planning=0.0,
+            progress=False,
+            lengths=rng.choice(["max", "oracle"]),
+        )
+        attained = done.requests["met"].mean()
+        committed = done.events.query("kind == 'committed' and time_s <= @window[1]")["value"].sum()
+        best = max(best, attained)
+        assert attained <= bound.attainment + 1e-9, policy
+        assert committed / window[1] <= bound.finetune_at(attained) * (1 + 1e-6), policy
+    assert bound.attainment > 0
+    assert best > 0
+    if seed % 2:
+        assert best >= bound.attainment - 4 / len(requests)

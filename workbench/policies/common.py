@@ -1,0 +1,72 @@
+"""What many policies do alike: serve what is resident, begin new requests one by one, share training among jobs."""
+
+from collections.abc import Iterable
+from math import inf
+
+from workbench.policy import JobView, Plan, RequestView, View, Why
+
+ELSEWHERE: tuple[Why, ...] = ("slots", "batch_adapters")
+"""Reasons that hold for one adapter only: a request for another one may still fit."""
+
+
+def is_resident(request: RequestView) -> bool:
+    """Whether it holds KV blocks: it runs, or its prefill has begun."""
+    return request.blocks > 0
+
+
+def not_begun(view: View) -> list[RequestView]:
+    """Waiting requests that hold nothing, preempted ones first, each by arrival."""
+    return [r for r in view.waiting if not is_resident(r)]
+
+
+def residents(view: View) -> list[RequestView]:
+    return [*view.running, *(r for r in view.waiting if is_resident(r))]
+
+
+def adapters_of(requests: Iterable[RequestView]) -> set[str]:
+    """Distinct adapters; base-only requests have none."""
+    return {r.adapter for r in requests if r.adapter is not None}
+
+
+def continue_residents(view: View, plan: Plan, budget_tokens: int | None = None, *, within_s: float = inf) -> int:
+    """Decode everything that runs, then go on with the prefills that were begun; the tokens of the budget left for new requests.
+
+    `budget_tokens=None` is the executor's own limit, and so is any budget on an executor that cannot cut a prefill: a longer one
+    could never begin there. `within_s` bounds the prefills, and only where something decodes: nobody else waits for a next token.
+    """
+    has_budget = budget_tokens is not None and "chunk" in view.can
+    budget = min(budget_tokens, view.limits.tokens) if has_budget and budget_tokens is not None else view.limits.tokens
+    left = max(0, budget - len(plan.decode(view.running)))
+    begun = [r for r in view.waiting if is_resident(r)]
+    bound = within_s if view.running else inf
+    return left - plan.prefill(begun, left, whole="chunk" not in view.can, skip=("batch_adapters",), within_s=bound)
+
+
+def begin(view: View, plan: Plan, request: RequestView, left: int, *, within_s: float = inf) -> int:
+    """Begin one request with at most `left` tokens. The tokens taken; `plan.why` says why not all of it."""
+    bound = within_s if view.running else inf
+    return plan.prefill(request, left, whole="chunk" not in view.can, within_s=bound)
+
+
+def begin_in_order(view: View, plan: Plan, requests: Iterable[RequestView], left: int, *, within_s: float = inf) -> int:
+    """Begin requests in the given order until one does not fit, over those whose adapter alone has no room. The tokens left."""
+    bound = within_s if view.running else inf
+    return left - plan.prefill(requests, left, whole="chunk" not in view.can, skip=ELSEWHERE, within_s=bound)
+
+
+def in_turn(view: View) -> list[JobView]:
+    """The jobs that may train: the one furthest behind by committed tokens per weight first."""
+    jobs = [job for job in view.jobs if job.phase != "paused"]
+    return sorted(jobs, key=lambda j: (j.committed_tokens / j.weight, j.arrival_s, j.id))
+
+
+def train_in_turn(view: View, plan: Plan, *, within_s: float = inf) -> None:
+    """Whatever is due of each job, as far as the predicted duration of the step allows.
+
+    With no request anywhere the first job goes on at all events: a bound that not even one layer keeps would stop it for ever.
+    """
+    jobs = in_turn(view)
+    for job in jobs:
+        plan.train(job, within_s=within_s)
+    if jobs and plan.empty and not (view.running or view.waiting):
+        plan.train(jobs[0])
