@@ -69,7 +69,10 @@ def check_time(steps: pd.DataFrame) -> None:
     short = np.flatnonzero(end - start < steps["plan_s"].to_numpy(float) + steps["duration_s"].to_numpy(float) - CLOCK_S)
     if len(short):
         row = steps.iloc[int(short[0])]
-        _fail("a step must last at least plan_s + duration_s", f"{row['end_s'] - row['start_s']:.9f} s for {row['plan_s']} + {row['duration_s']}")
+        _fail(
+            "a step must last at least plan_s + duration_s",
+            f"{row['end_s'] - row['start_s']:.9f} s for {row['plan_s']} + {row['duration_s']}",
+        )
 
 
 def check_work(steps: pd.DataFrame, work: pd.DataFrame) -> None:
@@ -84,7 +87,9 @@ def check_work(steps: pd.DataFrame, work: pd.DataFrame) -> None:
         wrong = np.flatnonzero(np.abs(done - said) > 0.5)
         if len(wrong):
             k = int(wrong[0])
-            _fail(f"a step's {name} tokens must be those of its batch", f"{said[k]:.0f} beside {done[k]:.0f} in step {steps['step'].iloc[k]}")
+            _fail(
+                f"a step's {name} tokens must be those of its batch", f"{said[k]:.0f} beside {done[k]:.0f} in step {steps['step'].iloc[k]}"
+            )
 
 
 def check_requests(events: Mapping[str, _Rows], names: pd.Index) -> None:
@@ -105,7 +110,10 @@ def check_requests(events: Mapping[str, _Rows], names: pd.Index) -> None:
         if wrong.any():
             k = int(np.argmax(wrong))
             span = f"{begin[rows.owner[k]]:.6f} to {end[rows.owner[k]]:.6f} s"
-            _fail(f"a request must see its {kind} between arrival and end", f"{names[rows.owner[k]]!r} at {rows.time[k]:.6f} s, there from {span}")
+            _fail(
+                f"a request must see its {kind} between arrival and end",
+                f"{names[rows.owner[k]]!r} at {rows.time[k]:.6f} s, there from {span}",
+            )
 
 
 def _moments(events: Mapping[str, _Rows], num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +145,9 @@ def check_littles_law(events: Mapping[str, _Rows], steps: pd.DataFrame, names: p
     number = np.cumsum(change[order])
     area = float(np.sum(number[:-1] * np.diff(times[order])))
     if (spent < -CLOCK_S).any() or abs(area - spent.sum()) > CLOCK_S * max(1.0, spent.sum()):
-        _fail("Little's law: the integral of the number in the system must be the time spent there", f"{area:.6f} beside {spent.sum():.6f} s")
+        _fail(
+            "Little's law: the integral of the number in the system must be the time spent there", f"{area:.6f} beside {spent.sum():.6f} s"
+        )
     start = steps["start_s"].to_numpy(float)
     counted = steps["waiting"].to_numpy() + steps["running"].to_numpy()
 
@@ -201,7 +211,9 @@ def _check_lengths(finished: np.ndarray, count: np.ndarray, requests: Any) -> No
         request = requests[k]
         limits = [n for n in (request.output_tokens, request.max_tokens) if n is not None]
         if limits and (count[k] > min(limits) or (request.output_tokens is not None and count[k] != min(limits))):
-            _fail("a finished request must have the output tokens that it asks for", f"{count[k]} of {min(limits)} for {request.request_id!r}")
+            _fail(
+                "a finished request must have the output tokens that it asks for", f"{count[k]} of {min(limits)} for {request.request_id!r}"
+            )
 
 
 def check_jobs(replay: Any) -> None:

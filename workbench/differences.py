@@ -51,7 +51,9 @@ def over_seeds(frame: pd.DataFrame, a: str, b: str, metric: str, redrawn: Sequen
         'Pass trace= as a function seed -> Trace, or compare blocks of time, over="blocks".',
     )
     common = {"a": a, "b": b, "metric": metric, "n": n, "confidence": confidence, "redrawn": tuple(redrawn), "note": note}
-    return Difference(over="seeds", estimate=found.estimate, low=found.low, high=found.high, p_value=found.p_value, method=found.method, **common)
+    return Difference(
+        over="seeds", estimate=found.estimate, low=found.low, high=found.high, p_value=found.p_value, method=found.method, **common
+    )
 
 
 def over_blocks(
@@ -76,7 +78,9 @@ def over_blocks(
     whole = np.ones((1, num))
     estimate = float(one.evaluate(whole)[0] - other.evaluate(whole)[0])
     distribution = one.evaluate(counts.astype(float)) - other.evaluate(counts.astype(float))
-    require(bool(np.isfinite(distribution).all()), "the metric must be defined in every resample; blocks without requests leave it", "undefined")
+    require(
+        bool(np.isfinite(distribution).all()), "the metric must be defined in every resample; blocks without requests leave it", "undefined"
+    )
     blocks = max(2, round(num / length))
     found = expanded_percentile(estimate, distribution, blocks, confidence, f"stationary block bootstrap, {resamples} resamples")
     note = ""

@@ -184,6 +184,15 @@ class LatencyModel:
     def __repr__(self) -> str:
         return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}"
 
+    def identity(self) -> str:
+        """What its predictions depend on, as 32 hex digits: costs, the recorded steps, limits, adapters, vocabulary."""
+        from workbench.content_key import content_key
+
+        steps = self._steps[[*NAMES, "duration_s"]].to_numpy(float)
+        tokenizer = None if self.tokenizer is None else (type(self.tokenizer).__name__, str(getattr(self.tokenizer, "name_or_path", "")))
+        adapters = None if self._open else self._declared
+        return content_key(self.costs.costs, steps, self._info, adapters, self._bytes, self.vocab_size, tokenizer)
+
     # Predicting
 
     @property
