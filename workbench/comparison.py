@@ -230,6 +230,12 @@ class Comparison:
         (folder / COMPARISON_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return folder
 
+    def bundle(self, folder: str | Path, *, differences: Sequence[Difference] = ()) -> Path:
+        """Rows, tables, `differences` and checksums in a new folder: `python -m workbench.verify folder` makes every table again."""
+        from workbench.bundle import bundle_comparison
+
+        return bundle_comparison(self, folder, differences)
+
     @classmethod
     def load(cls, folder: str | Path) -> "Comparison":
         """What `save` wrote. Raises FileNotFoundError without a comparison there."""

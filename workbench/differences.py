@@ -50,7 +50,7 @@ def over_seeds(frame: pd.DataFrame, a: str, b: str, metric: str, redrawn: Sequen
         "nothing",
         'Pass trace= as a function seed -> Trace, or compare blocks of time, over="blocks".',
     )
-    common = {"a": a, "b": b, "metric": metric, "n": n, "confidence": confidence, "redrawn": tuple(redrawn), "note": note}
+    common = {"a": a, "b": b, "metric": metric, "n": n, "confidence": confidence, "resamples": resamples, "redrawn": tuple(redrawn), "note": note}
     return Difference(
         over="seeds", estimate=found.estimate, low=found.low, high=found.high, p_value=found.p_value, method=found.method, **common
     )
@@ -101,6 +101,7 @@ def over_blocks(
         block_s=length * width,
         method=found.method,
         confidence=confidence,
+        resamples=resamples,
         note=note,
     )
 

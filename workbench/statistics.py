@@ -37,6 +37,7 @@ class Difference:
     over: Literal["seeds", "blocks"]
     method: str
     confidence: float = 0.95
+    resamples: int = RESAMPLES
     block_s: float | None = None
     redrawn: tuple[str, ...] = ()
     note: str = ""
@@ -180,7 +181,7 @@ def seed_difference(
 
 
 def holm_frame(primary: Difference, rest: Sequence[Difference]) -> pd.DataFrame:
-    """One row per difference, the primary one first. Its p-value stays as it is; those of the rest are adjusted by Holm among themselves."""
+    """One row per difference, the primary one first. Its p-value stays; those of the rest are adjusted by Holm among themselves."""
     adjusted = [primary.p_value, *holm([d.p_value for d in rest])]
     rows = [
         {

@@ -26,7 +26,7 @@ from workbench.sweep_plan import Run, SweepPlan, variants_of
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The runs of a sweep. `frame`: a row per run; `redrawn` names what its seeds redraw. `interrupted`: Ctrl-C came before the last run."""
+    """The runs of a sweep. `frame`: a row per run; `redrawn` names what its seeds redraw; `interrupted`: Ctrl-C came before the last."""
 
     frame: pd.DataFrame
     axes: tuple[str, ...]
@@ -90,6 +90,12 @@ class Sweep:
         best = ordered.groupby(by, sort=False, dropna=False).first()
         tried = settings.groupby(by, sort=False, dropna=False)["policy"].nunique()
         return best.rename(columns={"mean": metric, "size": "runs"}).assign(tried=tried)
+
+    def bundle(self, folder: str | Path) -> Path:
+        """The frame and all replays in a new folder that `python -m workbench.verify` can check. Needs `replays=True`."""
+        from workbench.bundle import bundle_sweep
+
+        return bundle_sweep(self, folder)
 
     def _repr_html_(self) -> str:
         return self.frame._repr_html_()  # type: ignore[operator]
