@@ -60,7 +60,9 @@ def bundle_sweep(sweep: "Sweep", folder: str | Path) -> Path:
     folder = _new(folder)
     for run, replay in replays.items():
         replay.save(folder / REPLAYS / run)
-    caption = f"{len(sweep.frame)} runs; axes: {', '.join(sweep.axes) or 'none'}; redrawn over seeds: {', '.join(sweep.redrawn) or 'nothing'}"
+    caption = (
+        f"{len(sweep.frame)} runs; axes: {', '.join(sweep.axes) or 'none'}; redrawn over seeds: {', '.join(sweep.redrawn) or 'nothing'}"
+    )
     return _seal(folder, "sweep", {"runs": sweep.frame.drop(columns="cached")}, "Sweep", caption)
 
 

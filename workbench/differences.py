@@ -15,9 +15,9 @@ from workbench.statistics import (
     MIN_BLOCKS,
     RESAMPLES,
     Difference,
-    block_length,
     expanded_percentile,
     holm_frame,
+    interval_block_length,
     seed_difference,
     stationary_blocks,
 )
@@ -50,7 +50,16 @@ def over_seeds(frame: pd.DataFrame, a: str, b: str, metric: str, redrawn: Sequen
         "nothing",
         'Pass trace= as a function seed -> Trace, or compare blocks of time, over="blocks".',
     )
-    common = {"a": a, "b": b, "metric": metric, "n": n, "confidence": confidence, "resamples": resamples, "redrawn": tuple(redrawn), "note": note}
+    common = {
+        "a": a,
+        "b": b,
+        "metric": metric,
+        "n": n,
+        "confidence": confidence,
+        "resamples": resamples,
+        "redrawn": tuple(redrawn),
+        "note": note,
+    }
     return Difference(
         over="seeds", estimate=found.estimate, low=found.low, high=found.high, p_value=found.p_value, method=found.method, **common
     )
@@ -66,7 +75,7 @@ def over_blocks(
     windows = [[metrics.window(r.measure, r.events, r.steps) for r in replays] for replays in (first, second)]
     require(windows[0] == windows[1], "both policies must be measured on the same windows", windows, "Pass measure= to compare.")
     width = float(np.mean([end - start for start, end in windows[0]])) / BINS
-    length = block_length(one.pull - other.pull) if block_s is None else block_s / width
+    length = interval_block_length(one.pull - other.pull) if block_s is None else block_s / width
     require(
         1 <= length <= num / MIN_BLOCKS,
         f"block_s must lie between {width:.3g} s and {num * width / MIN_BLOCKS:.3g} s ({MIN_BLOCKS} blocks in the window)",

@@ -110,7 +110,9 @@ def search(
         require(metric in made.frame, "metric must be a number of the summary", metric)
         frames.update({load: made.frame[made.frame["load"] == load] for load in new})
         values = made.frame[metric].astype(float)
-        require(bool(np.isfinite(values).all()), f"{metric} must be defined in every run; pass slo= and check the column error", values.tolist())
+        require(
+            bool(np.isfinite(values).all()), f"{metric} must be defined in every run; pass slo= and check the column error", values.tolist()
+        )
 
     def means() -> dict[float, float]:
         return {load: float(frames[load][metric].mean()) for load in sorted(frames)}
@@ -122,9 +124,7 @@ def search(
     points = _points(frames, metric)
     table = pd.DataFrame([_row(points, target) for target in targets]).set_index("target")
     runs = pd.concat([frames[load] for load in sorted(frames)], ignore_index=True)
-    return Capacity(
-        policy=policy_label(policy), metric=metric, table=table, points=points, seeds=seeds, redrawn=tuple(redrawn), runs=runs
-    )
+    return Capacity(policy=policy_label(policy), metric=metric, table=table, points=points, seeds=seeds, redrawn=tuple(redrawn), runs=runs)
 
 
 def _bracket(means: Mapping[float, float], target: float) -> tuple[float, float] | None:

