@@ -23,13 +23,13 @@ def queue(arrivals: np.ndarray, services: np.ndarray) -> pd.DataFrame:
     return events_of(arrivals, ends)
 
 
-def poisson_queue(load: float, seed: int, num: int = 300) -> tuple[pd.DataFrame, float]:
+def poisson_queue(load: float, seed: int, num: int = 500) -> tuple[pd.DataFrame, float]:
     rng = np.random.default_rng(seed)
     arrivals = np.cumsum(rng.exponential(1.0, num))
     return queue(arrivals, rng.exponential(load, num)), float(arrivals[-1])
 
 
-def flagged(load: float, repetitions: int = 20) -> float:
+def flagged(load: float, repetitions: int = 16) -> float:
     runs = [poisson_queue(load, seed) for seed in range(repetitions)]
     return float(np.mean([metrics.saturation(events, 0.0, end)["saturated"] for events, end in runs]))
 

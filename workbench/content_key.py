@@ -156,7 +156,8 @@ class _Walk:
 
     def function(self, function: FunctionType, where: str) -> None:
         """Its code, defaults, closure, and the globals that it uses."""
-        if is_installed(function.__module__):
+        # code run by exec() without a module's name says "builtins", where no Python function is
+        if function.__module__ != "builtins" and is_installed(function.__module__):
             self.feed("name", f"{function.__module__}.{function.__qualname__}")
             return
         self.code_object(function.__code__)
