@@ -8,10 +8,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 import workbench as wb
 from workbench.testing import FixedCost
 
 PAUSE_S = 0.1
+LENGTHS = pd.DataFrame({"prompt_tokens": [8, 20, 32, 12], "output_tokens": [4, 2, 3, 1]})
 
 
 @dataclass
@@ -33,7 +36,7 @@ class FromACell:
 
 
 def trace(seed):
-    return wb.traces.poisson(rate=4.0, duration_s=2.0, seed=seed).with_lengths("azure-conv", seed=seed, clip=(32, 4))
+    return wb.traces.poisson(rate=4.0, duration_s=2.0, seed=seed).with_lengths(LENGTHS, seed=seed)
 
 
 def run(cache: str, log: str, num_processes: int) -> wb.Sweep:

@@ -3,6 +3,7 @@
 from functools import cache
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -132,8 +133,8 @@ def third(view, plan) -> None:
 
 
 def trace(seed: int) -> wb.Trace:
-    drawn = wb.traces.poisson(rate=40.0, duration_s=3.0, seed=seed)
-    return drawn.with_lengths("azure-conv", seed=seed, clip=(48, 5))
+    lengths = pd.DataFrame({"prompt_tokens": [8, 24, 48, 48], "output_tokens": [5, 2, 5, 1]})
+    return wb.traces.poisson(rate=70.0, duration_s=2.0, seed=seed).with_lengths(lengths, seed=seed)
 
 
 @cache

@@ -107,7 +107,7 @@ def _tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> Iterator[Check]
 
 
 def _read(source: Any) -> pd.DataFrame:
-    return pd.read_csv(source, float_precision="round_trip", dtype=dict.fromkeys(EXACT, str), keep_default_na=False, na_values=[""])
+    return pd.read_csv(source, dtype=dict.fromkeys(EXACT, str), keep_default_na=False, na_values=[""])
 
 
 def table_difference(stored: pd.DataFrame, again: pd.DataFrame) -> str:
