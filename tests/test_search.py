@@ -22,7 +22,16 @@ def trace(seed: int, load: float) -> wb.Trace:
 
 
 def search(**more) -> wb.Capacity:
-    options = {"trace": trace, "low": 100.0, "high": 500.0, "grid": 3, "executor": EXECUTOR, "planning": 0.0, "slo": SLOS, "progress": False}
+    options = {
+        "trace": trace,
+        "low": 100.0,
+        "high": 500.0,
+        "grid": 3,
+        "executor": EXECUTOR,
+        "planning": 0.0,
+        "slo": SLOS,
+        "progress": False,
+    }
     return wb.search(FCFS(), **(options | {"seeds": range(3), "targets": (0.95,), "tolerance": 0.1} | more))
 
 
