@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.conservation import ConservationError, _Rows, check_conservation, check_littles_law
 from workbench.config import FinetuneJob, RandomTokens
+from workbench.conservation import ConservationError, _Rows, check_conservation, check_littles_law
 from workbench.core import Request
 from workbench.policies import FCFS, LoquetierStatic, PeftSequential, ServeFirst
 from workbench.replay import Replay, ReplayError, replay

@@ -116,6 +116,7 @@ def test_an_executor_class_takes_its_own_fields_from_the_axes():
     [
         ({"axes": {"laod": [1.0]}}, "an axis must be taken by trace, executor, jobs or slo, got 'laod'. Did you mean 'load'"),
         ({"axes": {"seed": [1]}}, "an axis must be taken by"),
+        ({"axes": {"load": [1.0, 1.0]}}, "the values of axis 'load' must differ"),
         ({"axes": {"load": []}}, "axis 'load' must have at least one value"),
         ({"parameters": {"chunks": [1]}}, "parameters must be fields of a policy, got 'chunks'. Did you mean 'chunk'"),
         ({"trace": lambda seed, rate: trace(seed)}, r"must take parameters that are axes or the seed; it also takes, got \['rate'\]"),

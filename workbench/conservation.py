@@ -96,7 +96,7 @@ def check_requests(events: Mapping[str, _Rows], names: pd.Index) -> None:
     """A request arrives once, ends at most once, not before it arrives, and does nothing after its end."""
     num = len(names)
     arrived = np.bincount(events["arrived"].owner, minlength=num)
-    ended = sum(np.bincount(events[kind].owner, minlength=num) for kind in ENDS)
+    ended = np.sum([np.bincount(events[kind].owner, minlength=num) for kind in ENDS], axis=0)
     for count, rule in ((arrived, "a request must arrive at most once"), (ended, "a request must end at most once")):
         if (count > 1).any():
             k = int(np.argmax(count))

@@ -84,9 +84,10 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0
     if np.ptp(x) == 0:
         return Interval(mean, mean, mean, 1.0 if mean == 0 else 0.0, "every value is the same")
     if 2.0 ** (1 - n) > 1 - confidence:
-        found = stats.ttest_1samp(x, 0.0)
-        low, high = found.confidence_interval(confidence)
-        return Interval(mean, float(low), float(high), float(found.pvalue), "Student's t, normal differences assumed: few seeds")
+        error = float(stats.sem(x))
+        half = error * float(stats.t.isf((1 - confidence) / 2, n - 1))
+        p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
+        return Interval(mean, mean - half, mean + half, p, "Student's t, normal differences assumed: few seeds")
     rng = np.random.default_rng(seed)
     kept = stats.bootstrap((x,), np.mean, method="percentile", n_resamples=resamples, rng=rng).bootstrap_distribution
     return expanded_percentile(mean, np.asarray(kept), n, confidence, f"bootstrap, {resamples} resamples")

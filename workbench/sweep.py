@@ -7,7 +7,7 @@ a sweep that is started again, after Ctrl-C, a crash or with one more value, com
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,10 @@ from workbench.experiment import window_of
 from workbench.run_cache import REPLAY_FOLDER, RunCache, plain
 from workbench.statistics import RESAMPLES, Difference
 from workbench.sweep_plan import Run, SweepPlan, variants_of
+
+
+Result = tuple[str, dict[str, Any], dict[str, bytes]]
+"""Of one run: its key, its row, and the files of its replay where they are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,20 +176,20 @@ def sweep(
     )
 
 
-def _serial(runs: Sequence[Run], replays: bool) -> Iterator[tuple[str, dict[str, Any], dict[str, bytes]]]:
+def _serial(runs: Sequence[Run], replays: bool) -> Generator[Result, None, None]:
     for run in runs:
         yield run_one(run, replays)
 
 
-def _parallel(runs: Sequence[Run], replays: bool, n_jobs: int | None) -> Iterator[tuple[str, dict[str, Any], dict[str, bytes]]]:
+def _parallel(runs: Sequence[Run], replays: bool, n_jobs: int | None) -> Generator[Result, None, None]:
     """Results as they come. Runs travel as bytes: joblib would scatter other large values over a cluster, and lose them with a worker."""
     from joblib import Parallel, delayed
 
     if not runs:
         return
-    work = Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)
+    # joblib's annotations know neither generators nor a batch size in numbers
+    work: Any = Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)  # type: ignore[arg-type]
     results = work(delayed(run_pickled)(pickled(run), replays) for run in runs)
-    assert results is not None
     try:
         yield from results
     finally:
@@ -208,14 +212,14 @@ def pickled(run: Run) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def run_pickled(payload: bytes, replays: bool) -> tuple[str, dict[str, Any], dict[str, bytes]]:
+def run_pickled(payload: bytes, replays: bool) -> Result:
     """`run_one` in a worker."""
     import cloudpickle
 
     return run_one(cloudpickle.loads(payload), replays)
 
 
-def run_one(run: Run, replays: bool) -> tuple[str, dict[str, Any], dict[str, bytes]]:
+def run_one(run: Run, replays: bool) -> Result:
     """Key, row (the summary, or an error) and the files of the replay, where they are kept."""
     from workbench.replay import ReplayError, replay
 

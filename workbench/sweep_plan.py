@@ -43,7 +43,7 @@ def variants_of(policies: Sequence[Any], parameters: Mapping[str, Sequence[Any]]
         name = getattr(policy, "__name__", None) or type(policy).__name__
         for values in itertools.product(*mine.values()):
             given = dict(zip(mine, values, strict=True))
-            variant = dataclasses.replace(policy, **given) if given else policy
+            variant: Any = dataclasses.replace(policy, **given) if given else policy  # type: ignore[type-var]
             out.append((policy_label(variant), name, given, variant))
     known = sorted({f.name for p in policies if dataclasses.is_dataclass(p) for f in dataclasses.fields(p)})
     for name in parameters:
@@ -75,6 +75,10 @@ class SweepPlan:
         self._check_axes()
         self.parameter_names = tuple(dict.fromkeys(name for _, _, given, _ in variants for name in given))
         self.axes_names = (*self.parameter_names, *axes)
+        twice = [name for name in self.parameter_names if name in axes or name in TAKEN]
+        require(
+            not twice, "a parameter must have a name of its own among axes and columns", twice, "Rename the policy's field or the axis."
+        )
 
     def _check_axes(self) -> None:
         takers = set(RUN_ARGUMENTS)
@@ -83,6 +87,8 @@ class SweepPlan:
                 takers |= set(_parameters_of(name, value))
         for name, values in self.values.items():
             require(len(values) > 0, f"axis {name!r} must have at least one value", values)
+            labels = [label for label, _ in values]
+            require(len(set(labels)) == len(labels), f"the values of axis {name!r} must differ", labels, "Give labels: {'label': value}.")
             if name in TAKEN or name not in takers:
                 raise ValueError(
                     f"an axis must be taken by trace, executor, jobs or slo, got {name!r}. {did_you_mean(name, sorted(takers))}"
@@ -111,7 +117,7 @@ class SweepPlan:
         """Every run: by cell, then by seed, the order of policies turning with every seed."""
         names, runs = list(self.values), []
         turns = run_order([label for label, *_ in self.variants], self.seeds, interleave=True)
-        of_label = {label: rest for label, *rest in self.variants}
+        of_label: dict[str, Any] = {label: rest for label, *rest in self.variants}
         redrawn: list[str] = []
         notes: list[str] = []
         for cell in itertools.product(*self.values.values()):
