@@ -1,8 +1,8 @@
 """A bundle verifies itself, and a changed number anywhere in it is found."""
 
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -117,10 +117,11 @@ def test_missing_added_and_cut_files_are_findings_and_not_tracebacks(damage, fol
     assert words[damage] in problems(folder).values()
 
 
-def test_the_command_line_says_so_with_its_exit_status(made):
-    done = subprocess.run([sys.executable, "-m", "workbench.verify", made], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("checks hold.")
+def test_the_command_line_says_so_with_its_exit_status(made, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["verify", str(made)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "workbench" / "verify.py"), run_name="__main__")
+    assert caught.value.code == 0 and capsys.readouterr().out.splitlines()[-1].endswith("checks hold.")
 
 
 def test_a_sweep_bundles_its_frame_and_replays(tmp_path):

@@ -32,7 +32,7 @@ def search(**more) -> wb.Capacity:
         "slo": SLOS,
         "progress": False,
     }
-    return wb.search(FCFS(), **(options | {"seeds": range(3), "targets": (0.95,), "tolerance": 0.1} | more))
+    return wb.search(FCFS(), **(options | {"seeds": range(3), "targets": (0.95,), "tolerance": 0.2} | more))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_capacity_lies_near_the_servers_own_and_within_its_interval(capacity):
 def test_capacity_is_bracketed_to_within_the_tolerance_by_evaluated_points(capacity):
     points = capacity.points
     above = points.loc[points["load"] > capacity.table.loc[0.95, "capacity"]].iloc[0]
-    assert above["attainment"] < 0.95 and above["load"] / capacity.table.loc[0.95, "capacity"] <= 1.1 + 1e-9
+    assert above["attainment"] < 0.95 and above["load"] / capacity.table.loc[0.95, "capacity"] <= 1.2 + 1e-9
     at = points.loc[points["load"] == capacity.table.loc[0.95, "capacity"], "attainment"].item()
     assert at >= 0.95
     runs = capacity.runs.groupby("load")["attainment"].mean()

@@ -230,7 +230,7 @@ def test_equal_runs_of_several_seeds_do_not_narrow_a_block_interval():
 
 
 def test_few_effective_blocks_are_said_aloud():
-    found = comparison(1).difference("patient", "third", over="blocks", block_s=0.3, resamples=499)
+    found = comparison(1).difference("patient", "third", over="blocks", block_s=0.2, resamples=499)
     assert found.n < 20 and "the interval may be too short" in found.note
 
 

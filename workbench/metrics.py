@@ -425,12 +425,12 @@ def saturation(events: pd.DataFrame, start: float, end: float) -> dict[str, Any]
         return {"saturated": False, "queue_growth_per_s": np.nan, "queue_growth_p": np.nan, "unfinished_at_end_share": np.nan}
     is_change = is_arrival | is_end
     centres, means = _mean_number(time[is_change], np.where(is_arrival, 1, -1)[is_change], start, end)
-    p = float(stats.kendalltau(centres, means, alternative="greater")[1]) if np.ptp(means) > 1e-9 else 1.0
+    p = float(np.asarray(stats.kendalltau(centres, means, alternative="greater"))[1]) if np.ptp(means) > 1e-9 else 1.0
     gained = num - int((is_end & inside).sum())
     still_there = ~pd.Index(owner[is_arrival & inside]).isin(owner[is_end & (time <= end)])
     return {
         "saturated": bool(gained > max(0.1 * num, 2 * sqrt(num)) and p < 0.01),
-        "queue_growth_per_s": float(np.asarray(stats.theilslopes(means, centres)[0])),
+        "queue_growth_per_s": float(np.asarray(stats.theilslopes(means, centres))[0]),
         "queue_growth_p": p,
         "unfinished_at_end_share": float(still_there.mean()),
     }

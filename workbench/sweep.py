@@ -23,7 +23,6 @@ from workbench.run_cache import REPLAY_FOLDER, RunCache, plain
 from workbench.statistics import RESAMPLES, Difference
 from workbench.sweep_plan import Run, SweepPlan, variants_of
 
-
 Result = tuple[str, dict[str, Any], dict[str, bytes]]
 """Of one run: its key, its row, and the files of its replay where they are kept."""
 
