@@ -55,6 +55,12 @@ def test_a_burst_in_the_middle_that_drains_is_not_saturation():
     assert not found["saturated"] and found["unfinished_at_end_share"] < 0.02
 
 
+def test_a_burst_that_the_end_of_the_window_cuts_is_no_trend():
+    arrivals = np.concatenate([np.arange(0.0, 195.0, 1.0), np.linspace(196.0, 200.0, 60)])
+    found = metrics.saturation(events_of(arrivals, np.where(arrivals < 195, arrivals + 0.5, arrivals + 30.0)), 0.0, 200.0)
+    assert not found["saturated"] and found["unfinished_at_end_share"] > 0.1
+
+
 def test_filling_up_to_a_constant_level_at_the_start_is_not_saturation():
     arrivals = np.arange(0.0, 200.0, 1.0)
     assert not metrics.saturation(events_of(arrivals, arrivals + 15.0), 0.0, 200.0)["saturated"]

@@ -345,6 +345,13 @@ def test_a_policys_code_and_what_it_uses_are_in_its_key_and_comments_are_not(old
     assert (first == second) == is_same
 
 
+def test_an_edited_policy_of_the_same_name_is_run_again_and_the_old_one_is_still_there(tmp_path):
+    cell = "class Policy:\n    def __call__(self, view, plan):\n        plan.decode(view.running)\n        plan.prefill(view.waiting, 64)\npolicy = Policy()"
+    edited = cell.replace("64", "8")
+    cached = [sweep([defined(source)], seeds=[0], cache=tmp_path).frame["cached"].item() for source in (cell, edited, cell, edited)]
+    assert cached == [False, False, True, True]
+
+
 def test_closures_partials_lambdas_and_classes_that_name_each_other_have_keys():
     def make(n):
         return lambda view, plan: plan.decode(view.running[:n])

@@ -139,9 +139,9 @@ class SweepPlan:
         return runs
 
     def key(self, policy: Any, arguments: Mapping[str, Any], seed: int, checksum: str, trace: Any) -> str:
-        """Content of everything that decides the run; parts that many runs share are hashed once."""
+        """Content of everything that decides the run, the policy's code among it; parts that many runs share are hashed once."""
         parts = {name: self.shared(value) for name, value in arguments.items() if name != "trace"}
-        return content_key(checksum or tuple(trace), policy_label(policy), self.shared(policy), parts, seed, code_version())
+        return content_key(checksum or tuple(trace), self.shared(policy), parts, seed, code_version())
 
     def shared(self, value: Any) -> str:
         if id(value) not in self.keys:
