@@ -346,10 +346,25 @@ def test_a_policys_code_and_what_it_uses_are_in_its_key_and_comments_are_not(old
 
 
 def test_an_edited_policy_of_the_same_name_is_run_again_and_the_old_one_is_still_there(tmp_path):
-    cell = "class Policy:\n    def __call__(self, view, plan):\n        plan.decode(view.running)\n        plan.prefill(view.waiting, 64)\npolicy = Policy()"
+    body = "        plan.decode(view.running)\n        plan.prefill(view.waiting, 64)\n"
+    cell = f"class Policy:\n    def __call__(self, view, plan):\n{body}policy = Policy()"
     edited = cell.replace("64", "8")
     cached = [sweep([defined(source)], seeds=[0], cache=tmp_path).frame["cached"].item() for source in (cell, edited, cell, edited)]
     assert cached == [False, False, True, True]
+
+
+def test_a_run_in_this_process_leaves_the_policys_class_and_its_key_as_they_were():
+    policy, call = Chunked(), Chunked.__call__
+    before = keys.content_key(policy)
+    sweep([policy], seeds=[0])
+    assert Chunked.__call__ is call and keys.content_key(policy) == before
+
+
+def test_threads_are_refused_since_they_would_share_an_executor():
+    import joblib
+
+    with joblib.parallel_config(backend="threading", n_jobs=2), pytest.raises(ValueError, match="runs need processes of their own"):
+        sweep()
 
 
 def test_closures_partials_lambdas_and_classes_that_name_each_other_have_keys():

@@ -5,6 +5,7 @@ comments nor its place in the file change it.
 """
 
 import dataclasses
+import dis
 import hashlib
 import inspect
 import sys
@@ -46,7 +47,15 @@ IGNORED = {
     "__static_attributes__",
     "__match_args__",
 }
-IGNORED |= {"__dataclass_fields__", "__dataclass_params__", "__parameters__", "__abstractmethods__", "_abc_impl", "__annotate_func__"}
+IGNORED |= {
+    "__dataclass_fields__",
+    "__dataclass_params__",
+    "__parameters__",
+    "__abstractmethods__",
+    "_abc_impl",
+    "__annotate_func__",
+    "__slotnames__",
+}
 
 
 def content_key(*values: Any) -> str:
@@ -219,8 +228,9 @@ class _Walk:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Names that a function and the functions inside it look up."""
-    return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
+    """Globals that a function and the functions inside it look up."""
+    own = {str(i.argval) for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 @cache

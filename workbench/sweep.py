@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -181,18 +181,46 @@ def _serial(runs: Sequence[Run], replays: bool) -> Generator[Result, None, None]
 
 
 def _parallel(runs: Sequence[Run], replays: bool, n_jobs: int | None) -> Generator[Result, None, None]:
-    """Results as they come. Runs travel as bytes: joblib would scatter other large values over a cluster, and lose them with a worker."""
-    from joblib import Parallel, delayed
+    """Results as they come."""
+    from joblib import Parallel, delayed, effective_n_jobs
+    from joblib.parallel import get_active_backend
 
     if not runs:
         return
+    backend, wanted = get_active_backend()[0], cast(int, n_jobs)
+    shares_memory = effective_n_jobs(wanted) > 1 and getattr(backend, "supports_sharedmem", False)
+    require(
+        not shares_memory, "runs need processes of their own, for an executor is no thread's alone", type(backend).__name__, 'Use "loky".'
+    )
     # joblib's annotations know neither generators nor a batch size in numbers
     work: Any = Parallel(n_jobs=n_jobs, return_as="generator_unordered", batch_size=1)  # type: ignore[arg-type]
-    results = work(delayed(run_pickled)(pickled(run), replays) for run in runs)
+    results = work(delayed(run_shipped)(_Shipped(run), replays) for run in runs)
     try:
         yield from results
     finally:
         results.close()
+
+
+class _Shipped:
+    """A run that is pickled only if it leaves this process.
+
+    Unpickling a notebook's class where it lives would tie its methods to copies of their globals. No weak reference to this can be
+    made, so that joblib does not scatter it over a cluster, where it would be lost with a worker.
+    """
+
+    __slots__ = ("run",)
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unshipped, (pickled(self.run),)
+
+
+def _unshipped(payload: bytes) -> _Shipped:
+    import cloudpickle
+
+    return _Shipped(cloudpickle.loads(payload))
 
 
 def pickled(run: Run) -> bytes:
@@ -211,11 +239,9 @@ def pickled(run: Run) -> bytes:
             cloudpickle.unregister_pickle_by_value(module)
 
 
-def run_pickled(payload: bytes, replays: bool) -> Result:
-    """`run_one` in a worker."""
-    import cloudpickle
-
-    return run_one(cloudpickle.loads(payload), replays)
+def run_shipped(shipped: _Shipped, replays: bool) -> Result:
+    """`run_one`, here or in a worker."""
+    return run_one(shipped.run, replays)
 
 
 def run_one(run: Run, replays: bool) -> Result:
