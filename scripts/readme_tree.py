@@ -14,6 +14,8 @@ TOP = {
     "constraints.txt": "versions that work together",
     "Makefile": "the commands above",
     "typings/pandas/": "a stub that lets the type check pass over frames",
+    "CITATION.cff": "how to cite the software, and the paper whose ideas it implements",
+    "docs/method.md": "traps of scheduling experiments, what is done about each, and the tests that show it",
     ".ci/run": "continuous integration: make test, make check, make browser",
 }
 FOLDERS = {

@@ -6,8 +6,10 @@ The public names. Those that need torch are imported when they are first used, s
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Now, not when first used: the function shares its name with its module, which would take the name once anything imports it.
+# Now, not when first used: each function shares its name with its module, which would take the name once anything imports it.
 from workbench.replay import ReplayError, replay
+from workbench.search import Capacity, search
+from workbench.sweep import Sweep, sweep
 
 _NAMES = {
     "traces": "workbench.traces:",
@@ -47,6 +49,7 @@ _NAMES = {
     "UpperBound": "workbench.bound:UpperBound",
     "upper_bound": "workbench.bound:upper_bound",
     "compare": "workbench.experiment:compare",
+    "Difference": "workbench.statistics:Difference",
     "Comparison": "workbench.experiment:Comparison",
     "Engine": "workbench.runtime.engine:Engine",
     "OutOfMemory": "workbench.runtime.engine:OutOfMemory",
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from workbench.runtime.engine import Engine, OutOfMemory
     from workbench.runtime.peft_baseline import PeftBaseline
     from workbench.runtime.virtual import VirtualModule
+    from workbench.statistics import Difference
     from workbench.trace import Trace
 
 

@@ -181,8 +181,35 @@ class LatencyModel:
             tokenizer=self.tokenizer,
         )
 
+    def perturb(self, bias: float) -> "LatencyModel":
+        """The same device, every step longer by the share `bias` (0.03: 3 %; negative: shorter), residuals as they were.
+
+        For the sensitivity of a conclusion to the model's own error: rerun it at plus and minus `report.bias`.
+        """
+        require(bias > -1, "bias must be above -1", bias)
+        factor = 1.0 + bias
+        return LatencyModel(
+            CostModel(tuple(factor * c for c in self.costs.costs)),
+            self._steps.assign(duration_s=factor * self._steps["duration_s"]),
+            info=replace(self._info, name=f"{self._info.name} {bias:+.1%}"),
+            report=self.report,
+            provenance=self.provenance | {"bias": bias},
+            adapters=None if self._open else self._declared,
+            vocab_size=self.vocab_size,
+            tokenizer=self.tokenizer,
+        )
+
     def __repr__(self) -> str:
         return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}"
+
+    def identity(self) -> str:
+        """What its predictions depend on, as 32 hex digits: costs, the recorded steps, limits, adapters, vocabulary."""
+        from workbench.content_key import content_key
+
+        steps = self._steps[[*NAMES, "duration_s"]].to_numpy(float)
+        tokenizer = None if self.tokenizer is None else (type(self.tokenizer).__name__, str(getattr(self.tokenizer, "name_or_path", "")))
+        adapters = None if self._open else self._declared
+        return content_key(self.costs.costs, steps, self._info, adapters, self._bytes, self.vocab_size, tokenizer)
 
     # Predicting
 

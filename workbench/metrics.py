@@ -18,6 +18,8 @@ ADMISSION_WAIT_S = 6.0  # the released Loquetier's own measure: admitted within 
 TARGETS = ("ttft", "tpot", "itl", "e2e")
 PERCENTILES = (50, 90, 99)
 CONFIDENCE = 0.95
+ENDS = ("finished", "rejected", "aborted")
+TREND_BLOCKS = 20
 # Work in "service units", as in virtual token counters (VTC, OSDI 2024): one per prompt token, two per output token.
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 
@@ -312,7 +314,7 @@ def summary(replay: Any, slo: SLOs = None, measure: tuple[float, float] | None =
     """
     slo = replay.slo if slo is None else slo
     events, steps = replay.events, replay.steps
-    start, end = _window(replay.measure if measure is None else measure, events, steps)
+    start, end = window(replay.measure if measure is None else measure, events, steps)
     requests = request_frame(replay.requests, events, slo)
     requests = requests[requests["arrival_s"].between(start, end)]
     inside = events[events["time_s"].between(start, end)]
@@ -329,12 +331,12 @@ def summary(replay: Any, slo: SLOs = None, measure: tuple[float, float] | None =
     row["adapter_loads"] = int((inside["kind"] == "adapter_loaded").sum())
     row["optimizer_steps"] = int((inside["kind"] == "optimizer_step").sum())
     row |= _machine(steps, getattr(replay.executor, "num_blocks", None), start, end)
-    row["saturated"] = is_saturated(events, start, end)
+    row |= saturation(events, start, end)
     row["interrupted"] = bool(replay.interrupted)
     return row
 
 
-def _window(measure: tuple[float, float] | None, events: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float]:
+def window(measure: tuple[float, float] | None, events: pd.DataFrame, steps: pd.DataFrame) -> tuple[float, float]:
     if measure is None:
         ends = [float(frame[name].max()) for frame, name in ((events, "time_s"), (steps, "end_s")) if len(frame)]
         return 0.0, max(ends, default=0.0)
@@ -428,15 +430,53 @@ def _machine(steps: pd.DataFrame, num_blocks: int | None, start: float, end: flo
     return row
 
 
+def saturation(events: pd.DataFrame, start: float, end: float) -> dict[str, Any]:
+    """Whether the queue grows through the window: latencies of a `saturated` run depend on where it was cut.
+
+    Both must hold. (1) An upward trend of the number in the system, p < 0.01: a stable system has none in the long run, the number of an
+    unstable one grows linearly (checking stability from arrivals and departures alone: Wieland, Pasupathy & Schmeiser, Winter Simulation
+    Conference 2003). `queue_growth_p` is Mann-Kendall's test (Mann, Econometrica 13, 1945) on the number's means over `TREND_BLOCKS`
+    equal stretches, which are far less correlated than the number itself; `queue_growth_per_s` their Theil-Sen slope. (2) The window adds
+    to the system more than a tenth of its arrivals and more than twice their Poisson noise: a stable queue that wanders, or fills to its
+    level at the start of a short window, is not called saturated. `unfinished_at_end_share`: arrivals of the window still there at its
+    end. Numbers are nan where nothing arrived.
+    """
+    from scipy import stats
+
+    kind, time, owner = events["kind"].to_numpy(), events["time_s"].to_numpy(float), events["owner"].to_numpy()
+    is_arrival, is_end = kind == "arrived", np.isin(kind, ENDS)
+    inside = (time >= start) & (time <= end)
+    num = int((is_arrival & inside).sum())
+    if num == 0 or end <= start:
+        return {"saturated": False, "queue_growth_per_s": np.nan, "queue_growth_p": np.nan, "unfinished_at_end_share": np.nan}
+    is_change = is_arrival | is_end
+    centres, means = _mean_number(time[is_change], np.where(is_arrival, 1, -1)[is_change], start, end)
+    p = float(np.asarray(stats.kendalltau(centres, means, alternative="greater"))[1]) if np.ptp(means) > 1e-9 else 1.0
+    gained = num - int((is_end & inside).sum())
+    still_there = ~pd.Index(owner[is_arrival & inside]).isin(owner[is_end & (time <= end)])
+    return {
+        "saturated": bool(gained > max(0.1 * num, 2 * sqrt(num)) and p < 0.01),
+        "queue_growth_per_s": float(np.asarray(stats.theilslopes(means, centres))[0]),
+        "queue_growth_p": p,
+        "unfinished_at_end_share": float(still_there.mean()),
+    }
+
+
 def is_saturated(events: pd.DataFrame, start: float, end: float) -> bool:
-    """Whether the queue grows through the window: its second half adds to the requests in the system more than a tenth of that
-    half's arrivals and more than twice their Poisson noise. Latencies of such a run depend on where it was cut."""
-    kind, time = events["kind"].to_numpy(), events["time_s"].to_numpy(float)
-    half = (start + end) / 2
-    inside = (time > half) & (time <= end)
-    arrived = int((inside & (kind == "arrived")).sum())
-    left = int((inside & np.isin(kind, ("finished", "rejected", "aborted"))).sum())
-    return arrived - left > max(0.1 * arrived, 2 * sqrt(arrived))
+    """`saturation`'s flag alone."""
+    return saturation(events, start, end)["saturated"]
+
+
+def _mean_number(times: np.ndarray, change: np.ndarray, start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
+    """Centres of `TREND_BLOCKS` equal stretches of [start, end], and the mean over each of the number that `change` moves at `times`."""
+    order = np.argsort(times, kind="stable")
+    times, change = times[order], change[order]
+    edges = np.linspace(start, end, TREND_BLOCKS + 1)
+    # the integral of the number up to t: each change counts for the time since it
+    level, moment = np.cumsum(change), np.cumsum(change * times)
+    at = np.searchsorted(times, edges, side="right") - 1
+    integral = np.where(at >= 0, level[at] * edges - moment[at], 0.0)
+    return (edges[1:] + edges[:-1]) / 2, np.diff(integral) / np.diff(edges)
 
 
 def _of_kind(events: pd.DataFrame, kind: str) -> pd.DataFrame:

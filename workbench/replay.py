@@ -14,6 +14,7 @@ import simpy
 import simpy.rt
 
 from workbench.config import SLO, FinetuneJob, Provenance, UnknownAdapterError, require
+from workbench.conservation import ConservationError, check_conservation
 from workbench.core import AdapterInfo, Batch, Executor, JobShape, Request, StepResult
 from workbench.expected import length_predictor
 from workbench.features import Work, of_batch
@@ -76,7 +77,7 @@ def replay(
     that second. Within `measure=(start_s, end_s)` tokens and requests count for `summary()`; None is the whole replay.
     `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`.
     Raises ValueError or TypeError for bad input before anything runs, ReplayError (with the partial result) when policy or executor
-    fail.
+    fail, or when the rows of the result contradict one another (`conservation`: time, work, tokens, requests, Little's law).
     """
     run = _Run(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until)
     return run.run(progress)
@@ -178,9 +179,18 @@ class _Run:
             interrupted, self.failure = True, None
         warn_of_refusals(self.tape.refusals, len(self.requests))
         if self.failure is None:
-            return self._result(interrupted, None)
+            return self._checked(self._result(interrupted, None))
         message = f"{self.where}: {type(self.failure).__name__}: {self.failure}"
         raise ReplayError(message, self._result(False, message)) from self.failure
+
+    def _checked(self, result: Replay) -> Replay:
+        """The result, once its rows agree with one another. Ctrl-C may fall between two rows of a step: then they need not."""
+        if not result.interrupted:
+            try:
+                check_conservation(result)
+            except ConservationError as error:
+                raise ReplayError(str(error), result) from error
+        return result
 
     def _check_adapters(self) -> None:
         """A name that no adapter has is a mistake in the trace, not an outcome: it is raised before anything runs."""

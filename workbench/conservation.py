@@ -1,0 +1,236 @@
+"""What every replay must conserve: tokens, work, requests and time. Checked once at its end, from two bookkeepings that must agree.
+
+The events (what happened), the work rows (what the batches held) and the counts beside the steps (what the ledger said) are written in
+different places. A disagreement is a bug, in the product or in an executor, never a result.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from workbench.metrics import ENDS
+
+CLOCK_S = 1e-6  # sums of a day's floating-point seconds agree far better than this
+TOKEN_KINDS = ("finetune", "evaluate", "prefill", "decode")
+
+
+class ConservationError(RuntimeError):
+    """A replay whose rows contradict one another."""
+
+
+class _Rows(NamedTuple):
+    """Columns of the rows of some kinds, owners as positions in a common index."""
+
+    time: np.ndarray
+    step: np.ndarray
+    owner: np.ndarray
+    value: np.ndarray
+
+
+def check_conservation(replay: Any) -> None:
+    """Raise ConservationError with the law and its numbers if a replay breaks one: time, work, tokens, requests, Little's law.
+
+    Cost is linear in the number of rows.
+    """
+    names = pd.Index([r.request_id for r in replay.trace_requests])
+    events = _by_kind(replay.events, names)
+    check_time(replay.steps)
+    check_work(replay.steps, replay.work)
+    check_requests(events, names)
+    check_littles_law(events, replay.steps, names)
+    check_tokens(events, replay, names)
+    check_jobs(replay)
+
+
+def _by_kind(events: pd.DataFrame, names: pd.Index) -> Mapping[str, _Rows]:
+    owner = names.get_indexer(pd.Index(events["owner"].to_numpy(object)))
+    kind, kinds = pd.factorize(events["kind"].to_numpy(object))
+    columns = [events["time_s"].to_numpy(float), events["step"].to_numpy(), owner, events["value"].to_numpy(float)]
+    out = {}
+    for name in ("arrived", *ENDS, "token", "prefill", "preempted"):
+        mask = kind == (list(kinds).index(name) if name in kinds else -2)
+        out[name] = _Rows(*(c[mask] for c in columns))
+    return out
+
+
+def _fail(law: str, numbers: str) -> None:
+    raise ConservationError(f"{law}, got {numbers}. This is a bug in the runtime or in an executor: keep the replay and report it.")
+
+
+def check_time(steps: pd.DataFrame) -> None:
+    """Steps come one after another and last what they say: planning and executor; so busy and idle time add up to the span."""
+    start, end = steps["start_s"].to_numpy(float), steps["end_s"].to_numpy(float)
+    early = np.flatnonzero(start[1:] < end[:-1] - CLOCK_S)
+    if len(early):
+        k = int(early[0])
+        _fail("a step must not begin before the last one ends", f"step {k} to {end[k]:.9f} s, step {k + 1} from {start[k + 1]:.9f} s")
+    short = np.flatnonzero(end - start < steps["plan_s"].to_numpy(float) + steps["duration_s"].to_numpy(float) - CLOCK_S)
+    if len(short):
+        row = steps.iloc[int(short[0])]
+        _fail(
+            "a step must last at least plan_s + duration_s",
+            f"{row['end_s'] - row['start_s']:.9f} s for {row['plan_s']} + {row['duration_s']}",
+        )
+
+
+def check_work(steps: pd.DataFrame, work: pd.DataFrame) -> None:
+    """The tokens of a step's work rows are the tokens that its features say, kind by kind."""
+    kind, step, tokens = work["kind"].to_numpy(), work["step"].to_numpy(), work["tokens"].to_numpy(float)
+    at = pd.Index(steps["step"].to_numpy()).get_indexer(step)
+    if (at < 0).any():
+        _fail("every row of work must belong to a step", f"one of step {step[at < 0][0]}")
+    for name in TOKEN_KINDS:
+        mask = kind == name
+        done, said = np.bincount(at[mask], tokens[mask], len(steps)), steps[f"{name}_tokens"].to_numpy(float)
+        wrong = np.flatnonzero(np.abs(done - said) > 0.5)
+        if len(wrong):
+            k = int(wrong[0])
+            _fail(
+                f"a step's {name} tokens must be those of its batch", f"{said[k]:.0f} beside {done[k]:.0f} in step {steps['step'].iloc[k]}"
+            )
+
+
+def check_requests(events: Mapping[str, _Rows], names: pd.Index) -> None:
+    """A request arrives once, ends at most once, not before it arrives, and does nothing after its end."""
+    num = len(names)
+    arrived = np.bincount(events["arrived"].owner, minlength=num)
+    ended = np.sum([np.bincount(events[kind].owner, minlength=num) for kind in ENDS], axis=0)
+    for count, rule in ((arrived, "a request must arrive at most once"), (ended, "a request must end at most once")):
+        if (count > 1).any():
+            k = int(np.argmax(count))
+            _fail(rule, f"{count[k]} times for {names[k]!r}")
+    if (ended > arrived).any():
+        _fail("a request must arrive before it ends", f"an end without an arrival for {names[int(np.argmax(ended > arrived))]!r}")
+    begin, end = _moments(events, num)
+    for kind in ("token", "prefill", "preempted"):
+        rows = events[kind]
+        wrong = (rows.time > end[rows.owner] + CLOCK_S) | ~(rows.time >= begin[rows.owner] - CLOCK_S)
+        if wrong.any():
+            k = int(np.argmax(wrong))
+            span = f"{begin[rows.owner[k]]:.6f} to {end[rows.owner[k]]:.6f} s"
+            _fail(
+                f"a request must see its {kind} between arrival and end",
+                f"{names[rows.owner[k]]!r} at {rows.time[k]:.6f} s, there from {span}",
+            )
+
+
+def _moments(events: Mapping[str, _Rows], num: int) -> tuple[np.ndarray, np.ndarray]:
+    """When each request arrived (nan: never) and ended (inf: not yet)."""
+    begin, end = np.full(num, np.nan), np.full(num, np.inf)
+    begin[events["arrived"].owner] = events["arrived"].time
+    for kind in ENDS:
+        end[events[kind].owner] = events[kind].time
+    return begin, end
+
+
+def check_littles_law(events: Mapping[str, _Rows], steps: pd.DataFrame, names: pd.Index) -> None:
+    """L = lambda W, as the identity that it is on one sample path (Stidham, Operations Research 22, 1974), and the ledger's own count.
+
+    The integral of the number in the system must be the sum of the times that requests spent there; and at the start of every step,
+    `waiting + running` as the ledger counted must be the arrivals less the ends until then (an event within `CLOCK_S` counts either way).
+    """
+    begin, end = _moments(events, len(names))
+    there = np.isfinite(begin)
+    ended = np.sort(end[there & np.isfinite(end)])
+    arrived = np.sort(begin[there])
+    if not len(arrived):
+        return
+    last = max(arrived[-1], ended[-1] if len(ended) else 0.0, float(steps["end_s"].max()) if len(steps) else 0.0)
+    spent = np.minimum(end[there], last) - begin[there]
+    times = np.concatenate([arrived, ended, [last]])
+    change = np.concatenate([np.ones(len(arrived)), -np.ones(len(ended)), [0.0]])
+    order = np.argsort(times, kind="stable")
+    number = np.cumsum(change[order])
+    area = float(np.sum(number[:-1] * np.diff(times[order])))
+    if (spent < -CLOCK_S).any() or abs(area - spent.sum()) > CLOCK_S * max(1.0, spent.sum()):
+        _fail(
+            "Little's law: the integral of the number in the system must be the time spent there", f"{area:.6f} beside {spent.sum():.6f} s"
+        )
+    start = steps["start_s"].to_numpy(float)
+    counted = steps["waiting"].to_numpy() + steps["running"].to_numpy()
+
+    def until(moments: np.ndarray, shift: float) -> np.ndarray:
+        return np.searchsorted(moments, start + shift, side="right" if shift > 0 else "left")
+
+    most = until(arrived, CLOCK_S) - until(ended, -CLOCK_S)
+    least = until(arrived, -CLOCK_S) - until(ended, CLOCK_S)
+    wrong = np.flatnonzero((counted < least) | (counted > most))
+    if len(wrong):
+        k = int(wrong[0])
+        _fail("the ledger's count must be arrivals less ends", f"{counted[k]} beside {least[k]} to {most[k]} at {start[k]:.6f} s")
+
+
+def check_tokens(events: Mapping[str, _Rows], replay: Any, names: pd.Index) -> None:
+    """Every output token is one row of work at its own position, every finished request has the tokens that its trace asks for.
+
+    A request that was never preempted prefills each prompt token at most once and up to the last, then decodes one position a token.
+    """
+    num, tokens = len(names), events["token"]
+    if (tokens.owner < 0).any() or (events["prefill"].owner < 0).any():
+        _fail("tokens must belong to requests of the trace", "another owner")
+    count, total = np.bincount(tokens.owner, minlength=num), np.bincount(tokens.owner, tokens.value, num)
+    wrong = total != count * (count + 1) / 2
+    if wrong.any():
+        k = int(np.argmax(wrong))
+        _fail("a request's tokens must be numbered 1, 2, ... each once", f"{count[k]} tokens that sum to {total[k]:.0f} for {names[k]!r}")
+    work = replay.work
+    owner, kind = names.get_indexer(pd.Index(work["owner"].to_numpy(object))), work["kind"].to_numpy()
+    first, length = work["start"].to_numpy(float), work["tokens"].to_numpy(float)
+    prefill, decode = (kind == "prefill") & (owner >= 0), (kind == "decode") & (owner >= 0)
+    done = np.bincount(owner[prefill], length[prefill], num)
+    said = np.bincount(events["prefill"].owner, events["prefill"].value, num)
+    if (done != said).any():
+        k = int(np.argmax(done != said))
+        _fail("prefilled tokens must be those of the batches", f"{said[k]:.0f} beside {done[k]:.0f} for {names[k]!r}")
+    prompt = np.array([r.prompt_tokens for r in replay.trace_requests], float)
+    preempted = np.bincount(events["preempted"].owner, minlength=num)
+    steady = (preempted == 0) & (count > 0)
+    decodes, places = np.bincount(owner[decode], minlength=num), np.bincount(owner[decode], first[decode], num)
+    low, high = np.full(num, np.inf), np.zeros(num)
+    np.minimum.at(low, owner[prefill], first[prefill])
+    np.maximum.at(high, owner[prefill], (first + length)[prefill])
+    laws = (
+        ("each prompt token must be prefilled once", done, high - low),
+        ("the prefill must reach the end of the prompt", high, prompt),
+        ("every token after the first must be one decode row", decodes, count - 1),
+        ("decode rows must stand at consecutive positions", places, (count - 1) * prompt + (count - 1) * (count - 2) / 2),
+    )
+    for law, have, want in laws:
+        wrong = steady & (have != want)
+        if wrong.any():
+            k = int(np.argmax(wrong))
+            _fail(law, f"{have[k]:.0f} beside {want[k]:.0f} for {names[k]!r}")
+    _check_lengths(events["finished"].owner, count, replay.trace_requests)
+
+
+def _check_lengths(finished: np.ndarray, count: np.ndarray, requests: Any) -> None:
+    """A finished request has the length that the trace and `max_tokens` give; one whose text decides has at most `max_tokens`."""
+    for k in finished.tolist():
+        request = requests[k]
+        limits = [n for n in (request.output_tokens, request.max_tokens) if n is not None]
+        if limits and (count[k] > min(limits) or (request.output_tokens is not None and count[k] != min(limits))):
+            _fail(
+                "a finished request must have the output tokens that it asks for", f"{count[k]} of {min(limits)} for {request.request_id!r}"
+            )
+
+
+def check_jobs(replay: Any) -> None:
+    """Fine-tune tokens: what was committed went forward before, and through every layer backward; nothing is committed twice."""
+    jobs, work, events = replay.jobs, replay.work, replay.events
+    if not len(jobs):
+        return
+    kind, owner = work["kind"].to_numpy(), work["owner"].to_numpy()
+    passes = events.loc[events["kind"].to_numpy() == "committed", "owner"].value_counts()
+    for name, row in jobs.iterrows():
+        mine = owner == name
+        tokens = work["tokens"].to_numpy()[mine]
+        forward, layers = float(tokens[kind[mine] == "finetune"].sum()), int(tokens[kind[mine] == "backward"].sum())
+        if forward != row["forward_tokens"]:
+            _fail("forward tokens must be those of the batches", f"{row['forward_tokens']:.0f} beside {forward:.0f} for {name!r}")
+        if row["committed_tokens"] > forward:
+            _fail("committed tokens must have gone forward", f"{row['committed_tokens']:.0f} of {forward:.0f} for {name!r}")
+        needed = int(passes.get(name, 0)) * replay.executor.num_layers
+        if not needed <= layers < needed + max(replay.executor.num_layers, 1):
+            _fail("every committed micro-batch must go backward through each layer once", f"{layers} layers beside {needed} for {name!r}")
