@@ -33,7 +33,7 @@ jit: Any = triton.jit
 # Triton reads the variable when a kernel is decorated, so it counts as it was at import.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-__all__ = ["IS_INTERPRETED", "dot", "jit", "num_processors", "tl", "triton", "uses_triton", "wide_dtype"]
+__all__ = ["IS_INTERPRETED", "dot", "jit", "num_processors", "overlapped", "tl", "triton", "uses_triton", "wait_for_previous", "wide_dtype"]
 
 
 @jit
@@ -43,6 +43,16 @@ def dot(a, b, acc, WIDE: tl.constexpr):  # type: ignore[valid-type]
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
+def wait_for_previous(WAITS: tl.constexpr):  # type: ignore[valid-type]
+    """Until the kernel before has finished and its results can be read. With WAITS, every program of a kernel must come here before it
+    returns, and before it reads or writes anything that changes within a step: what stands above overlaps with the kernel before.
+    """
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
@@ -56,6 +66,17 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 _processors: dict[int, int] = {}
+_capabilities: dict[int, tuple[int, int]] = {}
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that calls `wait_for_previous`: programmatic dependent launch where the device has it (sm_90 on)."""
+    if device.type != "cuda" or torch.version.hip:
+        return {"WAITS": False}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return {"WAITS": True, "launch_pdl": True} if _capabilities[index] >= (9, 0) else {"WAITS": False}
 
 
 def num_processors(device: torch.device) -> int:

@@ -9,7 +9,7 @@ added up by their reader, always in the same order. One program owns one tile (o
 to one address and nothing is atomic. v is rounded to the input's dtype before the second product, as in PEFT.
 """
 
-from kernels.backend import dot, jit, tl
+from kernels.backend import dot, jit, tl, wait_for_previous
 
 _WORDS = tl.constexpr(8)
 
@@ -61,6 +61,7 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     """One of PARTS stretches of a tile's rows, one split, one slice. Forward reads x and A [r, K]; backward the slice's columns of dy
     and B [N_j, r].
@@ -72,6 +73,7 @@ def shrink_kernel(
     slot = tl.load(tile)
     num_rows = tl.load(tile + 2) - skipped
     a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
+    wait_for_previous(WAITS)
     if num_rows <= 0:
         return
     row = tl.load(tile + 1) + skipped + tl.arange(0, BLOCK_T)
@@ -122,6 +124,7 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     """y += scale * v B^T for one tile, REPEATS blocks of columns, one slice."""
     tile = tiles + tl.program_id(0) * 4
@@ -130,6 +133,7 @@ def expand_kernel(
     num_rows = tl.load(tile + 2)
     _a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, y.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
     begin = tl.program_id(1) * (REPEATS * BLOCK_N)
+    wait_for_previous(WAITS)
     if (num_rows == 0) | (rank == 0) | (begin >= width):
         return
     rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32
 
-from kernels.backend import IS_INTERPRETED, dot, jit, num_processors, tl, uses_triton
+from kernels.backend import IS_INTERPRETED, dot, jit, num_processors, overlapped, tl, uses_triton, wait_for_previous
 from kernels.counters import count
 from kernels.plan import Launch, plan, power_of_two
 
@@ -107,6 +107,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     IS_DECODE: tl.constexpr,
     WIDE: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     """One tile of BLOCK_Q queries times G heads of one sequence, one key-value head, one split of the keys.
 
@@ -125,9 +126,10 @@ def attention_kernel(
         first = tl.load(cu_seqlens_q + sequence)
         local = (tile - first // BLOCK_Q - sequence) * BLOCK_Q
     num_queries = tl.load(cu_seqlens_q + sequence + 1) - first
+    context = tl.load(context_lens + sequence)
+    wait_for_previous(WAITS)
     if local >= num_queries:
         return
-    context = tl.load(context_lens + sequence)
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -175,11 +177,12 @@ def attention_kernel(
 
 
 @jit(do_not_specialize=["rows"])
-def merge_kernel(parts, logsums, out, rows, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr):
+def merge_kernel(parts, logsums, out, rows, D: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[row] = sum over splits of 2^logsum part / sum of 2^logsum, row counting (query, head)."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
+    wait_for_previous(WAITS)
     logsum = tl.load(logsums + split * rows + row)
     weight = tl.exp2(logsum - tl.max(logsum, 0))
     at = parts + (split[:, None] * rows + row) * D + d[None, :]
@@ -254,11 +257,12 @@ def _paged_attention_triton(
         BLOCK_D=block_d,
         IS_DECODE=is_decode,
         WIDE=IS_INTERPRETED,
+        **overlapped(q.device),
         **launch.options,
     )
     if launch.splits > 1:
         merge_kernel[(tokens * heads,)](
-            parts, logsums, out, tokens * heads, D=head_size, SPLITS=launch.splits, BLOCK_D=block_d, num_warps=2
+            parts, logsums, out, tokens * heads, D=head_size, SPLITS=launch.splits, BLOCK_D=block_d, num_warps=2, **overlapped(q.device)
         )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 
-from kernels.backend import jit, tl, triton, uses_triton
+from kernels.backend import jit, overlapped, tl, triton, uses_triton, wait_for_previous
 from kernels.counters import count
 from kernels.rotary import rotary_reference
 
@@ -64,6 +64,7 @@ def place_qkv_kernel(
     D: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_ARENA: tl.constexpr,
+    WAITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
@@ -74,11 +75,13 @@ def place_qkv_kernel(
     d_mask = d < D // 2
     mask = (head < NQ + 2 * NKV)[:, None] & d_mask[None, :]
     at = qkv + (token * (NQ + 2 * NKV) + head[:, None]) * D + d[None, :]
-    first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(at + D // 2, mask=mask, other=0.0).to(tl.float32)
     turn = tl.load(positions + token).to(tl.int64) * D + d
     c = tl.load(cos + turn, mask=d_mask)[None, :]
     s = tl.load(sin + turn, mask=d_mask)[None, :]
+    place = tl.load(places + token).to(tl.int64)
+    wait_for_previous(WAITS)
+    first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(at + D // 2, mask=mask, other=0.0).to(tl.float32)
     turned, turned_second = first, second
     if HAS_NORM:
         r = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + eps)[:, None]
@@ -98,7 +101,6 @@ def place_qkv_kernel(
         k_mask = mask & (head >= NQ)[:, None] & rotates
         v_mask = mask & is_v
         inside = tl.where(is_v, head[:, None] - NQ - NKV, head[:, None] - NQ) * D + d[None, :]
-        place = tl.load(places + token).to(tl.int64)
         if HAS_ARENA:
             if place < 0:
                 to = (-1 - place) * NKV * D + inside
@@ -178,4 +180,5 @@ def place_qkv_(
         BLOCK_N=block,
         BLOCK_HALF=triton.next_power_of_2(size // 2),
         num_warps=2,
+        **overlapped(qkv.device),
     )

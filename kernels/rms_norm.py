@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from kernels.backend import jit, tl, triton, uses_triton, wide_dtype
+from kernels.backend import jit, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
 from kernels.counters import count
 
 
@@ -35,13 +35,14 @@ def rms_norm_backward_reference(
 
 
 @jit
-def add_rms_norm_kernel(x, delta, weight, total, h, eps, H, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr):
+def add_rms_norm_kernel(x, delta, weight, total, h, eps, H, HAS_DELTA: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr):
     """One row."""
     at = tl.program_id(0).to(tl.int64) * H
     c = tl.arange(0, BLOCK)
     mask = c < H
-    s = tl.load(x + at + c, mask=mask, other=0.0).to(tl.float32)
     w = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    wait_for_previous(WAITS)
+    s = tl.load(x + at + c, mask=mask, other=0.0).to(tl.float32)
     if HAS_DELTA:
         s = (s + tl.load(delta + at + c, mask=mask, other=0.0).to(tl.float32)).to(total.dtype.element_ty).to(tl.float32)
         tl.store(total + at + c, s.to(total.dtype.element_ty), mask=mask)
@@ -104,7 +105,7 @@ def add_rms_norm(
         total = torch.empty_like(x) if out is None else out
     if x.shape[0]:
         other = x if delta is None else delta
-        launch = _launch(*x.shape)
+        launch = _launch(*x.shape) | overlapped(x.device)
         add_rms_norm_kernel[(x.shape[0],)](x, other, weight, total, h, eps, x.shape[1], HAS_DELTA=delta is not None, **launch)
     return total, h
 

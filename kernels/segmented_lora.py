@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 
-from kernels.backend import IS_INTERPRETED, num_processors, triton, uses_triton, wide_dtype
+from kernels.backend import IS_INTERPRETED, num_processors, overlapped, triton, uses_triton, wide_dtype
 from kernels.counters import count
 from kernels.layout import SegmentLayout
 from kernels.lora_kernels import expand_dx_kernel, expand_kernel, outer_kernel, shrink_kernel
@@ -121,6 +121,7 @@ def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is
         BLOCK_K=launch.block,
         BLOCK_R=launch.block_rank,
         WIDE=IS_INTERPRETED,
+        **overlapped(source.device),
         **launch.options,
     )
     return partials, launch.splits
@@ -148,6 +149,7 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTa
         BLOCK_N=launch.block,
         BLOCK_R=launch.block_rank,
         WIDE=IS_INTERPRETED,
+        **overlapped(y.device),
         **launch.options,
     )
 

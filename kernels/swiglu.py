@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from kernels.backend import jit, tl, triton, uses_triton, wide_dtype
+from kernels.backend import jit, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
 from kernels.counters import count
 
 
@@ -28,11 +28,12 @@ def swiglu_backward_reference(da: torch.Tensor, gate_up: torch.Tensor) -> torch.
 
 
 @jit
-def swiglu_kernel(gate_up, out, width, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up, out, width, WAITS: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK features of one row."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = c < width
+    wait_for_previous(WAITS)
     at = gate_up + row * 2 * width + c
     g = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
@@ -72,7 +73,7 @@ def swiglu(gate_up: Float[torch.Tensor, "T I2"]) -> Float[torch.Tensor, "T I"]:
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         block = min(triton.next_power_of_2(width), 1024)
-        swiglu_kernel[(rows, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block)
+        swiglu_kernel[(rows, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block, **overlapped(gate_up.device))
     return out
 
 

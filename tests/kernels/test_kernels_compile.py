@@ -58,11 +58,15 @@ UNALIGNED = ("num_slots", "J", "N", "T", "V", "C", "rows", "head_stride", "table
 
 def compiled(kernel, constants, target):
     names = kernel.arg_names
+    options = {}
+    if "WAITS" in names:  # as kernels.backend.overlapped
+        waits = target.backend == "cuda" and target.arch >= 90
+        constants, options = constants | {"WAITS": waits}, {"launch_pdl": True} if waits else {}
     types = TYPES | OTHER_TYPES.get(kernel, {})
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [n for n in names if n not in constants and n not in UNALIGNED and not signature[n].startswith("fp")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -78,3 +82,9 @@ def test_weights_behind_a_pointer_table_are_read_in_vectors(name):
     ptx = compiled(*KERNELS[name], TARGETS["sm_90"]).asm["ptx"]
     assert not re.search(r"ld\.global\.b16", ptx), "a 2-byte load: some address lost its declared alignment"
     assert re.search(r"cp\.async\.cg|ld\.global\.v4", ptx)
+
+
+@pytest.mark.parametrize("name", ["shrink", "expand", "add rms norm", "swiglu", "place qkv", "attention decode", "merge"])
+def test_kernels_of_a_decode_step_wait_for_the_one_before_on_hopper_only(name):
+    assert "griddepcontrol.wait" in compiled(*KERNELS[name], TARGETS["sm_90"]).asm["ptx"]
+    assert "griddepcontrol" not in compiled(*KERNELS[name], TARGETS["sm_80"]).asm["ptx"]
