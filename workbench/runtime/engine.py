@@ -119,6 +119,7 @@ class Engine:
         self._trainers: dict[str, BackwardPass | RecordedPass] = {}
         self._commands: deque[Command] = deque()
         self._late_interrupts: list[bool] = []
+        self._last_logits: dict[str, torch.Tensor] = {}
         self._seed = 0
         self._active = False
         self._predictor: Predictor | None = None
@@ -327,6 +328,22 @@ class Engine:
             yield
         finally:
             self._calibrating = before
+
+    @property
+    def last_logits(self) -> dict[str, torch.Tensor]:
+        """Logits [V] that the last step drew tokens from, by request id; views that the next step overwrites."""
+        return dict(self._last_logits)
+
+    def tokens_of(self, request_id: str) -> tuple[int, ...]:
+        """Prompt and generated tokens so far of a request of the running replay. Raises KeyError for one that the engine does not hold."""
+        return tuple(self._sequences[request_id].tokens)
+
+    def adapter_weights(self, name: str) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor, float]]:
+        """{(layer, target): (A [r, K], B [N, r], scale)} of the current version. Raises UnknownAdapterError for another name."""
+        with self.lock:
+            self._known(name)
+            weights = self._versions[name, self._current[name]]
+            return {key: (*pair, weights.scales[key]) for key, pair in weights.tensors.items()}
 
     @property
     def is_running(self) -> bool:
@@ -586,6 +603,7 @@ class Engine:
 
     def _sample(self, forward: ForwardOutput) -> dict[str, int]:
         """One token for every segment that samples; the only copy from the device that a step waits for."""
+        self._last_logits = dict(zip((s.owner for s in forward.sampled), forward.logits, strict=True))
         if not forward.sampled:
             return {}
         sequences = [self._sequences[s.owner] for s in forward.sampled]
