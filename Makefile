@@ -10,6 +10,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 # One thread each: two workers that fight over two cores were measured ten times slower.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Without byte code every process would compile torch and transformers again: 11 s each.
+unexport PYTHONDONTWRITEBYTECODE
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 # environment.yml is the one list; its pip lines are what a virtual environment gets.
 REQUIREMENTS := $(shell sed -n 's/^ *- \(-[ce] .*\)$$/\1/p' environment.yml)

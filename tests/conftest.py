@@ -11,10 +11,13 @@ os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
 
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("topics", "numpy", "code")
@@ -60,3 +63,17 @@ def adapter_dirs(model_dir: Path) -> dict[str, Path]:
     if not (folder / "provenance.json").is_file():
         missing("The set of trained adapters", "adapters")
     return {name: folder / name for name in ADAPTERS}
+
+
+@pytest.fixture(scope="session")
+def with_torch() -> Iterator[ForkServer]:
+    """Processes that have imported torch, and nothing that looks for a package named `kernels`."""
+    with ForkServer("torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "pandas") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def with_peft() -> Iterator[ForkServer]:
+    """Processes that have imported everything heavy that the project stands on."""
+    with ForkServer("peft", "transformers.models.llama.modeling_llama", "pandas") as server:
+        yield server
