@@ -75,5 +75,5 @@ def with_torch() -> Iterator[ForkServer]:
 @pytest.fixture(scope="session")
 def with_peft() -> Iterator[ForkServer]:
     """Processes that have imported everything heavy that the project stands on."""
-    with ForkServer("peft", "transformers.models.llama.modeling_llama", "pandas") as server:
+    with ForkServer("peft", "transformers.models.llama.modeling_llama", "pandas", "hypothesis.strategies") as server:
         yield server

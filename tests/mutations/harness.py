@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("workbench", "kernels", "tests", "scripts", "pyproject.toml")
 LINKED = ("traces", "notebooks", ".cache", "README.md")
 RUN_PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-# anyio comes with transformers, so it is there before pytest could rewrite its assertions.
+# anyio (which comes with transformers) and hypothesis are there before pytest could rewrite their assertions.
 ALREADY_IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
 PYTEST_OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "--color=no", "-W", ALREADY_IMPORTED)
 
