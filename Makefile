@@ -23,7 +23,7 @@ ADAPTERS := .cache/adapters/provenance.json
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
-env: $(STAMP) ## the environment of environment.yml in .venv (with uv if it is there, else venv and pip)
+env: $(STAMP) ## the environment of environment.yml in .venv (by uv, or by pip where uv cannot)
 
 $(VENV)/.complete: environment.yml pyproject.toml constraints.txt scripts/make_env.sh
 	VENV=$(VENV) PYTHON=$(BASE_PYTHON) bash scripts/make_env.sh $(REQUIREMENTS)

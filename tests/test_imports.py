@@ -146,3 +146,11 @@ def test_transformers_and_workbench_import_together_or_say_why_not(order, distri
         return
     assert done.returncode == 0, done.stderr
     assert "transformers works" in done.stdout and "workbench works" in done.stdout
+
+
+def test_a_forked_process_has_imported_nothing_that_looks_for_kernels_and_tells_how_it_ended(with_torch, tmp_path):
+    code = "import sys; print(sorted({'workbench', 'kernels', 'tests', 'transformers', 'peft'} & set(sys.modules)), 'torch' in sys.modules)"
+    assert with_torch.run(code, path=(), cwd=tmp_path).stdout == "[] True\n"
+    assert with_torch.run("raise SystemExit(3)", path=(), cwd=tmp_path).returncode == 3
+    failed = with_torch.run("import no_such_module", path=(), cwd=tmp_path)
+    assert failed.returncode == 1 and failed.stderr.endswith("ModuleNotFoundError: No module named 'no_such_module'\n")
