@@ -10,6 +10,10 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 # One thread each: two workers that fight over two cores were measured ten times slower.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+# Threads that wait for one another sleep: on a machine with other work, spinning made the training eight times dearer.
+PATIENT := OMP_WAIT_POLICY=passive
+# Without byte code every process would compile torch and transformers again: 11 s each.
+unexport PYTHONDONTWRITEBYTECODE
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 # environment.yml is the one list; its pip lines are what a virtual environment gets.
 REQUIREMENTS := $(shell sed -n 's/^ *- \(-[ce] .*\)$$/\1/p' environment.yml)
@@ -21,7 +25,7 @@ ADAPTERS := .cache/adapters/provenance.json
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
-env: $(STAMP) ## the environment of environment.yml in .venv (with uv if it is there, else venv and pip)
+env: $(STAMP) ## the environment of environment.yml in .venv (by uv, or by pip where uv cannot)
 
 $(VENV)/.complete: environment.yml pyproject.toml constraints.txt scripts/make_env.sh
 	VENV=$(VENV) PYTHON=$(BASE_PYTHON) bash scripts/make_env.sh $(REQUIREMENTS)
@@ -36,7 +40,7 @@ $(MODEL): | $(STAMP)
 adapters: $(ADAPTERS) ## train the tour's three adapters once, into .cache/adapters/
 
 $(ADAPTERS): scripts/train_adapters.py scripts/texts.py | $(MODEL)
-	$(OFFLINE) $(PY) scripts/train_adapters.py
+	$(PATIENT) $(OFFLINE) $(PY) scripts/train_adapters.py
 
 lab: $(ADAPTERS) ## open JupyterLab on the tour notebook
 	$(ONE_THREAD) $(OFFLINE) $(PY) -m jupyter lab notebooks/00_tour.ipynb

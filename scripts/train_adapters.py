@@ -19,11 +19,12 @@ import texts  # noqa: E402  (a neighbour of this script)
 
 DATA = ROOT / ".cache" / "data"
 OUT = ROOT / ".cache" / "adapters"
-# The cheapest settings tried with which every adapter wins on its own text by at least 0.2 nats a token.
-MAX_TOKENS = 128
-SETTINGS = {"rank": 8, "alpha": 16.0, "learning_rate": 4e-3, "batch_size": 1, "schedule": "linear", "warmup_steps": 2}
+# The cheapest settings tried with which every adapter wins on its own text by at least 0.2 nats a token: openings of 64 tokens teach a
+# kind of text twice as fast as openings of 128.
+MAX_TOKENS = 64
+SETTINGS = {"rank": 8, "alpha": 16.0, "learning_rate": 6e-3, "batch_size": 1, "schedule": "linear", "warmup_steps": 1}
 # The model knows code best, so that there is least left to learn.
-STEPS = {"topics": 12, "numpy": 12, "code": 24}
+STEPS = {"topics": 8, "numpy": 8, "code": 12}
 NUM_HELD_OUT = 6
 
 

@@ -9,12 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
 
+import gc
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("topics", "numpy", "code")
@@ -24,6 +28,12 @@ SLOW_FIRST = ("test_notebooks.py", "test_mutations.py")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SLOW_FIRST.index(item.path.name) if item.path.name in SLOW_FIRST else len(SLOW_FIRST))
+
+
+def pytest_collection_finish() -> None:
+    # What is imported by now stays; a full garbage collection of it takes 0.3 s, and some tests ask for one.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +70,17 @@ def adapter_dirs(model_dir: Path) -> dict[str, Path]:
     if not (folder / "provenance.json").is_file():
         missing("The set of trained adapters", "adapters")
     return {name: folder / name for name in ADAPTERS}
+
+
+@pytest.fixture(scope="session")
+def with_torch() -> Iterator[ForkServer]:
+    """Processes that have imported torch, and nothing that looks for a package named `kernels`."""
+    with ForkServer("torch._dynamo", "torch.distributed.tensor", "scipy.optimize", "pandas") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def with_peft() -> Iterator[ForkServer]:
+    """Processes that have imported everything heavy that the project stands on."""
+    with ForkServer("peft", "transformers.models.llama.modeling_llama", "pandas", "hypothesis.strategies") as server:
+        yield server

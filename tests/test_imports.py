@@ -38,15 +38,12 @@ def __getattr__(name):
 '''
 
 
-def run(code: str, *, path: tuple[Path, ...] = (ROOT,), cwd: Path | None = None) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=cwd or ROOT, capture_output=True, text=True, check=False)
-
-
 def modules_after(statement: str) -> tuple[set[str], float]:
     """Top-level modules loaded by a statement in a fresh interpreter, and the CPU seconds that it took."""
     code = f"import time; t = time.process_time(); {statement}; used = time.process_time() - t\nimport sys, json\n"
-    done = run(code + "print(json.dumps([sorted({m.split('.')[0] for m in sys.modules}), used]))")
+    code += "print(json.dumps([sorted({m.split('.')[0] for m in sys.modules}), used]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     names, seconds = json.loads(done.stdout.splitlines()[-1])
     return set(names), seconds
@@ -139,13 +136,21 @@ BOTH = (
     ("distribution", "order"),
     [("absent", "workbench first")] + [(d, o) for d in ("after ours", "before ours") for o in ("transformers first", "workbench first")],
 )
-def test_transformers_and_workbench_import_together_or_say_why_not(order, distribution, fake_distribution, tmp_path):
+def test_transformers_and_workbench_import_together_or_say_why_not(order, distribution, fake_distribution, tmp_path, with_torch):
     path = {"absent": (ROOT,), "after ours": (ROOT, fake_distribution), "before ours": (fake_distribution, ROOT)}[distribution]
     statements = BOTH if order == "transformers first" else BOTH[::-1]
-    done = run("\n".join(statements), path=path, cwd=tmp_path)
+    done = with_torch.run("\n".join(statements), path=path, cwd=tmp_path)
     if distribution != "absent" and done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("ImportError") and "pip uninstall kernels" in last, done.stderr
         return
     assert done.returncode == 0, done.stderr
     assert "transformers works" in done.stdout and "workbench works" in done.stdout
+
+
+def test_a_forked_process_has_imported_nothing_that_looks_for_kernels_and_tells_how_it_ended(with_torch, tmp_path):
+    code = "import sys; print(sorted({'workbench', 'kernels', 'tests', 'transformers', 'peft'} & set(sys.modules)), 'torch' in sys.modules)"
+    assert with_torch.run(code, path=(), cwd=tmp_path).stdout == "[] True\n"
+    assert with_torch.run("raise SystemExit(3)", path=(), cwd=tmp_path).returncode == 3
+    failed = with_torch.run("import no_such_module", path=(), cwd=tmp_path)
+    assert failed.returncode == 1 and failed.stderr.endswith("ModuleNotFoundError: No module named 'no_such_module'\n")

@@ -24,10 +24,10 @@ EXAMPLE = Mutation(
 
 @pytest.mark.mutation
 @each_mutation
-def test_the_defect_turns_its_test_red(mutation, tmp_path):
+def test_the_defect_turns_its_test_red(mutation, tmp_path, with_peft):
     tree = copy_tree(tmp_path)
     apply(mutation, tree)
-    outcome = run_test(mutation.test, tree)
+    outcome = run_test(mutation.test, tree, with_peft)
     assert outcome.failed, f"{mutation.test} must fail once {mutation.file} is broken ({mutation.claim})\n{outcome.output}"
 
 
@@ -51,16 +51,27 @@ def small_tree(tmp_path) -> Path:
     return tmp_path
 
 
-def test_harness_sees_green_before_and_red_after_a_mutation(small_tree):
-    assert run_test(EXAMPLE.test, small_tree).passed
+def test_harness_sees_green_before_and_red_after_a_mutation(small_tree, with_peft):
+    assert run_test(EXAMPLE.test, small_tree, with_peft).passed
     apply(EXAMPLE, small_tree)
-    assert run_test(EXAMPLE.test, small_tree).failed
+    assert run_test(EXAMPLE.test, small_tree, with_peft).failed
+
+
+def test_harness_runs_the_copy_and_not_the_checkout(small_tree, with_peft):
+    where = "import {0}; assert {0}.__file__.startswith({1!r})\n"
+    for name in ("workbench", "kernels"):
+        (small_tree / name).mkdir()
+        (small_tree / name / "__init__.py").touch()
+    lines = "".join("    " + where.format(name, str(small_tree)) for name in ("workbench", "kernels"))
+    (small_tree / "test_example.py").write_text("def test_it():\n" + lines, encoding="utf-8")
+    outcome = run_test(EXAMPLE.test, small_tree, with_peft)
+    assert outcome.passed, outcome.output
 
 
 @pytest.mark.parametrize("broken", ["def test_it(:\n", "def test_it(no_such_fixture): ...\n", "def test_other(): ...\n"])
-def test_harness_does_not_take_an_error_for_a_red_test(small_tree, broken):
+def test_harness_does_not_take_an_error_for_a_red_test(small_tree, broken, with_peft):
     (small_tree / "test_example.py").write_text(broken, encoding="utf-8")
-    outcome = run_test(EXAMPLE.test, small_tree)
+    outcome = run_test(EXAMPLE.test, small_tree, with_peft)
     assert not outcome.failed and not outcome.passed
 
 

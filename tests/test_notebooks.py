@@ -4,9 +4,7 @@ import os
 import statistics
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -14,6 +12,13 @@ TIMEOUT_S = 600
 MAX_CELL_LINES = 15
 MAX_MEDIAN_LINES = 5
 each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+
+
+def read(file: Path):
+    # Not above: it builds 38 parsers of web addresses (2.5 s), which every worker would do to collect these tests.
+    import nbformat
+
+    return nbformat.read(file, as_version=4)
 
 
 def code_cells(notebook) -> list:
@@ -31,7 +36,9 @@ def test_there_is_a_tour():
 @pytest.mark.notebook
 @each_notebook
 def test_notebook_runs_from_a_fresh_kernel(file, model_dir, adapter_dirs, tmp_path):
-    notebook = nbformat.read(file, as_version=4)
+    from nbclient import NotebookClient
+
+    notebook = read(file)
     # Its own folder for history and settings: nothing of the person at this machine may help it along.
     environment = os.environ | {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT)}
     client = NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(file.parent)}})
@@ -43,7 +50,7 @@ def test_notebook_runs_from_a_fresh_kernel(file, model_dir, adapter_dirs, tmp_pa
 
 @each_notebook
 def test_committed_outputs_are_complete_or_stripped(file):
-    cells = code_cells(nbformat.read(file, as_version=4))
+    cells = code_cells(read(file))
     counts = [cell.execution_count for cell in cells]
     if any(cell.outputs for cell in cells) or any(count is not None for count in counts):
         assert counts == list(range(1, len(cells) + 1)), f"outputs must come from one run of a fresh kernel, got cells numbered {counts}"
@@ -52,7 +59,7 @@ def test_committed_outputs_are_complete_or_stripped(file):
 
 @each_notebook
 def test_cells_are_short_except_a_policy(file):
-    lengths = {cell.source: num_lines(cell) for cell in code_cells(nbformat.read(file, as_version=4))}
+    lengths = {cell.source: num_lines(cell) for cell in code_cells(read(file))}
     assert statistics.median(lengths.values()) <= MAX_MEDIAN_LINES
     too_long = [source for source, length in lengths.items() if length > MAX_CELL_LINES and "view, plan" not in source]
     assert not too_long, f"a cell of more than {MAX_CELL_LINES} lines belongs into a module:\n{too_long[0]}"
@@ -60,6 +67,6 @@ def test_cells_are_short_except_a_policy(file):
 
 @each_notebook
 def test_prose_comes_before_code(file):
-    cells = nbformat.read(file, as_version=4).cells
+    cells = read(file).cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# "), "a notebook begins with its title and question"
     assert "?" in cells[0].source, "the question comes first"

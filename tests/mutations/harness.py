@@ -3,18 +3,19 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.fork_server import ForkServer
 from tests.mutations.table import Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("workbench", "kernels", "tests", "scripts", "pyproject.toml")
 LINKED = ("traces", "notebooks", ".cache", "README.md")
-# A minute is plenty on an idle machine; a busy one is no reason for a red test.
-TIMEOUT_S = 300
+RUN_PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+# anyio (which comes with transformers) and hypothesis are there before pytest could rewrite their assertions.
+ALREADY_IMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+PYTEST_OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "--color=no", "-W", ALREADY_IMPORTED)
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,11 @@ class Outcome:
 
 
 def copy_tree(to: Path) -> Path:
-    """The sources as copies, the data as links."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")
+    """The sources as copies, with the byte code that is there (Python goes by a source's size and time), the data as links."""
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, to / name, ignore=ignore)
+            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
         else:
             shutil.copy2(source, to / name)
     for name in LINKED:
@@ -50,16 +50,18 @@ def apply(mutation: Mutation, tree: Path) -> None:
             f"{mutation.file} must hold the text to mutate exactly once, got {text.count(mutation.old)} times:\n{mutation.old}\n"
             "Update tests/mutations/table.py."
         )
+    # Within the same second the same size would pass for the same source.
+    for stale in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+        stale.unlink()
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
 
 
-def run_test(test: str, tree: Path) -> Outcome:
-    """Run one test (all its parameters) in the copy, in a fresh interpreter."""
-    # PYTHONSAFEPATH and PYTHONPATH: the copy, and never the checkout that the environment was installed from.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HYPOTHESIS_DATABASE_FILE": os.devnull}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "--color=no", test]
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+def run_test(test: str, tree: Path, server: ForkServer) -> Outcome:
+    """Run one test (all its parameters) in the copy, in a process that has imported nothing of the project.
+
+    The copy lies in front of the path, so that it is never the checkout that the environment was installed from.
+    """
+    done = server.run(RUN_PYTEST, *PYTEST_OPTIONS, test, path=(tree,), cwd=tree, HYPOTHESIS_DATABASE_FILE=os.devnull)
     output = done.stdout + done.stderr
     closing = re.findall(r"^(?:=+ )?(.*) in [0-9.]+s", done.stdout, re.MULTILINE)
     counts = dict((word, int(n)) for n, word in re.findall(r"(\d+) (failed|passed|error|errors|skipped)", closing[-1] if closing else ""))

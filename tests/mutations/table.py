@@ -129,8 +129,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         defect=10,
         claim="Inference rows never enter an autograd graph.",
         file=FORWARD,
-        old="        x = F.embedding(inputs.token_ids, fused.embed)\n",
-        new="        torch.set_grad_enabled(True)\n        x = F.embedding(inputs.token_ids, fused.embed).requires_grad_()\n",
+        old="        x = F.embedding(rows.token_ids, self.fused.embed)\n",
+        new="        torch.set_grad_enabled(True)\n        x = F.embedding(rows.token_ids, self.fused.embed).requires_grad_()\n",
         test="tests/runtime/test_mixed_batch.py::test_inference_rows_never_enter_an_autograd_graph",
     ),
     Mutation(

@@ -87,7 +87,8 @@ def test_preempted_requests_generate_the_same_tokens_and_no_block_is_leaked(base
     for blocks in (64, 6):
         config = EngineConfig(**(SMALL.__dict__ | dict(num_blocks=blocks)))
         engine = wb.Engine.from_pretrained(base, adapters=adapters, device="cpu", config=config)
-        result = wb.replay(trace(8, rate=400.0, longest=24), executor=engine, policy=wb.policies.FCFS())
+        with engine.uncalibrated():
+            result = wb.replay(trace(8, rate=400.0, longest=24), executor=engine, policy=wb.policies.FCFS())
         outputs.append(result.outputs)
         preemptions = result.events["kind"].eq("preempted").sum()
         assert (preemptions > 0) == (blocks == 6)
@@ -130,11 +131,12 @@ def test_a_checkpointed_job_resumes_in_another_replay_bit_for_bit(base, tmp_path
             engine.jobs["mine"].stop()
         train(view, plan)
 
-    wb.replay([], executor=engine, policy=train, jobs=[j], until="jobs")
-    whole = {key: [t.clone() for t in pair] for key, pair in engine.jobs["mine"].weights.tensors.items()}
-    stopped = wb.replay([], executor=engine, policy=train_until_the_boundary, jobs=[j], until="jobs")
-    assert stopped.jobs["outcome"].iloc[0] == "stopped"
-    wb.replay([], executor=engine, policy=train, jobs=[wb.FinetuneJob.from_checkpoint(tmp_path / "saved")], until="jobs")
+    with engine.uncalibrated():
+        wb.replay([], executor=engine, policy=train, jobs=[j], until="jobs")
+        whole = {key: [t.clone() for t in pair] for key, pair in engine.jobs["mine"].weights.tensors.items()}
+        stopped = wb.replay([], executor=engine, policy=train_until_the_boundary, jobs=[j], until="jobs")
+        assert stopped.jobs["outcome"].iloc[0] == "stopped"
+        wb.replay([], executor=engine, policy=train, jobs=[wb.FinetuneJob.from_checkpoint(tmp_path / "saved")], until="jobs")
     for key, pair in engine.jobs["mine"].weights.tensors.items():
         assert all(torch.equal(found, expected) for found, expected in zip(pair, whole[key], strict=True))
 

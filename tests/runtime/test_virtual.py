@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -233,13 +231,14 @@ torch.save(view(torch.arange(3, 27)[None]).logits, sys.argv[2])
 """
 
 
-def test_an_adapter_carried_to_another_process_gives_bit_equal_outputs(base, tmp_path):
+def test_an_adapter_carried_to_another_process_gives_bit_equal_outputs(base, tmp_path, with_peft):
     view = VirtualModule(base)
     adapted(view, use_dora=True).eval()
     before = view(IDS).logits
     (tmp_path / "carried").write_bytes(pickle.dumps(view.detach()))
     root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", CHILD, tmp_path / "carried", tmp_path / "logits"], check=True, cwd=root, env=None)
+    done = with_peft.run(CHILD, tmp_path / "carried", tmp_path / "logits", path=(root,), cwd=root)
+    assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits"), before)
 
 

