@@ -54,7 +54,8 @@ class EngineConfig:
     `max_batch_tokens` bounds the packed tokens of a step, `max_requests` the resident requests, `num_blocks` the KV pool in blocks of
     `block_tokens` tokens, `num_slots` the adapter versions on the device, `max_jobs` the fine-tune jobs of one replay,
     `activation_tokens` the arena of kept fine-tune activations. `activations="keep"` keeps all that the backward needs, "recompute" only
-    each layer's input (a quarter of the memory or less, and the forward once more). `deterministic` asks for reductions in a fixed
+    each layer's input (a quarter of the memory or less, and the forward once more). On CUDA memory is set aside for adapters and jobs of
+    `reserve_rank` on all seven linears (larger ranks run too, while there is memory). `deterministic` asks for reductions in a fixed
     order (slower).
     `graphs` records steps as CUDA graphs; `warm_up` records them all before a replay begins (tens of seconds on a fresh machine) instead
     of each at the first step that needs it.
@@ -72,6 +73,7 @@ class EngineConfig:
     max_jobs: int = 8
     activation_tokens: int | None = None
     activations: Literal["keep", "recompute"] | None = None
+    reserve_rank: int = 16
     deterministic: bool = False
     graphs: bool = True
     warm_up: bool = True
@@ -80,6 +82,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_requests", "block_tokens", "num_slots", "max_batch_adapters", "max_jobs"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        require(1 <= self.reserve_rank <= 256, "reserve_rank must lie in 1..256", self.reserve_rank)
         for name in ("max_model_len", "num_blocks", "activation_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1, or None to choose it", value)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels.layout import CHUNK_ROWS, SegmentLayout
-from kernels.lora_table import LoraTable, SlotWeights
+from kernels.lora_table import LoraTable, LoraTableStack, SlotWeights
 from kernels.testing import POPULARITIES, adapters_of_rows, random_tensor
 
 
@@ -97,6 +99,39 @@ def test_a_table_refuses_weights_that_a_kernel_could_not_read(case):
         table.set(*arguments, 1.0)
     assert not table.weights
     assert not table.entries[..., :4].any()
+
+
+GROUPS = ((8, (4, 6)), (16, (8,)))
+SLOT_RANKS = st.none() | st.lists(st.sampled_from([0, 1, 2, 8, 16, 24, 32, 256]), min_size=3, max_size=3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 2), SLOT_RANKS, st.booleans()), min_size=1, max_size=6))
+def test_a_stack_equals_tables_that_are_set_and_cleared_one_by_one(changes):
+    stack = LoraTableStack(GROUPS, 3, device="cpu", dtype=torch.float32)
+    alone = [LoraTable(k, widths, 3, device="cpu", dtype=torch.float32) for k, widths in GROUPS]
+    places = [(table, slice) for table in alone for slice in range(table.num_slices)]
+    for slot, ranks, narrows in changes:
+        weights = {}
+        for row, (rank, (table, slice)) in enumerate(zip(ranks or (), places, strict=False)):
+            if rank:
+                a, b = torch.zeros(rank, table.in_features), torch.zeros(table.out_features[slice], rank)
+                weights[row] = SlotWeights(a, b, 0.25 + row)
+        for table in alone:
+            table.clear(slot)
+        for row, (table, slice) in enumerate(places):
+            if row in weights:
+                table.set(slot, slice, weights[row].a, weights[row].b, weights[row].scale)
+        stack.put(slot, None if ranks is None else stack.column(weights))
+        if narrows:
+            stack.narrow()
+            for table in alone:
+                table.narrow()
+        for ours, theirs in zip(stack.tables, alone, strict=True):
+            assert torch.equal(ours.entries, theirs.entries) and ours.entries.is_contiguous()
+            assert (ours.max_rank, ours.rank_multiple) == (theirs.max_rank, theirs.rank_multiple)
+            assert ours.weights.keys() == theirs.weights.keys()
+            assert all(ours.get(*place).a.data_ptr() == found.a.data_ptr() for place, found in theirs.weights.items())
 
 
 def test_popularities_give_every_row_a_slot_in_packed_order():

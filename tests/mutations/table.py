@@ -105,8 +105,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         defect=8,
         claim="Adapters with different target modules each get their own weights.",
         file="workbench/runtime/slots.py",
-        old="tables[group].set(entry, index, a, b, scales[layer, target])",
-        new="tables[group].set(entry, 0, a, b, scales[layer, target])",
+        old="            key = keys[row]\n",
+        new="            key = (keys[row][0], 'q_proj')\n",
         test="tests/runtime/test_engine.py::test_adapters_with_different_targets_and_base_only_requests_share_a_batch",
     ),
     Mutation(

@@ -292,21 +292,23 @@ def test_a_second_replay_on_a_running_engine_is_refused_and_harms_nothing(engine
 
 def test_a_load_that_fails_half_way_leaves_nothing_for_the_next_adapter(engine, base, tmp_path, monkeypatch):
     engine.load_adapter("narrow", make_adapter(tmp_path / "narrow", base, rank=2, targets=("q_proj",), seed=6))
-    aligned, calls = type(engine._table)._aligned, []
+    put, calls = engine._table.stack.put, []
 
-    def failing(tensor):
-        calls.append(1)
-        if len(calls) == 9:
+    def failing(slot, column):
+        put(slot, column)
+        calls.append(column)
+        if len(calls) == 2:  # the first adapter's entries are there, the second's too
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return aligned(tensor)
 
     with Driver(engine) as driver:
-        driver.add(request("r", 14, "a"))
-        driver.prefill("r")
+        for name in ("a", "narrow"):
+            driver.add(request(name, 14, name))
+            driver.prefill(name)
         with monkeypatch.context() as patch:
-            patch.setattr(type(engine._table), "_aligned", staticmethod(failing))
+            patch.setattr(engine._table.stack, "put", failing)
             with pytest.raises(OutOfMemory):
                 driver.step()
+    assert len(calls) > 2 and not engine._table.stack.entries[..., :4].any()
     assert not any(table.weights for layer in engine._table.tables for table in layer.values())
 
 

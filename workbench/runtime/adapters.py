@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from workbench.config import LINEARS, did_you_mean, require
 from workbench.core import AdapterInfo
+from workbench.runtime.packed import Key, PackedTensors, Pairs, Shape, shapes_of
 from workbench.runtime.weights import Dims
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 256
-Key = tuple[int, str]  # layer, target
 
 _PARENT = {t: "mlp" if t in ("gate_proj", "up_proj", "down_proj") else "self_attn" for t in LINEARS}
 _TENSOR = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+))\.lora_([AB])\.weight")
@@ -34,21 +35,28 @@ class AdapterWeights:
     """One adapter's weights: `tensors[layer, target]` = (A [r, K], B [N, r]), B unscaled, contiguous, as saved (dtype, CPU).
 
     `rank` is the largest rank; a linear's own rank is its A's. `alphas` holds only the linears whose alpha differs from `alpha`.
-    `base` is the name of the base model that the directory records, if any.
+    `base` is the name of the base model that the directory records, if any. `packed` is the same adapter in one buffer and in an
+    engine's dtype, once an engine serves it (`slots.AdapterTable.admit`); where the dtypes agree, `tensors` are views of that buffer.
     """
 
     name: str
     rank: int
     alpha: float
-    tensors: Mapping[Key, tuple[Tensor, Tensor]] = field(repr=False)
+    tensors: Pairs = field(repr=False)
     alphas: Mapping[Key, float] = field(default_factory=dict, repr=False)
     use_rslora: bool = False
     base: str | None = None
+    packed: PackedTensors | None = field(default=None, repr=False)
+
+    @cached_property
+    def shapes(self) -> dict[Key, tuple[Shape, Shape]]:
+        """The shapes (r, K) and (N, r) of each linear."""
+        return shapes_of(self.tensors)
 
     @cached_property
     def scales(self) -> dict[Key, float]:
         """The factor on B A x of each linear."""
-        ranks = {key: a.shape[0] for key, (a, _) in self.tensors.items()}
+        ranks = {key: a[0] for key, (a, _) in self.shapes.items()}
         return {key: self.alphas.get(key, self.alpha) / (r**0.5 if self.use_rslora else r) for key, r in ranks.items()}
 
     @property
@@ -58,7 +66,7 @@ class AdapterWeights:
 
     @property
     def num_parameters(self) -> int:
-        return sum(a.numel() + b.numel() for a, b in self.tensors.values())
+        return sum(prod(shape) for pair in self.shapes.values() for shape in pair)
 
     def info(self, version: int = 0, dtype: torch.dtype | None = None) -> AdapterInfo:
         """What scheduling needs to know of it; bytes in `dtype`, or as saved."""
@@ -197,7 +205,7 @@ def peft_config(weights: AdapterWeights, base_model_name: str | None = None) -> 
 
 
 def peft_tensors(weights: AdapterWeights) -> dict[str, Tensor]:
-    """The weights under the names of `adapter_model.safetensors`, on the CPU."""
+    """The weights under the names of `adapter_model.safetensors`, on the CPU; they may be views of a larger buffer."""
     return {
         f"base_model.model.{module_path(key)}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
         for key, pair in weights.tensors.items()

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from workbench.config import EngineConfig, FinetuneJob, UnknownAdapterError, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Predictor, Request, Segment, StepResult
 from workbench.data import Document, prepare, prompt_token_ids
-from workbench.runtime.adapters import AdapterWeights, init_adapter, load_peft, random_adapter, save_peft
+from workbench.runtime.adapters import MAX_RANK, AdapterWeights, init_adapter, load_peft, random_adapter, save_peft
 from workbench.runtime.backward import BackwardPass
 from workbench.runtime.backward_graphs import BackwardGraphs, RecordedPass
 from workbench.runtime.finetune import TrainState
@@ -29,7 +29,8 @@ from workbench.runtime.graphs import ROW_BUCKETS, DecodeBatch, DecodeGraphs
 from workbench.runtime.inputs import StepInputs, build, train_rows
 from workbench.runtime.jobs import JobHandle, restore_state
 from workbench.runtime.kv_cache import Arena, KVPool
-from workbench.runtime.memory import choose_limits, resolve_device, resolve_dtype
+from workbench.runtime.memory import fit, resolve_device, resolve_dtype
+from workbench.runtime.packed import PackedTensors, Pairs
 from workbench.runtime.pieces import PieceGraphs, token_bucket
 from workbench.runtime.sampling import request_seed, sample
 from workbench.runtime.slots import AdapterTable
@@ -98,7 +99,14 @@ class Engine:
         pin(base, "The engine's fused buffers are this module's own weights. Build a new engine with device= or dtype=.")
         self.device, self.dtype = self.fused.embed.device, self.fused.embed.dtype
         self.lock = threading.RLock()
-        self._limits = choose_limits(self.fused.dims, config, self.device, self.dtype)
+        self._limits, self.memory = fit(
+            self.fused.dims,
+            config,
+            self.device,
+            self.dtype,
+            weights=sum(p.numel() * p.element_size() for p in base.parameters()),
+            scratch=lambda trial: Engine(base, name=name, config=trial),
+        )
         pool = KVPool(self.fused.dims, self._limits.num_blocks, config.block_tokens, self.device, self.dtype)
         table = AdapterTable(self.fused.dims, config.num_slots + config.max_jobs, self.device, self.dtype)
         self.runner = Runner(self.fused, pool, table, self._limits.max_model_len, self.device)
@@ -209,12 +217,14 @@ class Engine:
         For speed studies: `unload_adapter` takes them away again. A name that is taken gets a new version. Raises ValueError for a rank
         outside 1..256.
         """
+        for rank in ranks:
+            require(1 <= rank <= MAX_RANK, f"rank must lie in 1..{MAX_RANK}", rank)
         generator = torch.Generator(device=self.device).manual_seed(seed)
-        drawn = [random_adapter(self.fused.dims, f"adapter-{i}", r, generator, self.dtype, std) for i, r in enumerate(ranks)]
+        names = tuple(f"adapter-{i}" for i in range(len(ranks)))
         with self.lock:
-            for weights in drawn:
-                self._register(weights)
-        return tuple(weights.name for weights in drawn)
+            for name, rank in zip(names, ranks, strict=True):  # one after another: each leaves the device before the next is drawn
+                self._register(random_adapter(self.fused.dims, name, rank, generator, self.dtype, std))
+        return names
 
     def unload_adapter(self, name: str) -> None:
         """Stop serving `name`: requests in flight finish on their version, waiting ones are rejected with a reason."""
@@ -234,6 +244,7 @@ class Engine:
             raise UnknownAdapterError(f"no adapter is called {name!r}. {did_you_mean(name, list(self._current))}")
 
     def _register(self, weights: AdapterWeights) -> int:
+        weights = self._table.admit(weights)
         version = self._last_version.get(weights.name, 0) + 1
         self._last_version[weights.name] = version
         self._current[weights.name] = version
@@ -357,8 +368,9 @@ class Engine:
             yield None
             return
         self._known(adapter)
-        entry, weights = self._table.num_entries - 1, self._versions[adapter, self._current[adapter]]
-        self._table.put(entry, weights.tensors, weights.scales)
+        entry = self._table.num_entries - 1
+        self._table.load(entry, self._versions[adapter, self._current[adapter]])
+        self._table.wait([entry])
         try:
             yield entry
         finally:
@@ -403,7 +415,7 @@ class Engine:
             restore_state(state, Path(job.checkpoint))
         self._table.put(entry, state.compute, {key: job.scaling for key in state.compute})
         if job.adapter not in self._current or job.adapter in self._made_by_jobs:
-            self._register(self.trained_weights(state, device=self.device))
+            self.publish(state)
             self._made_by_jobs.add(job.adapter)
         return state
 
@@ -467,8 +479,7 @@ class Engine:
             except torch.OutOfMemoryError as error:
                 self._roll_back(undo)
                 raise OutOfMemory(
-                    f"a step of {batch.num_tokens} tokens must fit the device's memory, got: {error}. "
-                    "Shrink one of EngineConfig's num_blocks, num_slots, activation_tokens or max_batch_tokens."
+                    f"a step of {batch.num_tokens} tokens must fit the device's memory, got: {error}. {self.memory.advice(error)}"
                 ) from error
             except BaseException:
                 self._roll_back(undo)
@@ -486,8 +497,9 @@ class Engine:
         should_stop = self.runner.stopper(started, batch.stop_after_s)
         backwards = [self.runner.backward(work, self._trainer(work), should_stop) for work in batch.backwards]
         losses, eval_losses = self._losses(forward)
+        room = self._room_to_publish(backwards)
         with uninterrupted(self._late_interrupts):
-            published = self._commit(batch, tokens, backwards)
+            published = self._commit(batch, tokens, backwards, room)
             undo.admitted.clear()
             undo.slots.clear()
             gpu_s = self._elapsed(events)
@@ -506,7 +518,9 @@ class Engine:
 
     def _forward(self, batch: Batch) -> ForwardOutput:
         if self._graphs is None or len(batch.segments) > ROW_BUCKETS[-1] or any(s.kind != "decode" for s in batch.segments):
-            return self.runner.forward(self._inputs(batch), self._dropout_states())
+            inputs = self._inputs(batch)
+            self._table.wait(inputs.layout.slots)  # not before: the copies of a load and the building of inputs overlap
+            return self.runner.forward(inputs, self._dropout_states())
         slot_of = {version: slot for slot, version in self._slots.items()}
         segments = batch.segments
         assert all(s.end == len(self._sequences[s.owner].tokens) for s in segments), "a decode takes its sequence's last token"
@@ -516,6 +530,7 @@ class Engine:
             blocks=[s.blocks for s in segments],
             entries=[None if s.adapter is None else slot_of[s.adapter, s.version] for s in segments],
         )
+        self._table.wait({entry for entry in rows.entries if entry is not None})
         logits, greedy = self._graphs.run(rows)
         return ForwardOutput(logits, None, list(segments), greedy)
 
@@ -547,13 +562,9 @@ class Engine:
             undo.slots.setdefault(load.slot, self._slots.get(load.slot))
             self._fill(load.slot, (load.adapter, load.version))
 
-    def _fill(self, slot: int, version: Version | None) -> None:
+    def _fill(self, slot: int, version: Version) -> None:
         self._slots.pop(slot, None)
-        if version is None:
-            self._table.clear(slot)
-            return
-        weights = self._versions[version]
-        self._table.put(slot, weights.tensors, weights.scales)
+        self._table.load(slot, self._versions[version])
         self._slots[slot] = version
 
     def _bucket(self, batch: Batch) -> int | None:
@@ -647,7 +658,22 @@ class Engine:
 
     # ---- commit and roll back
 
-    def _commit(self, batch: Batch, tokens: Mapping[str, int], backwards: Iterable[BackwardOutput]) -> dict[str, int]:
+    def _publishes(self, done: BackwardOutput) -> bool:
+        """Whether the commit of this slice ends with a new version of the job's adapter."""
+        state = self._states[done.work.owner]
+        if done.layers_done == 0 or done.layers_done < done.work.top_layer:
+            return False
+        ends = state.micro_batches_done + 1 == state.prepared.num_micro_batches
+        return (state.job.publish == "step" and done.work.ends_window) or (state.job.publish == "end" and ends)
+
+    def _room_to_publish(self, backwards: Iterable[BackwardOutput]) -> dict[str, PackedTensors]:
+        """The memory of every version that the commit will publish: it is taken before the optimiser steps, so that none can fail after."""
+        owners = [done.work.owner for done in backwards if self._publishes(done)]
+        return {owner: self._table.reserve(self._states[owner].compute, staged=True) for owner in owners}
+
+    def _commit(
+        self, batch: Batch, tokens: Mapping[str, int], backwards: Iterable[BackwardOutput], room: Mapping[str, PackedTensors]
+    ) -> dict[str, int]:
         published: dict[str, int] = {}
         for request_id, token in tokens.items():
             self._sequences[request_id].tokens.append(token)
@@ -657,7 +683,10 @@ class Engine:
             elif segment.kind == "finetune" and segment.start == 0:
                 self._states[segment.owner].discard_pending()
         for done in backwards:
-            published |= self._commit_backward(done)
+            self._commit_backward(done)
+            if done.work.owner in room:
+                state = self._states[done.work.owner]
+                published[state.job.adapter] = self.publish(state, room[done.work.owner])
         for owner in batch.released:
             self._sequences.pop(owner, None)
             if self._trainers.pop(owner, None) is not None:
@@ -666,29 +695,29 @@ class Engine:
             self._forget_unused()
         return published
 
-    def _commit_backward(self, done: BackwardOutput) -> dict[str, int]:
+    def _commit_backward(self, done: BackwardOutput) -> None:
         work, state, arena = done.work, self._states[done.work.owner], self.runner.arena
         assert arena is not None
         state.pending |= done.gradients
         state.layers_left = work.top_layer - done.layers_done
         if done.layers_done == 0:
-            return {}
+            return
         if state.layers_left:
             assert done.grad is not None
             arena.grad[work.rows : work.rows + work.tokens] = done.grad
-            return {}
+            return
         self._trainers.pop(work.owner, None)
         state.commit_micro_batch(work.ends_window)
-        ended = state.micro_batches_done == state.prepared.num_micro_batches
-        if (state.job.publish == "step" and work.ends_window) or (state.job.publish == "end" and ended):
-            return {state.job.adapter: self.publish(state)}
-        return {}
 
     def _roll_back(self, undo: _Undo) -> None:
         for request_id in undo.admitted:
             del self._sequences[request_id]
         for slot, version in undo.slots.items():
-            self._fill(slot, version)
+            self._slots.pop(slot, None)
+            self._table.clear(slot)
+            if version is not None:
+                self._table.defer(slot, self._versions[version])
+                self._slots[slot] = version
 
     # ---- jobs
 
@@ -705,18 +734,26 @@ class Engine:
             )
         self._commands.append((verb, job_id))
 
-    def trained_weights(self, state: TrainState, *, device: torch.device) -> AdapterWeights:
-        """The job's weights as of its last optimiser step: fp32 on the CPU (to save), in the model's dtype on the device (to serve)."""
+    def trained_weights(self, state: TrainState) -> AdapterWeights:
+        """The job's weights as of its last optimiser step: fp32, on the CPU."""
         with self.lock:
-            source = state.compute if device == self.device and device.type != "cpu" else state.master
-            tensors = {key: (a.detach().to(device, copy=True), b.detach().to(device, copy=True)) for key, (a, b) in source.items()}
-        job = state.job
-        return AdapterWeights(name=job.adapter, rank=job.rank, alpha=job.alpha, tensors=tensors, base=self.name, use_rslora=job.use_rslora)
+            tensors = {key: (a.detach().to("cpu", copy=True), b.detach().to("cpu", copy=True)) for key, (a, b) in state.master.items()}
+        return self._adapter_of(state.job, tensors)
 
-    def publish(self, state: TrainState) -> int:
-        """Serve the job's weights as a new version of its adapter; requests in flight keep theirs."""
+    def _adapter_of(self, job: FinetuneJob, tensors: Pairs, packed: PackedTensors | None = None) -> AdapterWeights:
+        names = {"name": job.adapter, "rank": job.rank, "alpha": job.alpha, "base": self.name, "use_rslora": job.use_rslora}
+        return AdapterWeights(**names, tensors=tensors, packed=packed)
+
+    def publish(self, state: TrainState, room: PackedTensors | None = None) -> int:
+        """Serve the job's weights, in the model's dtype, as a new version of its adapter; requests in flight keep theirs.
+
+        With `room` (from `AdapterTable.reserve`) it takes no more memory on the device.
+        """
         with self.lock:
-            return self._register(self.trained_weights(state, device=self.device))
+            if room is None:
+                room = self._table.reserve(state.compute, staged=True)
+            self._table.write(room, state.compute)
+            return self._register(self._adapter_of(state.job, room, room))
 
     # ---- text
 

@@ -44,7 +44,7 @@ class JobHandle:
     @property
     def weights(self) -> AdapterWeights:
         """The weights as trained so far (fp32, on the CPU)."""
-        return self._engine.trained_weights(self._state, device=torch.device("cpu"))
+        return self._engine.trained_weights(self._state)
 
     @property
     def gradients(self) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:

@@ -13,7 +13,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-GROUP_OF = {target: group for group, targets in GROUPS.items() for target in targets}
 
 
 def group_widths(dims: Dims) -> dict[str, tuple[int, tuple[int, ...]]]:

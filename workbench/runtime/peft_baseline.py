@@ -20,7 +20,7 @@ from workbench.core import AdapterInfo, Backward, Batch, Command, ExecutorInfo, 
 from workbench.data import Document, PreparedJob, prepare, prompt_token_ids
 from workbench.runtime.adapters import AdapterWeights, Key, init_adapter, load_peft, module_path, peft_config, peft_tensors, save_peft
 from workbench.runtime.finetune import learning_rate_factor
-from workbench.runtime.memory import choose_limits, resolve_device, resolve_dtype
+from workbench.runtime.memory import estimate_limits, resolve_device, resolve_dtype
 from workbench.runtime.sampling import request_seed, sample
 from workbench.runtime.weights import Dims, load_base, random_base
 from workbench.runtime.weights import tokenizer as load_tokenizer
@@ -97,7 +97,7 @@ class PeftBaseline:
         self.dims = Dims.of(base.config)
         self.device, self.dtype = base.device, base.dtype
         self._model: Any = base
-        self._limits = choose_limits(self.dims, config, self.device, self.dtype)
+        self._limits = estimate_limits(self.dims, config, self.device, self.dtype)
         self._infos: dict[str, AdapterInfo] = {}
         self._versions: dict[Version, tuple[str, AdapterWeights]] = {}  # -> PEFT's name, weights
         self._last_version: dict[str, int] = {}

@@ -256,7 +256,8 @@ class CarriedAdapter:
     @classmethod
     def of(cls, weights: AdapterWeights) -> "CarriedAdapter":
         """The same adapter as loaded for an engine."""
-        tensors = {key.removeprefix(FILE_PREFIX): tensor for key, tensor in peft_tensors(weights).items()}
+        # Copies: pickle would write the whole buffer behind every view of it.
+        tensors = {key.removeprefix(FILE_PREFIX): tensor.clone() for key, tensor in peft_tensors(weights).items()}
         return cls(weights.name, peft_config(weights), tensors)
 
     def save(self, directory: str | Path) -> Path:
