@@ -51,8 +51,8 @@ def wait_for_previous(WAITS: tl.constexpr):  # type: ignore[valid-type]
     returns, and before it reads or writes anything that changes within a step: what stands above overlaps with the kernel before.
     """
     if WAITS:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

@@ -386,12 +386,14 @@ def _rates(inside: pd.DataFrame, span_s: float) -> dict[str, float]:
 
 
 def prefix_hit_share(requests: pd.DataFrame) -> float:
-    """cached_tokens / prompt_tokens, summed over the requests that were admitted (scheduled at least once); nan if none was.
+    """cached_tokens / prompt_tokens, summed over the requests that were admitted (scheduled at least once); nan where none was, or their
+    prompts are not known.
 
     0 without a prefix cache. Each request counts once: what a preempted one finds when it comes back is no hit.
     """
     admitted = requests[requests["queue_s"].notna().to_numpy()]
-    return float(admitted["cached_tokens"].sum() / admitted["prompt_tokens"].sum()) if len(admitted) else np.nan
+    prompt_tokens = admitted["prompt_tokens"].sum()
+    return float(admitted["cached_tokens"].sum() / prompt_tokens) if prompt_tokens > 0 else np.nan
 
 
 def _fairness(requests: pd.DataFrame) -> dict[str, float]:
