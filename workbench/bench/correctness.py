@@ -105,7 +105,7 @@ def exact_layer(engine: "Engine", weights: Mapping[tuple[int, str], tuple[Any, A
         for i, target in enumerate(targets):
             if (layer, target) in weights:
                 a, b, scale = weights[layer, target]
-                parts[i] = scale * F.linear(F.linear(h, a.float()), b.float())
+                parts[i] = scale * F.linear(F.linear(h, a.to(h)), b.to(h))
         widths = [dims.linear(target)[1] for target in targets]
         y = F.linear(h, weight.float(), None if bias is None else bias.float())
         return torch.cat([part + lora for part, lora in zip(y.split(widths, -1), parts, strict=True)], -1)
@@ -195,7 +195,7 @@ def _exact_gradients(engine: "Engine", adapter: str, documents: Any, labelled: i
     leaves = {}
     for key in [key for key in weights if key[0] == last]:
         a, b, scale = weights[key]
-        leaves[key] = (a.float().detach().requires_grad_(), b.float().detach().requires_grad_())
+        leaves[key] = tuple(t.to(engine.device).float().detach().requires_grad_() for t in (a, b))
         weights[key] = (*leaves[key], scale)
     total, count = torch.zeros((), device=engine.device), 0
     for document in documents:
