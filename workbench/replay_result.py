@@ -1,6 +1,7 @@
 """What a replay leaves: rows of events, steps and work as frames, outputs, and where it all came from. Saved as parquet + JSON."""
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -269,7 +270,12 @@ def _slo_of(record: dict[str, Any] | None) -> SLO | Mapping[str, SLO] | None:
 
 @cache
 def commit_of_code() -> str:
-    """The commit of the code that runs, with "+changes" if files differ from it; "unknown" outside a checkout."""
+    """The commit of the code that runs, with "+changes" if files differ from it; "unknown" outside a checkout.
+
+    The environment variable LOQUETIER_COMMIT says it where the sources were copied without their history.
+    """
+    if given := os.environ.get("LOQUETIER_COMMIT"):
+        return given
     folder = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
