@@ -316,7 +316,9 @@ def test_an_assumed_context_decodes_the_token_of_a_computed_one(tiny):
 
 def test_readme_has_the_table_of_the_shipped_rows():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.updated(text, rows.read(ROOT / "benchmarks")) == text, "Run python -m workbench.bench table benchmarks."
+    frame = rows.read(ROOT / "benchmarks")
+    assert table.updated(text, frame) == text, "Run python -m workbench.bench table benchmarks."
+    assert table.full(frame) == (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"), "Run the same command."
 
 
 def test_the_table_names_value_floor_must_device_date_and_commit_and_baselines_below(tmp_path):
@@ -327,6 +329,7 @@ def test_the_table_names_value_floor_must_device_date_and_commit_and_baselines_b
         "NVIDIA H100 80GB HBM3, 2026-01-01, abc |"
     )
     assert lines[3].startswith("|  | 4 x r8, B=16 | PEFT | step 244 ms |") and len(lines) == 4
+    assert table.markdown(frame_of(tmp_path, theirs, ours), only_targets=True).splitlines() == lines[:3]
 
 
 def test_the_table_command_writes_between_the_markers_only(tmp_path):

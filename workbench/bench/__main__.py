@@ -2,7 +2,7 @@
 
     python -m workbench.bench w1 w4 --into benchmarks          workloads (all six by default; `replay` needs no GPU)
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
-    python -m workbench.bench table benchmarks                 README's results table
+    python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
     python -m workbench.bench roofline benchmarks FILE.png     the kernels against the roofline
 
 Every workload first checks its numbers and writes none if they are wrong.
@@ -90,12 +90,16 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _table(given: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m workbench.bench table", description="Write README's results table from rows.")
+    parser = argparse.ArgumentParser(
+        prog="python -m workbench.bench table", description="Write the results tables from rows: README's, and DIR/README.md."
+    )
     parser.add_argument("folder", type=Path, metavar="DIR", nargs="?", default=FOLDER)
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     options = parser.parse_args(given)
     text = options.readme.read_text(encoding="utf-8")
-    options.readme.write_text(table.updated(text, rows.read(options.folder)), encoding="utf-8")
+    frame = rows.read(options.folder)
+    options.readme.write_text(table.updated(text, frame), encoding="utf-8")
+    (options.folder / "README.md").write_text(table.full(frame), encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""README's results table, written from the newest rows between two markers."""
+"""The results tables, written from the newest rows: those with a target between README's markers, all of them beside the rows."""
 
 import re
 from typing import Any
@@ -22,9 +22,27 @@ TITLES = {
 }
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """The newest comparable rows: a table with a line per number, baselines under what they are baselines of."""
+FULL_HEAD = """# Bench rows
+
+Every file here holds the rows of one workload, as `python -m workbench.bench` wrote them; `python -m workbench.bench table benchmarks` makes
+this table, and the shorter one in the project's README.
+"""
+
+
+def full(frame: pd.DataFrame) -> str:
+    """The text of the README beside the rows: every newest comparable row."""
+    return FULL_HEAD + "\n" + markdown(frame)
+
+
+def markdown(frame: pd.DataFrame, *, only_targets: bool = False) -> str:
+    """The newest comparable rows: a table with a line per number, baselines under what they are baselines of.
+
+    `only_targets` leaves out baselines and the numbers that have no target.
+    """
     rows = comparable(frame)
+    if only_targets:
+        has_target = [find(row["workload"], row["cell"], row["metric"]) is not None for _, row in rows.iterrows()]
+        rows = rows[pd.Series(has_target, index=rows.index, dtype=bool) & (rows["system"] == OURS)]
     if not len(rows):
         return "No row on a device that targets are defined for yet.\n"
     lines = ["| | cell | system | measured (p20 to p80) | time over floor | must | vLLM | device, date, commit |", "| --- " * 8 + "|"]
@@ -64,4 +82,4 @@ def _number(value: float) -> str:
 def updated(readme: str, frame: pd.DataFrame) -> str:
     """The README's text with the table of these rows. Raises ValueError without the two markers."""
     require(BLOCK.search(readme) is not None, "README must hold the markers <!-- bench: begin --> and <!-- bench: end -->", "no such block")
-    return BLOCK.sub(lambda found: found.group(1) + "\n" + markdown(frame) + "\n" + found.group(2), readme)
+    return BLOCK.sub(lambda found: found.group(1) + "\n" + markdown(frame, only_targets=True) + "\n" + found.group(2), readme)
