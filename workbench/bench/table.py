@@ -24,8 +24,8 @@ TITLES = {
 
 FULL_HEAD = """# Bench rows
 
-Every file here holds the rows of one workload, as `python -m workbench.bench` wrote them; `python -m workbench.bench table benchmarks` makes
-this table, and the shorter one in the project's README.
+Every CSV file here holds the rows of one workload, as `python -m workbench.bench` wrote them; `python -m workbench.bench table benchmarks`
+makes this table, and the shorter one in the project's README. `wall_clock.json` is what `make test-wall-clock` printed.
 """
 
 

@@ -631,7 +631,7 @@ class Engine:
         return {segment.owner: token for segment, token in zip(forward.sampled, chosen.tolist(), strict=True)}
 
     def _trainer(self, work: Any) -> BackwardPass | RecordedPass:
-        """The recomputation of the job's micro-batch, made once and kept until its backward is complete."""
+        """The backward of the job's micro-batch, made at its first slice and kept until the last; recorded where a graph can run it."""
         state, layers = self._states[work.owner], self.fused.dims.num_layers
         if work.top_layer == layers:
             segment = Segment("finetune", work.owner, work.adapter, 0, 0, work.tokens, micro_batch=work.micro_batch, rows=work.rows)
