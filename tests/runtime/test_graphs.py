@@ -20,8 +20,7 @@ from workbench.runtime.graphs import (
     row_bucket,
     write_rows,
 )
-from workbench.runtime.inputs import padded_layout
-from workbench.runtime.pieces import token_bucket
+from workbench.runtime.inputs import padded_layout, token_bucket
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.staging import Staging
 from workbench.runtime.weights import Dims

@@ -12,9 +12,8 @@ from torch import Tensor
 from kernels.layout import SegmentLayout
 from workbench.runtime.backward import BackwardPass, top_gradient
 from workbench.runtime.finetune import TrainState
-from workbench.runtime.inputs import TrainRows
+from workbench.runtime.inputs import TrainRows, token_bucket
 from workbench.runtime.kv_cache import Arena
-from workbench.runtime.pieces import token_bucket
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights
 

@@ -26,12 +26,12 @@ from workbench.runtime.backward_graphs import BackwardGraphs, RecordedPass
 from workbench.runtime.finetune import TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
 from workbench.runtime.graphs import ROW_BUCKETS, DecodeBatch, DecodeGraphs
-from workbench.runtime.inputs import StepInputs, build, train_rows
+from workbench.runtime.inputs import StepInputs, build, token_bucket, train_rows
 from workbench.runtime.jobs import JobHandle, restore_state
 from workbench.runtime.kv_cache import Arena, KVPool
 from workbench.runtime.memory import fit, resolve_device, resolve_dtype
 from workbench.runtime.packed import PackedTensors, Pairs
-from workbench.runtime.pieces import PieceGraphs, token_bucket
+from workbench.runtime.pieces import PieceGraphs
 from workbench.runtime.sampling import request_seed, sample
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.virtual import CarriedAdapter, VirtualModule, attach_adapter, pin

@@ -4,7 +4,7 @@ Legend: T packed tokens, H hidden, V vocabulary.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.keep import keep_rows_
-from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.qkv import place_qkv_
 from kernels.rms_norm import add_rms_norm
@@ -22,7 +21,7 @@ from workbench.runtime.attention import StepAttention
 from workbench.runtime.backward import BackwardPass
 from workbench.runtime.backward_graphs import RecordedPass
 from workbench.runtime.finetune import TrainState, dropped_group
-from workbench.runtime.inputs import StepInputs, TrainRows
+from workbench.runtime.inputs import LayerRows, StepInputs, TrainRows
 from workbench.runtime.kv_cache import Arena, KVPool
 from workbench.runtime.pieces import PieceGraphs
 from workbench.runtime.slots import AdapterTable
@@ -51,23 +50,6 @@ class BackwardOutput:
     layers_done: int
     grad: Tensor | None
     gradients: dict[int, Tensor]
-
-
-@dataclass(slots=True)
-class LayerRows:
-    """What the layers see of a step's packed rows: everything but who attends to whom.
-
-    `trains` says whether some rows have places in the arena, `keeps` whether a backward will need them, `dropped` names the finetune rows
-    that go through dropout (they are left out of `layout`).
-    """
-
-    token_ids: Tensor  # [T]
-    positions: Tensor  # [T]
-    places: Tensor  # [T]
-    layout: SegmentLayout
-    trains: bool
-    keeps: bool
-    dropped: Sequence[tuple[TrainRows, TrainState]] = ()
 
 
 class Runner:

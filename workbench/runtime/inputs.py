@@ -6,6 +6,7 @@ Legend: T packed tokens, F of them fine-tune and evaluate rows (they come first)
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from kernels.layout import SegmentLayout, cut_runs, merge_runs
 from workbench.core import Batch, Segment
 from workbench.data import Document
 
+if TYPE_CHECKING:
+    from workbench.runtime.finetune import TrainState
+
+TOKEN_BUCKETS = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096)
 FEW_RUNS = 8  # a step of few runs of one adapter each has its own, shorter table of tiles
 
 
@@ -70,6 +75,30 @@ class StepInputs:
     def keeps(self) -> bool:
         """Whether there are rows that a backward will need again."""
         return any(rows.is_finetune for rows in self.train)
+
+
+@dataclass(slots=True)
+class LayerRows:
+    """What the layers see of a step's packed rows: everything but who attends to whom.
+
+    `trains` says whether some rows have places in the arena, `keeps` whether a backward will need them, `dropped` names the finetune rows
+    that go through dropout (they are left out of `layout`).
+    """
+
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    places: Tensor  # [T]
+    layout: SegmentLayout
+    trains: bool
+    keeps: bool
+    dropped: Sequence[tuple[TrainRows, "TrainState"]] = ()
+
+
+def token_bucket(tokens: int, max_tokens: int) -> int | None:
+    """The least bucket that holds `tokens`, at most `max_tokens` itself; None beyond."""
+    if tokens > max_tokens:
+        return None
+    return min(next((bucket for bucket in TOKEN_BUCKETS if bucket >= tokens), max_tokens), max_tokens)
 
 
 def spans(documents: Sequence[int], start: int, tokens: int) -> list[tuple[int, int, int]]:

@@ -13,10 +13,10 @@ import torch
 
 from workbench.config import LINEARS, EngineConfig, require
 from workbench.runtime.graphs import CONTEXT_BUCKETS, ROW_BUCKETS, context_bucket, row_bucket
+from workbench.runtime.inputs import TOKEN_BUCKETS, token_bucket
 from workbench.runtime.kv_cache import Arena, KVPool
 from workbench.runtime.memory_profile import CudaGauge, Gauge, profile, profile_blocks
 from workbench.runtime.packed import PackedLayout
-from workbench.runtime.pieces import TOKEN_BUCKETS, token_bucket
 from workbench.runtime.weights import Dims
 
 if TYPE_CHECKING:

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels.layout import SegmentLayout
-from workbench.runtime.inputs import StepInputs, padded_layout
+from workbench.runtime.inputs import TOKEN_BUCKETS, LayerRows, StepInputs, padded_layout
 
 if TYPE_CHECKING:
-    from workbench.runtime.forward import LayerRows, Runner
-
-TOKEN_BUCKETS = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096)
+    from workbench.runtime.forward import Runner
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +33,7 @@ class PieceKey:
 @dataclass(slots=True)
 class _Recorded:
     graphs: list[torch.cuda.CUDAGraph]
-    rows: "LayerRows"
-
-
-def token_bucket(tokens: int, max_tokens: int) -> int | None:
-    """The least bucket that holds `tokens`, at most `max_tokens` itself; None beyond."""
-    if tokens > max_tokens:
-        return None
-    return min(next((bucket for bucket in TOKEN_BUCKETS if bucket >= tokens), max_tokens), max_tokens)
+    rows: LayerRows
 
 
 class PieceGraphs:
@@ -102,8 +93,6 @@ class PieceGraphs:
 
     @torch.no_grad()
     def _record(self, key: PieceKey) -> _Recorded:
-        from workbench.runtime.forward import LayerRows
-
         pool, device, layers = self.runner.pool, self.runner.device, self.runner.fused.dims.num_layers
         ids = torch.zeros(key.tokens, dtype=torch.int64, device=device)
         entry = None if key.facts is None else 0
@@ -126,7 +115,7 @@ class PieceGraphs:
             graphs.append(graph)
         return _Recorded(graphs, rows)
 
-    def _piece(self, piece: int, rows: "LayerRows") -> None:
+    def _piece(self, piece: int, rows: LayerRows) -> None:
         """From one attention to the next; from the embedding to the first, and from the last to the final norm."""
         runner, tokens = self.runner, rows.token_ids.shape[0]
         x = self.x[:tokens]
