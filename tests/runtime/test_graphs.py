@@ -75,7 +75,7 @@ def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
         positions = rng.integers(0, 24, rows).tolist()
         blocks = [tuple(rng.permutation(50)[: p // 4 + 1].tolist()) for p in positions]
         batch = DecodeBatch(rng.integers(0, 99, rows).tolist(), positions, blocks, [int(e) for e in rng.integers(0, 2, rows)])
-        write_rows(staging.host, batch, held, pool)
+        write_rows(staging.host, batch, decode_tiles(batch.entries), held, pool)
         staging.upload()
         there = {name: tensor.tolist() for name, tensor in staging.device.items()}
         assert there["token_ids"] == batch.token_ids + [0] * (bucket - rows)

@@ -1,7 +1,7 @@
 """The checks before the numbers: logits and training gradients of this very engine, against fp32 arithmetic on the same weights.
 
-Both give {what: (error, tolerance)}. An fp32 engine must equal the fp32 arithmetic. In bf16 rounding adds up over the layers, the more the
-less a network was trained, so the error is held against the one that transformers + PEFT makes in bf16 on the same rows.
+Both give {what: (error, tolerance)}. An fp32 engine must equal the fp32 arithmetic. In bf16 rounding adds up over the
+layers, so the error is held against the one that transformers + PEFT makes in bf16 on the same rows.
 """
 
 from collections.abc import Mapping

@@ -127,7 +127,7 @@ class Engine:
         self._trainers: dict[str, BackwardPass | RecordedPass] = {}
         self._commands: deque[Command] = deque()
         self._late_interrupts: list[bool] = []
-        self._last_logits: dict[str, torch.Tensor] = {}
+        self._last_sampled: tuple[Sequence[Segment], torch.Tensor] = ([], torch.empty(0, 0))
         self._seed = 0
         self._active = False
         self._predictor: Predictor | None = None
@@ -343,7 +343,8 @@ class Engine:
     @property
     def last_logits(self) -> dict[str, torch.Tensor]:
         """Logits [V] that the last step drew tokens from, by request id; views that the next step overwrites."""
-        return dict(self._last_logits)
+        sampled, logits = self._last_sampled
+        return dict(zip((s.owner for s in sampled), logits, strict=True))
 
     def tokens_of(self, request_id: str) -> tuple[int, ...]:
         """Prompt and generated tokens so far of a request of the running replay. Raises KeyError for one that the engine does not hold."""
@@ -614,7 +615,7 @@ class Engine:
 
     def _sample(self, forward: ForwardOutput) -> dict[str, int]:
         """One token for every segment that samples; the only copy from the device that a step waits for."""
-        self._last_logits = dict(zip((s.owner for s in forward.sampled), forward.logits, strict=True))
+        self._last_sampled = (forward.sampled, forward.logits)
         if not forward.sampled:
             return {}
         sequences = [self._sequences[s.owner] for s in forward.sampled]

@@ -71,10 +71,10 @@ class DecodeGraphs:
         bucket = row_bucket(rows)
         assert bucket is not None
         context = context_bucket(max(batch.positions) + 1, self.max_model_len)
-        found = self._find(
-            bucket, context, tile_bucket(bucket, len(decode_tiles(batch.entries))), any(e is not None for e in batch.entries)
-        )
-        write_rows(found.staging.host, batch, found.held, self.runner.pool)
+        tiles = decode_tiles(batch.entries)
+        has_adapters = any(entry is not None for entry in batch.entries)
+        found = self._find(bucket, context, tile_bucket(bucket, len(tiles)), has_adapters)
+        write_rows(found.staging.host, batch, tiles, found.held, self.runner.pool)
         found.staging.upload()
         found.graph.replay()
         return found.logits[:rows], found.greedy[:rows]
@@ -105,7 +105,7 @@ class DecodeGraphs:
         pool, device = self.runner.pool, self.runner.device
         staging = Staging(decode_fields(bucket, -(-context // pool.block_tokens), tiles), device)
         held: list[tuple[int, ...] | None] = [None] * bucket
-        write_rows(staging.host, DecodeBatch([], [], [], []), held, pool)  # padding rows alone
+        write_rows(staging.host, DecodeBatch([], [], [], []), decode_tiles([]), held, pool)  # padding rows alone
         staging.upload()
         inputs = self._inputs(staging, context, has_adapters)
         stream = torch.cuda.Stream(device)
@@ -161,8 +161,10 @@ def decode_fields(rows: int, width: int, tiles: int) -> dict[str, tuple[tuple[in
     }
 
 
-def write_rows(host: Mapping[str, np.ndarray], batch: DecodeBatch, held: list[tuple[int, ...] | None], pool: KVPool) -> None:
-    """Stage a batch, padding rows behind it: token 0 at position 0, one key, in the block that is nobody's.
+def write_rows(
+    host: Mapping[str, np.ndarray], batch: DecodeBatch, tiles: np.ndarray, held: list[tuple[int, ...] | None], pool: KVPool
+) -> None:
+    """Stage a batch and its `decode_tiles`, padding rows behind it: token 0 at position 0, one key, in the block that is nobody's.
 
     `held` are the blocks that each row of the staged table shows already; only what differs is written.
     """
@@ -178,7 +180,6 @@ def write_rows(host: Mapping[str, np.ndarray], batch: DecodeBatch, held: list[tu
         if held[row] != blocks:
             table[row, : len(blocks)] = blocks
             held[row] = blocks
-    tiles = decode_tiles(batch.entries)
     host["tiles"][: len(tiles)], host["tiles"][len(tiles) :] = tiles, 0
 
 
