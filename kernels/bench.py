@@ -25,6 +25,7 @@ from kernels import problems, testing
 from kernels.backend import triton
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.lora_loop import lora_loop_
 from kernels.lora_table import LoraTable, SlotWeights
 from kernels.paged_attention import paged_attention
 from kernels.segmented_lora import lora_gradients, segmented_lora_
@@ -72,17 +73,6 @@ def _table(adapters: int, k: int, n: int, rank: int, device: str) -> LoraTable:
     b = torch.randn(adapters, n, rank, dtype=BF16, device=device) * rank**-0.5
     weights = {(0, slot): SlotWeights(a[slot], b[slot], 0.5) for slot in range(adapters)}
     return LoraTable(k, (n,), adapters, device=device, dtype=BF16, weights=weights)
-
-
-def lora_loop_(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> torch.Tensor:
-    """The naive baseline: a torch loop over the runs of one adapter, three launches each."""
-    for slot, first, rows in layout.runs:
-        for j, (offset, width) in enumerate(zip(table.out_offsets, table.out_features, strict=True)):
-            weights = table.get(j, slot)
-            if weights is not None:
-                low = F.linear(x[first : first + rows], weights.a)
-                y[first : first + rows, offset : offset + width].addmm_(low, weights.b.T, alpha=weights.scale)
-    return y
 
 
 def _lora_check(op: str, adapters: int, k: int, n: int, rows: int, rank: int, device: str) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """Which path every public op took: a test can prove that no reference ran on CUDA.
 
-`calls[(op, path, device type)]` counts calls, path being "reference", "triton" or "flash".
+`calls[(op, path, device type)]` counts calls, path being "reference", "triton", "flash" or "loop" (the naive loop, where it was asked for).
 """
 
 from collections import Counter
 from typing import Literal
 
-Path = Literal["reference", "triton", "flash"]
+Path = Literal["reference", "triton", "flash", "loop"]
 
 calls: Counter[tuple[str, str, str]] = Counter()
 

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+LORA_MODES = ("segmented", "padded", "loop", "off")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -61,6 +62,12 @@ class EngineConfig:
     of each at the first step that needs it.
     `prefix_cache` keeps the KV blocks of prompts, so that a request whose prompt begins as an earlier one's did on the same adapter
     version skips what is there (`workbench.prefix_cache`).
+
+    Two are for ablations. `lora` is how adapters are applied: "segmented" (the fused kernels), "padded" (the same with every adapter padded
+    by zeros to the largest rank served or trained), "loop" (a torch loop over the adapters of the batch; reads the batch on the host, so it
+    needs `graphs=False`), or "off" (not at all: outputs are the base model's, which is wrong, and jobs learn nothing; a bound on speed).
+    `backward="whole"` takes a micro-batch's backward in one step: `plan.backward(job, n)` with fewer layers than are left takes none and
+    says "unsupported", `within_s` takes all or none, and `stop_on_arrival` is "unsupported".
     """
 
     max_model_len: int | None = None
@@ -78,6 +85,8 @@ class EngineConfig:
     graphs: bool = True
     warm_up: bool = True
     prefix_cache: bool = True
+    lora: Literal["segmented", "padded", "loop", "off"] = "segmented"
+    backward: Literal["cut", "whole"] = "cut"
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_requests", "block_tokens", "num_slots", "max_batch_adapters", "max_jobs"):
@@ -88,6 +97,10 @@ class EngineConfig:
             require(value is None or value >= 1, f"{name} must be at least 1, or None to choose it", value)
         known = (None, "keep", "recompute")
         require(self.activations in known, "activations must be 'keep', 'recompute', or None to choose it", self.activations)
+        require(self.lora in LORA_MODES, f"lora must be one of {LORA_MODES}", self.lora)
+        require(self.backward in ("cut", "whole"), "backward must be 'cut' or 'whole'", self.backward)
+        rule = "lora='loop' reads each batch on the host, which no recorded CUDA graph can, and needs graphs=False"
+        require(self.lora != "loop" or not self.graphs, rule, self.graphs, "Compare it with others at graphs=False.")
 
 
 @dataclass(frozen=True, kw_only=True)

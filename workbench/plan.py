@@ -195,7 +195,10 @@ class Plan(Accounts):
         return verb(job, within_s=within_s)
 
     def backward(self, job: JobView, num_layers: int | None = None, *, within_s: float = inf) -> int:
-        """Backward of the job's micro-batch, up to `num_layers` layers further down. The layers taken."""
+        """Backward of the job's micro-batch, up to `num_layers` layers further down. The layers taken.
+
+        An executor that cannot cut it (`EngineConfig(backward="whole")`) takes all layers that are left or none: fewer are "unsupported".
+        """
         self._check_amount("num_layers", num_layers)
         self._check_within(within_s)
         s = self._job(job)

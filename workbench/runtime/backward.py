@@ -15,7 +15,6 @@ from torch import Tensor
 from kernels.layout import SegmentLayout
 from kernels.rms_norm import add_rms_norm, rms_norm_backward
 from kernels.rotary import rotary
-from kernels.segmented_lora import lora_gradients, segmented_lora_
 from kernels.swiglu import swiglu, swiglu_backward
 from kernels.varlen_attention import varlen_attention
 from workbench.runtime.finetune import TrainState, dropped_group
@@ -106,7 +105,7 @@ class BackwardPass:
         if self.state.job.dropout:
             options = {"micro_batch": self.rows.micro_batch, "offset": 0}
             return y + dropped_group(self.state.job, self.dims, x, self.state.compute, layer, group, **options)
-        return segmented_lora_(y, x, self.table.tables[layer][group], self.layout)
+        return self.table.add_(layer, group, y, x, self.layout)
 
     def _through(self, layer: int, group: str, dy: Tensor, x: Tensor, weight: Tensor, found: dict[int, Tensor]) -> Tensor:
         """d loss / d x of y = x W^T + LoRA(x); the gradients of the group's LoRA weights go into `found`."""
@@ -120,8 +119,7 @@ class BackwardPass:
         if self.state.job.dropout:
             self._dropped_gradients(layer, group, dy, x, dx, found)
             return
-        table = self.table.tables[layer][group]
-        _, gradients = lora_gradients(dy, x, table, self.layout, needs_dx=dx is not None, into=dx)
+        gradients = self.table.gradients(layer, group, dy, x, self.layout, dx)
         for (slice, _), pair in gradients.items():
             first = self.state.index_of((layer, targets[slice]))
             found[first], found[first + 1] = (t.float() for t in pair)

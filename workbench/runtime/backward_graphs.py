@@ -65,7 +65,8 @@ class RecordedPass:
         kind.graphs[index].replay()
         static = kind.found[index]
         copies = [torch.empty_like(t) for t in static.values()]
-        torch._foreach_copy_(copies, list(static.values()))  # pyright: ignore[reportPrivateImportUsage]
+        if copies:  # none with EngineConfig(lora="off")
+            torch._foreach_copy_(copies, list(static.values()))  # pyright: ignore[reportPrivateImportUsage]
         return kind.grad[:tokens] if index else None, dict(zip(static, copies, strict=True))
 
 

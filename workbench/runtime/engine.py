@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from workbench.config import EngineConfig, FinetuneJob, UnknownAdapterError, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Predictor, Request, Segment, StepResult
 from workbench.data import Document, prepare, prompt_token_ids
+from workbench.runtime.ablations import TABLES
 from workbench.runtime.adapters import MAX_RANK, AdapterWeights, init_adapter, load_peft, random_adapter, save_peft
 from workbench.runtime.backward import BackwardPass
 from workbench.runtime.backward_graphs import BackwardGraphs, RecordedPass
@@ -33,12 +34,12 @@ from workbench.runtime.memory import fit, resolve_device, resolve_dtype
 from workbench.runtime.packed import PackedTensors, Pairs
 from workbench.runtime.pieces import PieceGraphs
 from workbench.runtime.sampling import request_seed, sample
-from workbench.runtime.slots import AdapterTable
 from workbench.runtime.virtual import CarriedAdapter, VirtualModule, attach_adapter, pin
 from workbench.runtime.weights import assert_aliases, fuse, load_base, random_base
 from workbench.runtime.weights import tokenizer as load_tokenizer
 
 Version = tuple[str, int]  # adapter name, version
+CAN = frozenset({"chunk", "mixed", "cut_backward", "safepoint"})
 
 
 class OutOfMemory(MemoryError):
@@ -108,7 +109,7 @@ class Engine:
             scratch=lambda trial: Engine(base, name=name, config=trial),
         )
         pool = KVPool(self.fused.dims, self._limits.num_blocks, config.block_tokens, self.device, self.dtype)
-        table = AdapterTable(self.fused.dims, config.num_slots + config.max_jobs, self.device, self.dtype)
+        table = TABLES[config.lora](self.fused.dims, config.num_slots + config.max_jobs, self.device, self.dtype)
         self.runner = Runner(self.fused, pool, table, self._limits.max_model_len, self.device)
         self._table = table
         uses_graphs = config.graphs and self.device.type == "cuda"
@@ -286,6 +287,7 @@ class Engine:
             num_slots=config.num_slots,
             max_batch_adapters=config.max_batch_adapters,
             activation_tokens=limits.activation_tokens,
+            can=CAN if config.backward == "cut" else CAN - {"cut_backward", "safepoint"},
             eos_token_ids=self._eos_token_ids(),
             prefix_cache=config.prefix_cache,
         )
@@ -406,6 +408,8 @@ class Engine:
             self.runner.arena = Arena.allocate(self.fused.dims, limits.activation_tokens, limits.keeps, self.device, self.dtype)
 
     def _create_state(self, job: FinetuneJob, entry: int) -> TrainState:
+        rule = f"{job.id}: dropout must be 0 with EngineConfig(lora='off'), which applies no adapter to drop anything of"
+        require(self.config.lora != "off" or job.dropout == 0, rule, job.dropout)
         vocab, eos = self.fused.dims.vocab_size, self._eos_token_ids()
         prepared = prepare(job, tokenizer=self.tokenizer, vocab_size=vocab, eos_token_id=min(eos) if eos else None)
         weights = init_adapter(
