@@ -69,7 +69,7 @@ def _linear_cross_entropy_triton(
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if need_grad else None
     sizes = {"rows": 1, "length": vocab_size, "programs": rows, "itemsize": hidden.dtype.itemsize}
-    launch = plan("softmax", processors=num_processors(hidden.device), **sizes)
+    launch = plan("softmax", processors=num_processors(hidden.device), device=hidden.device, **sizes)
     labels = labels.contiguous()
     for first in range(0, rows, CHUNK_ROWS):
         chunk = slice(first, min(first + CHUNK_ROWS, rows))

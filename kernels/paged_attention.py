@@ -223,6 +223,7 @@ def _paged_attention_triton(
         processors=num_processors(q.device),
         itemsize=q.dtype.itemsize,
         head_size=head_size,
+        device=q.device,
     )
     parts, logsums = out, out
     if launch.splits > 1:

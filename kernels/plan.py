@@ -1,38 +1,34 @@
 """Block sizes, warps, stages and splits of every launch: the one place that chooses them.
 
-A heuristic on sizes that the host knows, so that no launch waits for the device and none is timed at run time. A table of measured
-choices can take its place without touching an op.
+A choice is a function of sizes that the host knows, so that no launch waits for the device and none is timed at run time. What was
+measured on a GPU of this kind comes first (`kernels.tuned`); `default_launch`, a heuristic, serves every other GPU and shape.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 
+from kernels import tuned
+from kernels.launch import Launch, ShapeClass, power_of_two
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """How one kernel is launched. `block` is the extent of the streamed axis, `splits` the parts of the reduction done apart,
-    `repeats` the blocks that one program does in turn.
-    """
+__all__ = ["Launch", "ShapeClass", "default_launch", "overridden", "plan", "power_of_two"]
 
-    block: int
-    block_rank: int = 16
-    splits: int = 1
-    repeats: int = 1
-    num_warps: int = 4
-    num_stages: int = 3
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Triton's own launch options."""
-        # AMD GPUs have 64 KB of local memory a workgroup: two stages fit, three may not.
-        return {"num_warps": self.num_warps, "num_stages": min(self.num_stages, 2) if torch.version.hip else self.num_stages}
-
-
-def power_of_two(number: int, low: int, high: int) -> int:
-    """The least power of two that is at least `number`, within low..high (powers of two themselves)."""
-    return min(max(1 << max(number - 1, 0).bit_length(), low), high)
+OPS = (
+    "shrink",
+    "shrink_backward",
+    "expand",
+    "expand_dx",
+    "outer_da",
+    "outer_db",
+    "attention",
+    "softmax",
+    "rms_norm",
+    "swiglu",
+)
+Choose = Callable[[ShapeClass, Launch], Launch]
+_choose: Choose | None = None
 
 
 def splits_for(programs: int, pieces: int, processors: int, high: int) -> int:
@@ -46,25 +42,22 @@ def splits_for(programs: int, pieces: int, processors: int, high: int) -> int:
     return splits
 
 
-@lru_cache(maxsize=4096)
-def plan(op: str, *, rows: int, length: int, programs: int, processors: int, itemsize: int, rank: int = 16, head_size: int = 0) -> Launch:
-    """The launch of one kernel.
-
-    `rows` is the tile's height, `length` the reduced (shrink, attention) or written (expand, outer) axis, `programs` how many programs
-    there are before splitting, `itemsize` the bytes of an element. `op` is shrink, expand, outer, attention or softmax.
-    """
+def default_launch(
+    op: str, *, rows: int, length: int, programs: int, processors: int, itemsize: int, rank: int = 16, head_size: int = 0
+) -> Launch:
+    """The heuristic's launch; arguments as for `plan`."""
     block_rank = power_of_two(rank, 16, 64)
     wide = itemsize > 2
-    if op == "shrink":
+    if op in ("shrink", "shrink_backward"):
         block = (64 if rows > 32 else 128) if wide or rows > 64 or block_rank > 32 else 256
         block = power_of_two(length, 16, block)
         splits = splits_for(programs, length // block, processors, 16)
         return Launch(block=block, block_rank=block_rank, splits=splits, num_warps=4, num_stages=2 if wide else 3)
-    if op == "expand":
+    if op in ("expand", "expand_dx"):
         block = power_of_two(length, 16, 64 if wide or (rows <= 32 and programs < processors) else 128)
         repeats = 4 if programs >= 16 * processors else 1
         return Launch(block=block, block_rank=block_rank, repeats=repeats, num_warps=8 if rows * block > 8192 else 4, num_stages=2)
-    if op == "outer":
+    if op in ("outer_da", "outer_db"):
         return Launch(block=power_of_two(length, 16, 64 if wide else 128), block_rank=block_rank, num_warps=4, num_stages=2 if wide else 3)
     if op == "attention":
         block = power_of_two(length, 16, 32 if wide or head_size > 128 else 64)
@@ -72,4 +65,50 @@ def plan(op: str, *, rows: int, length: int, programs: int, processors: int, ite
         return Launch(block=block, splits=splits, num_warps=4, num_stages=2)
     if op == "softmax":
         return Launch(block=power_of_two(length, 16, 4096), num_warps=8, num_stages=2)
-    raise ValueError(f"op must be shrink, expand, outer, attention or softmax, got {op!r}")
+    if op == "rms_norm":
+        # One program holds a whole row.
+        block = power_of_two(length, 1, 1 << 30)
+        return Launch(block=block, num_warps=min(max(block // 512, 1), 16))
+    if op == "swiglu":
+        return Launch(block=power_of_two(length, 1, 1024))
+    raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    op: str,
+    *,
+    rows: int,
+    length: int,
+    programs: int,
+    processors: int,
+    itemsize: int,
+    rank: int = 16,
+    head_size: int = 0,
+    device: torch.device | None = None,
+) -> Launch:
+    """The launch of one kernel; the same for equal arguments for as long as the process lives.
+
+    `rows` is the tile's height, `length` the reduced (shrink, attention) or written (expand, outer) axis, `programs` how many programs
+    there are before splitting, `itemsize` the bytes of an element, `op` one of OPS. With a CUDA `device`, what was measured on such a GPU
+    comes before the heuristic.
+    """
+    sizes = {"rows": rows, "length": length, "programs": programs, "itemsize": itemsize, "rank": rank, "head_size": head_size}
+    shape = ShapeClass.of(op, **sizes)
+    found = None if device is None else tuned.of_device(device)
+    measured = None if found is None else found.launch(shape)
+    launch = measured or default_launch(op, processors=processors, **sizes)
+    return launch if _choose is None else _choose(shape, launch)
+
+
+@contextmanager
+def overridden(choose: Choose) -> Iterator[None]:
+    """Within this, `choose(shape class, the launch that would be)` has the last word: for tuning and for tests, from one thread."""
+    global _choose
+    before, _choose = _choose, choose
+    plan.cache_clear()
+    try:
+        yield
+    finally:
+        _choose = before
+        plan.cache_clear()

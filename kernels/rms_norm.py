@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from kernels.backend import jit, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
+from kernels.backend import jit, num_processors, overlapped, tl, uses_triton, wait_for_previous, wide_dtype
 from kernels.counters import count
+from kernels.plan import plan
 
 
 def add_rms_norm_reference(
@@ -77,9 +78,10 @@ def _check(weight: torch.Tensor, **rows: torch.Tensor | None) -> None:
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}. Call .contiguous() first.")
 
 
-def _launch(rows: int, features: int) -> dict[str, int]:
-    block = triton.next_power_of_2(features)
-    return {"BLOCK": int(block), "num_warps": min(max(int(block) // 512, 1), 16)}
+def _launch(x: torch.Tensor) -> dict[str, int]:
+    sizes = {"rows": 1, "length": x.shape[1], "programs": x.shape[0], "itemsize": x.dtype.itemsize}
+    launch = plan("rms_norm", processors=num_processors(x.device), device=x.device, **sizes)
+    return {"BLOCK": launch.block, **launch.options}
 
 
 def add_rms_norm(
@@ -105,7 +107,7 @@ def add_rms_norm(
         total = torch.empty_like(x) if out is None else out
     if x.shape[0]:
         other = x if delta is None else delta
-        launch = _launch(*x.shape) | overlapped(x.device)
+        launch = _launch(x) | overlapped(x.device)
         add_rms_norm_kernel[(x.shape[0],)](x, other, weight, total, h, eps, x.shape[1], HAS_DELTA=delta is not None, **launch)
     return total, h
 
@@ -129,6 +131,6 @@ def rms_norm_backward(
     dx = torch.empty_like(x)
     if x.shape[0]:
         other = x if above is None else above
-        launch = _launch(*x.shape)
+        launch = _launch(x)
         rms_norm_backward_kernel[(x.shape[0],)](dh, x, weight, other, dx, eps, x.shape[1], HAS_ABOVE=above is not None, **launch)
     return dx

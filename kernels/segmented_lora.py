@@ -89,6 +89,7 @@ def _plan(op: str, table: LoraTable, rows: int, length: int, programs: int, devi
         processors=num_processors(device),
         itemsize=table.dtype.itemsize,
         rank=table.max_rank,
+        device=device,
     )
 
 
@@ -98,7 +99,7 @@ def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is
     length = max(table.out_features) if is_backward else table.in_features
     block_rows = min(layout.block_rows, SHRINK_ROWS)
     parts = layout.block_rows // block_rows
-    launch = _plan("shrink", table, block_rows, length, layout.num_tiles * parts * slices, source.device)
+    launch = _plan("shrink_backward" if is_backward else "shrink", table, block_rows, length, layout.num_tiles * parts * slices, source.device)
     rank = table.rank_bucket
     partials = torch.empty(launch.splits, slices, layout.num_rows, rank, dtype=torch.float32, device=source.device)
     shrink_kernel[(layout.num_tiles * parts, launch.splits, slices)](
@@ -160,7 +161,7 @@ def _expand_dx(x: torch.Tensor, dv: torch.Tensor, table: LoraTable, layout: Segm
     if dx is None:
         covered = sum(rows for _, _, rows in layout.runs) == layout.num_rows
         dx = (torch.empty if covered else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
-    launch = _plan("expand", table, layout.block_rows, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
+    launch = _plan("expand_dx", table, layout.block_rows, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
     expand_dx_kernel[(layout.num_tiles, triton.cdiv(table.in_features, launch.block))](
         dx,
         layout.tiles,
@@ -189,7 +190,7 @@ def _outer(source: torch.Tensor, v: torch.Tensor, table: LoraTable, layout: Segm
     """One gradient per slot of the layout, fp32: dB [total_out, R], or dA [J, R, K]. The second stage adds a slot's chunks in order."""
     chunks, slices, rank = layout.chunks.shape[0], table.num_slices, v.shape[3]
     length = max(table.out_features) if is_db else table.in_features
-    launch = _plan("outer", table, layout.block_rows, length, chunks * slices, source.device)
+    launch = _plan("outer_db" if is_db else "outer_da", table, layout.block_rows, length, chunks * slices, source.device)
     shape = (chunks, table.total_out, rank) if is_db else (chunks, slices, rank, table.in_features)
     sums = torch.empty(shape, dtype=torch.float32, device=source.device)
     outer_kernel[(chunks, triton.cdiv(length, launch.block), slices)](

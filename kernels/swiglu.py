@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from kernels.backend import jit, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
+from kernels.backend import jit, num_processors, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
 from kernels.counters import count
+from kernels.plan import Launch, plan
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -62,6 +63,11 @@ def _check(gate_up: torch.Tensor, da: torch.Tensor | None = None) -> None:
         raise ValueError(f"da must be contiguous [T, I] beside gate_up {tuple(gate_up.shape)}, got {tuple(da.shape)}, {da.stride()}")
 
 
+def _launch(gate_up: torch.Tensor) -> Launch:
+    sizes = {"rows": 1, "length": gate_up.shape[1] // 2, "programs": gate_up.shape[0], "itemsize": gate_up.dtype.itemsize}
+    return plan("swiglu", processors=num_processors(gate_up.device), device=gate_up.device, **sizes)
+
+
 def swiglu(gate_up: Float[torch.Tensor, "T I2"]) -> Float[torch.Tensor, "T I"]:
     """silu(gate) * up [T, I] of the contiguous pair [T, 2 I]. No gradients. Raises ValueError where the shape does not fit."""
     _check(gate_up)
@@ -72,8 +78,9 @@ def swiglu(gate_up: Float[torch.Tensor, "T I2"]) -> Float[torch.Tensor, "T I"]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     if rows:
-        block = min(triton.next_power_of_2(width), 1024)
-        swiglu_kernel[(rows, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block, **overlapped(gate_up.device))
+        launch = _launch(gate_up)
+        grid, options = (rows, triton.cdiv(width, launch.block)), launch.options | overlapped(gate_up.device)
+        swiglu_kernel[grid](gate_up, out, width, BLOCK=launch.block, **options)
     return out
 
 
@@ -87,6 +94,6 @@ def swiglu_backward(da: Float[torch.Tensor, "T I"], gate_up: Float[torch.Tensor,
     rows, width = da.shape
     out = torch.empty_like(gate_up)
     if rows:
-        block = min(triton.next_power_of_2(width), 1024)
-        swiglu_backward_kernel[(rows, triton.cdiv(width, block))](da, gate_up, out, width, BLOCK=block)
+        launch = _launch(gate_up)
+        swiglu_backward_kernel[(rows, triton.cdiv(width, launch.block))](da, gate_up, out, width, BLOCK=launch.block, **launch.options)
     return out
