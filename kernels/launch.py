@@ -60,6 +60,4 @@ class ShapeClass:
     def of(cls, op: str, *, rows: int, length: int, programs: int, itemsize: int, rank: int = 16, head_size: int = 0) -> "ShapeClass":
         """The class of one launch."""
         size, count = power_of_two(length, 1, 1 << 30), power_of_two(programs, 1, 1 << 30)
-        return cls(
-            op=op, rows=rows, length=size, programs=count, itemsize=itemsize, rank=power_of_two(rank, 8, 256), head_size=head_size
-        )
+        return cls(op=op, rows=rows, length=size, programs=count, itemsize=itemsize, rank=power_of_two(rank, 8, 256), head_size=head_size)

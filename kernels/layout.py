@@ -2,7 +2,8 @@
 
 Legend: a *run* is a stretch of consecutive rows with one slot; a *tile* is at most `block_rows` rows of one run (one program's rows);
 a *chunk* is at most an eighth of a run, or 512 rows (one partial sum of a weight gradient).
-Rows without an adapter are in no run, so kernels never visit them.
+Rows without an adapter are in no run. They have tiles of their own, marked as bare: LoRA kernels leave those at once, kernels that do other
+work on every row besides visit them too.
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,13 @@ def cut_runs(runs: Sequence[Run], size: int) -> list[Run]:
     return [(slot, first + i, min(size, rows - i)) for slot, first, rows in runs for i in range(0, rows, size)]
 
 
+def bare_runs(runs: Sequence[Run], num_rows: int) -> list[Run]:
+    """The rows between the runs, as (0, first row, rows)."""
+    ends = [0, *(first + rows for _, first, rows in runs)]
+    starts = [*(first for _, first, _ in runs), num_rows]
+    return [(0, end, start - end) for end, start in zip(ends, starts, strict=True) if start > end]
+
+
 def block_rows_for(runs: Sequence[Run]) -> int:
     """Tile height: the power of two (16..128) that wastes few rows on runs of this mean length."""
     mean = sum(rows for _, _, rows in runs) / max(len(runs), 1)
@@ -52,7 +60,8 @@ def block_rows_for(runs: Sequence[Run]) -> int:
 class SegmentLayout:
     """Device tables of a batch's runs, built with one host-to-device copy and read without any synchronisation.
 
-    `runs` are host-side. `tiles` [num_tiles, 4] int32: slot, first row, rows, 0 (a tile of 0 rows is padding).
+    `runs` are host-side. `tiles` [num_tiles, 4] int32: slot, first row, rows, whether they are bare (a tile of 0 rows is padding; none
+    at all where no row has an adapter).
     `chunks` [num_chunks, 4] int32, ordered by slot: slot, first row, rows, 0. `slots` are the distinct slots in ascending order, and
     `chunks_per_slot` their numbers of chunks.
     """
@@ -88,16 +97,17 @@ class SegmentLayout:
         block_rows = block_rows or block_rows_for(runs)
         if block_rows not in (16, 32, 64, 128):
             raise ValueError(f"block_rows must be 16, 32, 64 or 128, got {block_rows}")
-        tiles = cut_runs(runs, block_rows)
+        tiles = [(*tile, 0) for tile in cut_runs(runs, block_rows)]
+        tiles += [(*tile, 1) for tile in cut_runs(bare_runs(runs, num_rows) if runs else (), block_rows)]
         if num_tiles is not None:
             if len(tiles) > num_tiles:
                 raise ValueError(f"num_tiles must be at least the {len(tiles)} tiles of these rows, got {num_tiles}. Take a larger bucket.")
-            tiles += [(0, 0, 0)] * (num_tiles - len(tiles))
+            tiles += [(0, 0, 0, 0)] * (num_tiles - len(tiles))
         longest = max((rows for _, _, rows in runs), default=0)
-        chunks = cut_runs(sorted(runs), max(CHUNK_ROWS, -(-longest // MAX_CHUNKS)))
+        chunks = [(*chunk, 0) for chunk in cut_runs(sorted(runs), max(CHUNK_ROWS, -(-longest // MAX_CHUNKS)))]
         slots = tuple(sorted({slot for slot, _, _ in runs}))
-        owners = [slot for slot, _, _ in chunks]
-        table = torch.tensor([(*row, 0) for row in (*tiles, *chunks)], dtype=torch.int32).reshape(-1, 4)
+        owners = [slot for slot, *_ in chunks]
+        table = torch.tensor([*tiles, *chunks], dtype=torch.int32).reshape(-1, 4)
         if device.type == "cuda":
             # From pinned memory the copy is asynchronous; torch's pinned allocator keeps the buffer until the stream has read it.
             table = table.pin_memory().to(device, non_blocking=True)

@@ -41,6 +41,47 @@ def load_partials(partials, rows, row_mask, r, rank, split_stride, R: tl.constex
 
 
 @jit
+def tile_rows(tile):
+    """Rows of a tile that have an adapter: all of them or none."""
+    return tl.load(tile + 2) * (1 - tl.load(tile + 3))
+
+
+@jit
+def low_term(
+    entries,
+    slot,
+    num_slots,
+    slice,
+    partials,
+    rows,
+    row_mask,
+    n,
+    slice_stride,
+    split_stride,
+    dtype: tl.constexpr,
+    R: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    COLUMN_MULTIPLE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """scale * v B^T [rows, n] in fp32, for columns n of one slice; 0 where the slot has no weights for it."""
+    _a, b, rank, scale, _column, width = load_entry(entries, slot, num_slots, slice, dtype, RANK_MULTIPLE, COLUMN_MULTIPLE)
+    partials += slice * slice_stride
+    b_at = b + n.to(tl.int64)[None, :] * rank
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        v = load_partials(partials, rows, row_mask, r, rank, split_stride, R, SPLITS)
+        w = tl.load(b_at + r[:, None], mask=(n < width)[None, :] & (r < rank)[:, None], other=0.0)
+        acc = dot(v.to(dtype), w, acc, WIDE)
+    return scale * acc
+
+
+@jit
 def shrink_kernel(
     source,
     tiles,
@@ -71,7 +112,7 @@ def shrink_kernel(
     split = tl.program_id(1)
     slice = tl.program_id(2)
     slot = tl.load(tile)
-    num_rows = tl.load(tile + 2) - skipped
+    num_rows = tile_rows(tile) - skipped
     a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, source.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
     wait_for_previous(WAITS)
     if num_rows <= 0:
@@ -130,7 +171,7 @@ def expand_kernel(
     tile = tiles + tl.program_id(0) * 4
     slice = tl.program_id(2)
     slot = tl.load(tile)
-    num_rows = tl.load(tile + 2)
+    num_rows = tile_rows(tile)
     _a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, y.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
     begin = tl.program_id(1) * (REPEATS * BLOCK_N)
     wait_for_previous(WAITS)
@@ -183,7 +224,7 @@ def expand_dx_kernel(
     """dx = sum over slices of dv A (added to dx where ADDS) for one tile and one block of columns."""
     tile = tiles + tl.program_id(0) * 4
     slot = tl.load(tile)
-    num_rows = tl.load(tile + 2)
+    num_rows = tile_rows(tile)
     if num_rows == 0:
         return
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -13,8 +13,8 @@ from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entr
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from kernels.qkv import place_qkv_, place_qkv_reference
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm_backward, rms_norm_backward_reference
-from kernels.segmented_lora import lora_gradients, lora_gradients_reference, segmented_lora_, segmented_lora_reference
-from kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
+from kernels.segmented_lora import lora_gradients, lora_gradients_reference, segmented_lora_, segmented_lora_reference, shrink
+from kernels.swiglu import lora_swiglu, swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
 from kernels.testing import poisoned_memory, random_table, random_tensor, relative_error, widened
 from kernels.varlen_attention import varlen_attention, varlen_attention_reference
 
@@ -65,6 +65,43 @@ def lora_errors(
         untouched[first : first + count] = False
     assert torch.equal(out.cpu()[untouched], y.cpu()[untouched]), "a row without an adapter changed"
     return errors
+
+
+def gated_errors(
+    row_slots: Sequence[tuple[int | None, int]],
+    ranks: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    in_features: int = 96,
+    width: int = 80,
+    block_rows: int | None = None,
+    seed: int = 0,
+) -> Errors:
+    """lora_swiglu with half of the rows kept: its output, the kept rows, and how far both are from the ops one after another."""
+    table = random_table(in_features, (width, width), ranks, dtype, device, seed)
+    layout = SegmentLayout.build(row_slots, device, block_rows=block_rows)
+    rows = layout.num_rows
+    x = random_tensor((rows, in_features), seed + 1, dtype, device)
+    gate_up = random_tensor((rows, 2 * width), seed + 2, dtype, device)
+    places = torch.where(torch.arange(rows) % 2 == 0, ~torch.arange(rows), torch.arange(rows)).to(device)
+    low = shrink(x, table, layout)
+    assert low is not None
+    with poisoned_memory():
+        kept, apart_kept = (torch.zeros_like(gate_up) for _ in range(2))
+        out = lora_swiglu(gate_up.clone(), low, table, layout, kept, places)
+        without = lora_swiglu(gate_up.clone(), low, table, layout)
+        apart = segmented_lora_(gate_up.clone(), x, table, layout)
+        keep_rows_(apart_kept, apart, places)
+    total = segmented_lora_reference(gate_up.double().cpu(), x.double().cpu(), widened(table), SegmentLayout.build(row_slots, "cpu"))
+    expected_kept = torch.where((torch.arange(rows) % 2 == 0)[:, None], total, 0)
+    return {
+        "a": relative_error(out, swiglu_reference(total)),
+        "kept": relative_error(kept, expected_kept),
+        "a beside the separate ops": relative_error(out, swiglu(apart)),
+        "kept beside the separate ops": relative_error(kept, apart_kept),
+        "a without keeping": relative_error(without, out),
+    }
 
 
 def paged_attention_errors(

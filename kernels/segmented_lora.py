@@ -10,6 +10,7 @@ Ideas: Punica's SGMV (arXiv 2310.18547), S-LoRA, Loquetier (arXiv 2511.00101).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -21,12 +22,23 @@ from kernels.lora_kernels import expand_dx_kernel, expand_kernel, outer_kernel, 
 from kernels.lora_table import LoraTable, SlotWeights
 from kernels.plan import Launch, plan
 
-__all__ = ["LoraTable", "SlotWeights", "lora_gradients", "segmented_lora", "segmented_lora_"]
+__all__ = ["LoraTable", "Low", "SlotWeights", "expand_", "lora_gradients", "segmented_lora", "segmented_lora_", "shrink"]
 
 SHRINK_ROWS = 32  # rows of a program that reduces over features: more programs, each with a longer stretch of features
 OUTER_ROWS = 64  # rows of one step of a program that reduces over rows
 
 Gradients = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Low:
+    """v = x A^T of every row's own adapter, between `shrink` and what adds scale * v B^T to the rows.
+
+    `partials` [P, J, T, R] fp32 are its P split sums, to be added up in order; without them, the reference computes v from `x` [T, K].
+    """
+
+    x: torch.Tensor
+    partials: torch.Tensor | None = None
 
 
 def segmented_lora_reference(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> torch.Tensor:
@@ -66,16 +78,14 @@ def lora_gradients_reference(
     return None if dx is None else dx.to(x.dtype), gradients
 
 
-def _check(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> None:
+def _check(name: str, tensor: torch.Tensor, features: int, table: LoraTable, layout: SegmentLayout) -> None:
     """Host-side facts only: nothing here waits for the device."""
-    expected = {"x": (layout.num_rows, table.in_features), "y": (layout.num_rows, table.total_out)}
-    for name, tensor in (("x", x), ("y", y)):
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name} must have shape {expected[name]} by the layout and the table, got {tuple(tensor.shape)}")
-        if tensor.dtype != table.dtype:
-            raise ValueError(f"{name} must be {table.dtype}, as the table, got {tensor.dtype}")
-        if tensor.stride(1) != 1 and tensor.numel():
-            raise ValueError(f"{name} must have adjacent columns (stride 1), got strides {tensor.stride()}")
+    if tuple(tensor.shape) != (layout.num_rows, features):
+        raise ValueError(f"{name} must have shape {(layout.num_rows, features)} by the layout and the table, got {tuple(tensor.shape)}")
+    if tensor.dtype != table.dtype:
+        raise ValueError(f"{name} must be {table.dtype}, as the table, got {tensor.dtype}")
+    if tensor.stride(1) != 1 and tensor.numel():
+        raise ValueError(f"{name} must have adjacent columns (stride 1), got strides {tensor.stride()}")
     if layout.slots and layout.slots[-1] >= table.num_slots:
         raise ValueError(f"slots of the layout must be below the table's num_slots {table.num_slots}, got {layout.slots[-1]}")
 
@@ -93,13 +103,15 @@ def _plan(op: str, table: LoraTable, rows: int, length: int, programs: int, devi
     )
 
 
-def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is_backward: bool = False) -> tuple[torch.Tensor, int]:
-    """(split sums fp32 [P, J, T, R], P): v = x A^T forward, dv = scale * dy B backward."""
+def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is_backward: bool = False) -> torch.Tensor:
+    """Split sums fp32 [P, J, T, R]: v = x A^T forward, dv = scale * dy B backward."""
     slices = table.num_slices
     length = max(table.out_features) if is_backward else table.in_features
     block_rows = min(layout.block_rows, SHRINK_ROWS)
     parts = layout.block_rows // block_rows
-    launch = _plan("shrink_backward" if is_backward else "shrink", table, block_rows, length, layout.num_tiles * parts * slices, source.device)
+    launch = _plan(
+        "shrink_backward" if is_backward else "shrink", table, block_rows, length, layout.num_tiles * parts * slices, source.device
+    )
     rank = table.rank_bucket
     partials = torch.empty(launch.splits, slices, layout.num_rows, rank, dtype=torch.float32, device=source.device)
     shrink_kernel[(layout.num_tiles * parts, launch.splits, slices)](
@@ -125,10 +137,10 @@ def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is
         **overlapped(source.device),
         **launch.options,
     )
-    return partials, launch.splits
+    return partials
 
 
-def _expand_(y: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTable, layout: SegmentLayout) -> None:
+def _expand_(y: torch.Tensor, partials: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> None:
     """y += scale * v B^T."""
     widest = max(table.out_features)
     launch = _plan("expand", table, layout.block_rows, widest, layout.num_tiles * table.num_slices * (widest // 128), y.device)
@@ -144,7 +156,7 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, splits: int, table: LoraTa
         R=partials.shape[3],
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
-        SPLITS=splits,
+        SPLITS=partials.shape[0],
         REPEATS=launch.repeats,
         BLOCK_T=layout.block_rows,
         BLOCK_N=launch.block,
@@ -226,8 +238,8 @@ def _lora_gradients_triton(
 ) -> tuple[torch.Tensor | None, Gradients]:
     # Many programs read v and dv: the splits are added up once, in order, before.
     dv, v = (
-        partials.sum(0, keepdim=True) if splits > 1 else partials
-        for partials, splits in (_shrink(dy, table, layout, is_backward=True), _shrink(x, table, layout))
+        partials.sum(0, keepdim=True) if partials.shape[0] > 1 else partials
+        for partials in (_shrink(dy, table, layout, is_backward=True), _shrink(x, table, layout))
     )
     dx = _expand_dx(x, dv, table, layout, into) if needs_dx else None
     all_da = _outer(x, dv, table, layout, is_db=False)
@@ -241,6 +253,30 @@ def _lora_gradients_triton(
     return dx, gradients
 
 
+def shrink(x: Float[torch.Tensor, "T K"], table: LoraTable, layout: SegmentLayout) -> Low | None:
+    """The first half of `segmented_lora_`; None where no row has an adapter.
+
+    It may be launched before the base product that y comes from, so that only the second half comes behind it. Raises ValueError
+    where x does not fit.
+    """
+    _check("x", x, table.in_features, table, layout)
+    if not layout.runs or not table.max_rank:
+        return None
+    return Low(x, _shrink(x, table, layout) if uses_triton(x) else None)
+
+
+def expand_(y: Float[torch.Tensor, "T N"], low: Low | None, table: LoraTable, layout: SegmentLayout) -> Float[torch.Tensor, "T N"]:
+    """The second half of `segmented_lora_`: add scale * v B^T to y in place and return y. Raises ValueError where y does not fit."""
+    _check("y", y, table.total_out, table, layout)
+    if low is None:
+        return y
+    count("segmented_lora", "reference" if low.partials is None else "triton", y.device.type)
+    if low.partials is None:
+        return segmented_lora_reference(y, low.x, table, layout)
+    _expand_(y, low.partials, table, layout)
+    return y
+
+
 def segmented_lora_(
     y: Float[torch.Tensor, "T N"], x: Float[torch.Tensor, "T K"], table: LoraTable, layout: SegmentLayout
 ) -> Float[torch.Tensor, "T N"]:
@@ -249,16 +285,8 @@ def segmented_lora_(
     x [T, K] and y [T, N] may be row slices of larger tensors (columns adjacent); both have the table's dtype (bf16, fp16 or fp32).
     Raises ValueError where shapes, dtypes or slots do not fit.
     """
-    _check(y, x, table, layout)
-    if not layout.runs or not table.max_rank:
-        return y
-    if not uses_triton(y):
-        count("segmented_lora", "reference", y.device.type)
-        return segmented_lora_reference(y, x, table, layout)
-    count("segmented_lora", "triton", y.device.type)
-    partials, splits = _shrink(x, table, layout)
-    _expand_(y, partials, splits, table, layout)
-    return y
+    _check("y", y, table.total_out, table, layout)
+    return expand_(y, shrink(x, table, layout), table, layout)
 
 
 def lora_gradients(
@@ -276,7 +304,8 @@ def lora_gradients(
     `into` (contiguous, the gradient through the base linear, say) is added to in place and returned as dX. For an engine that runs its
     own backward; `segmented_lora` is the autograd version. Raises ValueError as `segmented_lora_`.
     """
-    _check(dy, x, table, layout)
+    _check("x", x, table.in_features, table, layout)
+    _check("dy", dy, table.total_out, table, layout)
     if into is not None and (into.shape != x.shape or into.dtype != x.dtype or not into.is_contiguous() or not needs_dx):
         raise ValueError(
             f"into must be contiguous and like x {tuple(x.shape)} {x.dtype}, with needs_dx, got {tuple(into.shape)} {into.dtype}"

@@ -3,15 +3,24 @@
     a = silu(g) u        dg = da u (sigma + g sigma (1 - sigma))        du = da silu(g)        with sigma = 1 / (1 + exp(-g))
 
 Legend: T rows, I features; gate and up lie side by side as [T, 2 I] = (g, u). Computed in fp32, rounded once. Source: arXiv 2002.05202.
+
+`lora_swiglu` takes (g, u) before their adapters' term: it adds scale * v B^T on the way (`kernels.segmented_lora`), rounds as the separate
+op does, and copies the sum of the rows that a backward will need. (g, u) is the widest tensor of a layer: this saves reading it twice
+and writing it once.
 """
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
-from kernels.backend import jit, num_processors, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
+from kernels.backend import IS_INTERPRETED, jit, num_processors, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
 from kernels.counters import count
+from kernels.keep import keep_rows_
+from kernels.layout import SegmentLayout
+from kernels.lora_kernels import low_term
+from kernels.lora_table import LoraTable
 from kernels.plan import Launch, plan
+from kernels.segmented_lora import Low, expand_
 
 
 def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
@@ -56,6 +65,106 @@ def swiglu_backward_kernel(da, gate_up, out, width, BLOCK: tl.constexpr):
     tl.store(out + at + width, (d * g * sigma).to(out.dtype.element_ty), mask=mask)
 
 
+@jit
+def lora_swiglu_kernel(
+    gate_up,
+    out,
+    tiles,
+    entries,
+    partials,
+    kept,
+    places,
+    num_slots,
+    slice_stride,
+    split_stride,
+    width,
+    KEEPS: tl.constexpr,
+    R: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    COLUMN_MULTIPLE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
+    WAITS: tl.constexpr,
+):
+    """BLOCK_N features of the rows of one tile."""
+    tile = tiles + tl.program_id(0) * 4
+    slot = tl.load(tile)
+    num_rows = tl.load(tile + 2)
+    is_bare = tl.load(tile + 3)
+    dtype: tl.constexpr = gate_up.dtype.element_ty
+    wait_for_previous(WAITS)
+    if num_rows == 0:
+        return
+    rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
+    row_mask = tl.arange(0, BLOCK_T) < num_rows
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = row_mask[:, None] & (n < width)[None, :]
+    at = rows[:, None] * 2 * width + n[None, :]
+    g = tl.load(gate_up + at, mask=mask, other=0.0)
+    u = tl.load(gate_up + at + width, mask=mask, other=0.0)
+    if is_bare == 0:
+        g = (
+            g.to(tl.float32)
+            + low_term(
+                entries,
+                slot,
+                num_slots,
+                0,
+                partials,
+                rows,
+                row_mask,
+                n,
+                slice_stride,
+                split_stride,
+                dtype,
+                R,
+                RANK_MULTIPLE,
+                COLUMN_MULTIPLE,
+                SPLITS,
+                BLOCK_T,
+                BLOCK_N,
+                BLOCK_R,
+                WIDE,
+            )
+        ).to(dtype)
+        u = (
+            u.to(tl.float32)
+            + low_term(
+                entries,
+                slot,
+                num_slots,
+                1,
+                partials,
+                rows,
+                row_mask,
+                n,
+                slice_stride,
+                split_stride,
+                dtype,
+                R,
+                RANK_MULTIPLE,
+                COLUMN_MULTIPLE,
+                SPLITS,
+                BLOCK_T,
+                BLOCK_N,
+                BLOCK_R,
+                WIDE,
+            )
+        ).to(dtype)
+    if KEEPS:
+        place = tl.load(places + rows, mask=row_mask, other=0).to(tl.int64)
+        kept_at = kept + (-1 - place)[:, None] * 2 * width + n[None, :]
+        kept_mask = mask & (place < 0)[:, None]
+        tl.store(kept_at, g, mask=kept_mask)
+        tl.store(kept_at + width, u, mask=kept_mask)
+    wide_g = g.to(tl.float32)
+    a = wide_g / (1.0 + tl.exp(-wide_g)) * u.to(tl.float32)
+    tl.store(out + rows[:, None] * width + n[None, :], a.to(dtype), mask=mask)
+
+
 def _check(gate_up: torch.Tensor, da: torch.Tensor | None = None) -> None:
     if gate_up.ndim != 2 or gate_up.shape[1] % 2 or not gate_up.is_contiguous():
         raise ValueError(f"gate_up must be contiguous [T, 2 I], got shape {tuple(gate_up.shape)} and strides {gate_up.stride()}")
@@ -81,6 +190,65 @@ def swiglu(gate_up: Float[torch.Tensor, "T I2"]) -> Float[torch.Tensor, "T I"]:
         launch = _launch(gate_up)
         grid, options = (rows, triton.cdiv(width, launch.block)), launch.options | overlapped(gate_up.device)
         swiglu_kernel[grid](gate_up, out, width, BLOCK=launch.block, **options)
+    return out
+
+
+def lora_swiglu(
+    gate_up: Float[torch.Tensor, "T I2"],
+    low: Low,
+    table: LoraTable,
+    layout: SegmentLayout,
+    kept: Float[torch.Tensor, "A I2"] | None = None,
+    places: Int64[torch.Tensor, " T"] | None = None,
+) -> Float[torch.Tensor, "T I"]:
+    """`swiglu(expand_(gate_up, low, table, layout))` [T, I], bit for bit, of a table with the two slices gate and up. No gradients.
+
+    With `kept`, the sum of rows with a negative place goes to kept[~place], as `keep_rows_` would. gate_up itself need not hold the sum
+    afterwards. Raises ValueError where shapes or strides do not fit.
+    """
+    _check(gate_up)
+    width = gate_up.shape[1] // 2
+    if table.out_features != (width, width) or layout.num_rows != gate_up.shape[0] or gate_up.dtype != table.dtype:
+        raise ValueError(
+            f"table and layout must be of {gate_up.shape[0]} rows with slices ({width}, {width}) in {gate_up.dtype}, "
+            f"got {layout.num_rows}, {table.out_features} and {table.dtype}"
+        )
+    if (kept is None) != (places is None) or (kept is not None and (kept.shape[1] != 2 * width or not kept.is_contiguous())):
+        raise ValueError(f"kept must be contiguous [A, {2 * width}], and given with places, got {kept if kept is None else kept.shape}")
+    if low.partials is None:
+        gate_up = expand_(gate_up, low, table, layout)
+        if kept is not None and places is not None:
+            keep_rows_(kept, gate_up, places)
+        return swiglu(gate_up)
+    count("lora_swiglu", "triton", gate_up.device.type)
+    partials, rows = low.partials, layout.block_rows
+    sizes = {"rows": rows, "length": width, "programs": layout.num_tiles, "itemsize": gate_up.dtype.itemsize, "rank": table.max_rank}
+    launch = plan("lora_swiglu", processors=num_processors(gate_up.device), device=gate_up.device, **sizes)
+    out = torch.empty(gate_up.shape[0], width, dtype=gate_up.dtype, device=gate_up.device)
+    lora_swiglu_kernel[(layout.num_tiles, triton.cdiv(width, launch.block))](
+        gate_up,
+        out,
+        layout.tiles,
+        table.entries,
+        partials,
+        gate_up if kept is None else kept,
+        layout.tiles if places is None else places,
+        table.num_slots,
+        partials.stride(1),
+        partials.stride(0),
+        width,
+        KEEPS=kept is not None,
+        R=partials.shape[3],
+        RANK_MULTIPLE=table.rank_multiple,
+        COLUMN_MULTIPLE=table.column_multiple,
+        SPLITS=partials.shape[0],
+        BLOCK_T=rows,
+        BLOCK_N=launch.block,
+        BLOCK_R=launch.block_rank,
+        WIDE=IS_INTERPRETED,
+        **overlapped(gate_up.device),
+        **launch.options,
+    )
     return out
 
 

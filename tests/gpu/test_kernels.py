@@ -13,7 +13,15 @@ from kernels import counters, varlen_attention
 from kernels.counter import dropout_mask, dropout_mask_reference, gumbel_noise, gumbel_noise_reference
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.problems import bounds, cross_entropy_errors, layer_errors, lora_errors, paged_attention_errors, varlen_attention_errors
+from kernels.problems import (
+    bounds,
+    cross_entropy_errors,
+    gated_errors,
+    layer_errors,
+    lora_errors,
+    paged_attention_errors,
+    varlen_attention_errors,
+)
 from kernels.segmented_lora import SlotWeights, lora_gradients, segmented_lora, segmented_lora_
 from kernels.testing import POPULARITIES, RAGGED_ROWS, RANKS, adapters_of_rows, random_table, random_tensor, relative_error
 
@@ -60,6 +68,16 @@ def test_segmented_lora_of_every_tile_height(block_rows, dtype):
     row_slots = [(0, 500), (1, 1), (2, 1300)]
     ranks = [[64, 3, 16]]
     assert_close(lora_errors(row_slots, ranks, dtype, "cuda", in_features=1024, out_features=(512,), block_rows=block_rows), dtype)
+
+
+@pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
+@DTYPES
+def test_swiglu_with_the_adapters_term_equals_the_ops_one_after_another(block_rows, dtype):
+    row_slots = [(0, 200), (None, 77), (1, 1), (2, 130)]
+    ranks = [[8, 64, 0], [8, 17, 256]]
+    errors = gated_errors(row_slots, ranks, dtype, "cuda", in_features=512, width=1040, block_rows=block_rows)
+    assert_close(errors, dtype)
+    assert errors["a beside the separate ops"] == errors["kept beside the separate ops"] == errors["a without keeping"] == 0
 
 
 @pytest.mark.parametrize("popularity", POPULARITIES)

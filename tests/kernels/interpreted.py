@@ -12,7 +12,7 @@ from kernels.backend import IS_INTERPRETED
 from kernels.counter import dropout_mask, dropout_mask_reference, gumbel_noise, gumbel_noise_reference
 from kernels.layout import SegmentLayout
 from kernels.plan import plan
-from kernels.problems import cross_entropy_errors, layer_errors, lora_errors, paged_attention_errors
+from kernels.problems import cross_entropy_errors, gated_errors, layer_errors, lora_errors, paged_attention_errors
 from kernels.rotary import rotary, rotary_reference
 from kernels.segmented_lora import SlotWeights, segmented_lora
 from kernels.testing import random_tensor, relative_error
@@ -35,6 +35,13 @@ def test_mixed_ranks_ragged_rows_and_missing_slices(dtype):
     errors = lora_errors(row_slots, ranks, dtype, "cpu", in_features=40, out_features=(32, 19))
     assert max(errors.values()) < TOLERANCE[dtype], errors
     assert counters.calls == {("segmented_lora", "triton", "cpu"): 1, ("lora_gradients", "triton", "cpu"): 2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("row_slots", [[(0, 1), (None, 5), (1, 15), (3, 33), (0, 2)], [(2, 40)], [(None, 20), (1, 1)]])
+def test_swiglu_adds_the_adapters_term_and_keeps_the_sum(row_slots, dtype):
+    errors = gated_errors(row_slots, [[1, 8, 17, 64], [8, 0, 128, 3]], dtype, "cpu", in_features=40, width=24)
+    assert max(errors.values()) < TOLERANCE[dtype], errors
 
 
 def test_a_long_run_is_chunked_and_a_long_input_is_split(monkeypatch):

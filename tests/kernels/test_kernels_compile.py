@@ -38,6 +38,7 @@ KERNELS = {
     "add rms norm": (rms_norm.add_rms_norm_kernel, {"HAS_DELTA": True, "BLOCK": 4096}),
     "rms norm backward": (rms_norm.rms_norm_backward_kernel, {"HAS_ABOVE": True, "BLOCK": 4096}),
     "swiglu": (swiglu.swiglu_kernel, {"BLOCK": 1024}),
+    "lora swiglu": (swiglu.lora_swiglu_kernel, LORA | {"BLOCK_N": 64, "KEEPS": True}),
     "swiglu backward": (swiglu.swiglu_backward_kernel, {"BLOCK": 1024}),
     "place qkv": (qkv.place_qkv_kernel, {"D": 128, "HAS_NORM": True, "HAS_ARENA": True, "BLOCK_N": 8, "BLOCK_HALF": 64}),
     "keep": (keep.keep_kernel, {"BLOCK": 1024}),
@@ -51,6 +52,7 @@ SWIGLU = {"out": "*bf16"}
 OTHER_TYPES = {
     counter.dropout_kernel: {"rows": "*i64", "out": "*bf16"},
     swiglu.swiglu_kernel: SWIGLU,
+    swiglu.lora_swiglu_kernel: SWIGLU | {"kept": "*bf16"},
     swiglu.swiglu_backward_kernel: SWIGLU,
 }
 UNALIGNED = ("num_slots", "J", "N", "T", "V", "C", "rows", "head_stride", "table_stride", "micro_step", "seed", "tag", "threshold")
@@ -77,14 +79,14 @@ def test_every_kernel_compiles_ahead_of_time(name, target):
     assert binary.metadata.shared <= 64 * 1024
 
 
-@pytest.mark.parametrize("name", ["shrink", "expand"])
+@pytest.mark.parametrize("name", ["shrink", "expand", "lora swiglu"])
 def test_weights_behind_a_pointer_table_are_read_in_vectors(name):
     ptx = compiled(*KERNELS[name], TARGETS["sm_90"]).asm["ptx"]
     assert not re.search(r"ld\.global\.b16", ptx), "a 2-byte load: some address lost its declared alignment"
     assert re.search(r"cp\.async\.cg|ld\.global\.v4", ptx)
 
 
-@pytest.mark.parametrize("name", ["shrink", "expand", "add rms norm", "swiglu", "place qkv", "attention decode", "merge"])
+@pytest.mark.parametrize("name", ["shrink", "expand", "add rms norm", "swiglu", "lora swiglu", "place qkv", "attention decode", "merge"])
 def test_kernels_of_a_decode_step_wait_for_the_one_before_on_hopper_only(name):
     assert "griddepcontrol.wait" in compiled(*KERNELS[name], TARGETS["sm_90"]).asm["ptx"]
     assert "griddepcontrol" not in compiled(*KERNELS[name], TARGETS["sm_80"]).asm["ptx"]

@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from kernels.keep import keep_rows_
+from kernels.layout import SegmentLayout
+from kernels.lora_table import LoraTable
 from kernels.qkv import place_qkv_
 from kernels.rms_norm import add_rms_norm, rms_norm_backward
 from kernels.rotary import rotary_reference
-from kernels.swiglu import swiglu, swiglu_backward
+from kernels.segmented_lora import Low
+from kernels.swiglu import lora_swiglu, swiglu, swiglu_backward
 from kernels.testing import random_tensor
 
 
@@ -72,12 +75,17 @@ def test_only_rows_with_a_place_in_the_arena_are_kept():
     assert torch.equal(arena[[2, 0]], x[[0, 2]]) and arena[[1, 3]].isnan().all()
 
 
+TABLE, LAYOUT = LoraTable(3, (4, 4), 1, device="cpu", dtype=torch.float32), SegmentLayout.build([(0, 3)], "cpu")
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda: add_rms_norm(torch.zeros(2, 4), torch.zeros(3, 4), torch.ones(4), 1e-5), "delta must be"),
         (lambda: add_rms_norm(torch.zeros(4, 2).T, None, torch.ones(4), 1e-5), "contiguous"),
         (lambda: swiglu(torch.zeros(2, 5)), "2 I"),
+        (lambda: lora_swiglu(torch.zeros(2, 8), Low(torch.zeros(2, 3)), TABLE, SegmentLayout.build([(0, 3)], "cpu")), "rows with slices"),
+        (lambda: lora_swiglu(torch.zeros(3, 8), Low(torch.zeros(3, 3)), TABLE, LAYOUT, kept=torch.zeros(4, 8)), "given with places"),
         (lambda: swiglu_backward(torch.zeros(2, 3), torch.zeros(2, 4)), "da must be"),
         (lambda: keep_rows_(torch.zeros(4, 3), torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)), "must fit"),
     ],

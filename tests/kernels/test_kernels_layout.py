@@ -21,8 +21,10 @@ def test_tiles_and_chunks_cover_each_adapter_row_once(row_slots, block_rows):
     layout = SegmentLayout.build(row_slots, "cpu", block_rows=block_rows)
     assert layout.num_rows == row
     for table in (layout.tiles, layout.chunks):
-        covered = [(first + i, slot) for slot, first, rows, _ in table.tolist() for i in range(rows)]
+        covered = [(first + i, slot) for slot, first, rows, is_bare in table.tolist() for i in range(rows) if not is_bare]
         assert sorted(covered) == sorted(expected.items())
+    bare = [first + i for _, first, rows, is_bare in layout.tiles.tolist() for i in range(rows) if is_bare]
+    assert sorted(bare) == [i for i in range(row) if i not in expected and expected], "the other rows, once, if any row has an adapter"
     assert all(rows <= block_rows for _, _, rows, _ in layout.tiles.tolist())
     owners = [slot for slot, *_ in layout.chunks.tolist()]
     assert owners == [slot for slot, n in zip(layout.slots, layout.chunks_per_slot, strict=True) for _ in range(n)]

@@ -1,5 +1,6 @@
 """The engine as an executor: versions in flight, transactions, checkpoints, and what it refuses."""
 
+import gc
 import random
 import signal
 from dataclasses import replace
@@ -34,6 +35,15 @@ def test_engine_is_an_executor(engine):
     engine.predictor = None
     with engine.uncalibrated():
         assert isinstance(engine, Executor)
+
+
+def test_a_replays_garbage_collections_leave_out_what_was_there_before_it(engine):
+    before = gc.get_freeze_count()
+    with Driver(engine):
+        assert gc.get_freeze_count() > before + 10_000, "all that torch and transformers imported"
+    assert gc.get_freeze_count() == before
+    engine.end()
+    assert gc.get_freeze_count() == before, "an end without a beginning thaws nothing"
 
 
 def test_a_request_keeps_the_version_it_was_admitted_with_while_the_adapter_is_replaced_and_unloaded(engine, base, adapters):

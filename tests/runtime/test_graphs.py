@@ -75,7 +75,7 @@ def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
         positions = rng.integers(0, 24, rows).tolist()
         blocks = [tuple(rng.permutation(50)[: p // 4 + 1].tolist()) for p in positions]
         batch = DecodeBatch(rng.integers(0, 99, rows).tolist(), positions, blocks, [int(e) for e in rng.integers(0, 2, rows)])
-        write_rows(staging.host, batch, decode_tiles(batch.entries), held, pool)
+        write_rows(staging.host, batch, decode_tiles([*batch.entries, *[None] * (bucket - rows)]), held, pool)
         staging.upload()
         there = {name: tensor.tolist() for name, tensor in staging.device.items()}
         assert there["token_ids"] == batch.token_ids + [0] * (bucket - rows)
@@ -85,7 +85,7 @@ def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
         for row in range(bucket):
             expected = blocks[row] if row < rows else (50,)
             assert there["block_tables"][row][: len(expected)] == list(expected)
-        tiles = decode_tiles(batch.entries).tolist()
+        tiles = decode_tiles([*batch.entries, *[None] * (bucket - rows)]).tolist()
         assert there["tiles"] == tiles + [[0, 0, 0, 0]] * (bucket - len(tiles))
 
 
@@ -97,8 +97,11 @@ def test_a_padded_layout_has_the_same_rows_for_every_step_of_its_bucket_and_tile
     assert padded.num_rows == bucket >= rows and padded.runs == plain.runs
     few = padded_layout([(0, bucket)], bucket, torch.device("cpu")).num_tiles
     assert padded.num_tiles in (few, bucket), "two kinds of step a bucket"
-    covered = [row for slot, first, count, _ in padded.tiles.tolist() for row in range(first, first + count)]
+    tiles = padded.tiles.tolist()
+    covered = [row for slot, first, count, is_bare in tiles for row in range(first, first + count) if not is_bare]
     assert covered == [row for slot, first, count in plain.runs for row in range(first, first + count)]
+    visited = [row for slot, first, count, _ in tiles for row in range(first, first + count)]
+    assert sorted(visited) == (list(range(bucket)) if plain.runs else []), "padding rows too"
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 16), (17, 32), (2000, 2048), (2048, 2048), (2049, None)])

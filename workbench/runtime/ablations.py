@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.layout import SegmentLayout
 from kernels.lora_loop import lora_loop_, lora_loop_gradients
+from kernels.segmented_lora import Low
 from workbench.runtime.adapters import AdapterWeights
 from workbench.runtime.model import GROUPS
 from workbench.runtime.packed import Key, Pairs, shapes_of
@@ -20,7 +21,10 @@ from workbench.runtime.slots import AdapterTable, Gradients
 class LoopTable(AdapterTable):
     """A torch loop over the batch's runs of one adapter, three launches for each linear and run, as a user of PEFT would write it."""
 
-    def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout) -> Tensor:
+    def low(self, layer: int, group: str, x: Tensor, layout: SegmentLayout) -> None:
+        return None
+
+    def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout, low: Low | None) -> Tensor:
         return lora_loop_(y, x, self.tables[layer][group], layout)
 
     def gradients(self, layer: int, group: str, dy: Tensor, x: Tensor, layout: SegmentLayout, into: Tensor | None) -> Gradients:
@@ -37,7 +41,10 @@ class OffTable(AdapterTable):
     def facts(self) -> tuple[tuple[bool, int, int], ...]:
         return ()
 
-    def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout) -> Tensor:
+    def low(self, layer: int, group: str, x: Tensor, layout: SegmentLayout) -> None:
+        return None
+
+    def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout, low: Low | None) -> Tensor:
         return y
 
     def gradients(self, layer: int, group: str, dy: Tensor, x: Tensor, layout: SegmentLayout, into: Tensor | None) -> Gradients:

@@ -105,7 +105,7 @@ class BackwardPass:
         if self.state.job.dropout:
             options = {"micro_batch": self.rows.micro_batch, "offset": 0}
             return y + dropped_group(self.state.job, self.dims, x, self.state.compute, layer, group, **options)
-        return self.table.add_(layer, group, y, x, self.layout)
+        return self.table.add_(layer, group, y, x, self.layout, self.table.low(layer, group, x, self.layout))
 
     def _through(self, layer: int, group: str, dy: Tensor, x: Tensor, weight: Tensor, found: dict[int, Tensor]) -> Tensor:
         """d loss / d x of y = x W^T + LoRA(x); the gradients of the group's LoRA weights go into `found`."""

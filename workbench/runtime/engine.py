@@ -4,6 +4,7 @@ It is an executor (`workbench.core.Executor`): the ledger decides which block, s
 tensors. `step` is a transaction: what it computes becomes visible only once everything in it has succeeded.
 """
 
+import gc
 import signal
 import threading
 import time
@@ -398,6 +399,10 @@ class Engine:
                 self.allocate_arena()
             if self.config.warm_up:
                 self.warm_up()
+            # Python's oldest generation holds what torch and transformers imported: going through it takes tens of milliseconds, which
+            # would fall on some step. What is there now stays; collections go through what comes.
+            gc.collect()
+            gc.freeze()
             self._active = True
             return {job_id: cast(JobShape, state.prepared) for job_id, state in self._states.items()}
 
@@ -470,6 +475,8 @@ class Engine:
             self._commands.clear()
             for state in self._states.values():
                 state.discard_pending()
+            if self._active:
+                gc.unfreeze()
             self._active = False
             self._announced = set()
             self._forget_unused()

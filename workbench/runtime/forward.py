@@ -15,7 +15,7 @@ from kernels.keep import keep_rows_
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.qkv import place_qkv_
 from kernels.rms_norm import add_rms_norm
-from kernels.swiglu import swiglu
+from kernels.swiglu import lora_swiglu, swiglu
 from workbench.core import Backward, Segment
 from workbench.runtime.attention import StepAttention
 from workbench.runtime.backward import BackwardPass
@@ -106,8 +106,7 @@ class Runner:
         arena. The projection [T, (Nq + 2 Nkv) D] is written to `out` where it is given; the queries are a part of it.
         """
         w, dims, arena = self.fused.layers[layer], self.fused.dims, self.arena
-        qkv = F.linear(h, w.qkv, w.qkv_bias) if out is None else _linear_into(out, h, w.qkv, w.qkv_bias)
-        qkv = self._lora(layer, "qkv", h, qkv, rows)
+        qkv = self._linear(layer, "qkv", h, w.qkv, w.qkv_bias, rows, out)
         if rows.keeps:
             assert arena is not None
             keep_rows_(arena.x[layer], x, rows.places)
@@ -128,13 +127,12 @@ class Runner:
         """
         fused, eps, o = self.fused, self.fused.dims.norm_eps, o.flatten(1)
         w, last = fused.layers[layer], layer + 1 == len(fused.layers)
-        _, h = add_rms_norm(x, self._lora(layer, "o", o, F.linear(o, w.o, w.o_bias), rows), w.post_norm, eps, out=x)
-        gate_up = self._lora(layer, "gate_up", h, F.linear(h, w.gate_up), rows)
-        if rows.keeps and self.arena is not None and self.arena.kept is not None:
-            keep_rows_(self.arena.kept.middle[layer], x, rows.places)
-            keep_rows_(self.arena.kept.gate_up[layer], gate_up, rows.places)
-        a = swiglu(gate_up)
-        y = self._lora(layer, "down", a, F.linear(a, w.down), rows)
+        _, h = add_rms_norm(x, self._linear(layer, "o", o, w.o, w.o_bias, rows), w.post_norm, eps, out=x)
+        kept = self.arena.kept if rows.keeps and self.arena is not None else None
+        if kept is not None:
+            keep_rows_(kept.middle[layer], x, rows.places)
+        a = self._gated(layer, h, w.gate_up, rows, None if kept is None else kept.gate_up[layer])
+        y = self._linear(layer, "down", a, w.down, None, rows)
         return add_rms_norm(x, y, fused.final_norm if last else fused.layers[layer + 1].input_norm, eps, out=x)[1]
 
     def keep_last(self, x: Tensor, rows: LayerRows) -> None:
@@ -143,13 +141,29 @@ class Runner:
             assert self.arena is not None
             keep_rows_(self.arena.x[self.fused.dims.num_layers], x, rows.places)
 
-    def _lora(self, layer: int, group: str, x: Tensor, y: Tensor, rows: LayerRows) -> Tensor:
-        y = self.table.add_(layer, group, y, x, rows.layout)
+    def _linear(
+        self, layer: int, group: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: LayerRows, out: Tensor | None = None
+    ) -> Tensor:
+        """x W^T + bias + each row's own adapter [T, N], written to `out` where it is given."""
+        low = self.table.low(layer, group, x, rows.layout)
+        y = F.linear(x, weight, bias) if out is None else _linear_into(out, x, weight, bias)
+        y = self.table.add_(layer, group, y, x, rows.layout, low)
         for train, state in rows.dropped:
             here = slice(train.first, train.first + train.tokens)
             options = {"micro_batch": train.micro_batch, "offset": train.offset}
             y[here] += dropped_group(state.job, self.fused.dims, x[here], state.compute, layer, group, **options)
         return y
+
+    def _gated(self, layer: int, h: Tensor, weight: Tensor, rows: LayerRows, kept: Tensor | None) -> Tensor:
+        """swiglu(gate_up(h)) [T, I], gate_up's kept rows in `kept`."""
+        table, places = self.table.tables[layer]["gate_up"], None if kept is None else rows.places
+        low = None if rows.dropped else self.table.low(layer, "gate_up", h, rows.layout)
+        if low is not None:
+            return lora_swiglu(F.linear(h, weight), low, table, rows.layout, kept, places)
+        gate_up = self._linear(layer, "gate_up", h, weight, None, rows)
+        if kept is not None:
+            keep_rows_(kept, gate_up, rows.places)
+        return swiglu(gate_up)
 
     def _loss(self, rows: TrainRows, h: Tensor, out: ForwardOutput) -> None:
         """Add the loss of the labelled rows of h [T, H] (behind the final norm); finetune rows leave its gradient in the arena."""

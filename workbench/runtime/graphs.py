@@ -71,7 +71,7 @@ class DecodeGraphs:
         bucket = row_bucket(rows)
         assert bucket is not None
         context = context_bucket(max(batch.positions) + 1, self.max_model_len)
-        tiles = decode_tiles(batch.entries)
+        tiles = decode_tiles([*batch.entries, *[None] * (bucket - rows)])
         has_adapters = any(entry is not None for entry in batch.entries)
         found = self._find(bucket, context, tile_bucket(bucket, len(tiles)), has_adapters)
         write_rows(found.staging.host, batch, tiles, found.held, self.runner.pool)
@@ -184,13 +184,14 @@ def write_rows(
 
 
 def decode_tiles(entries: Sequence[int | None]) -> np.ndarray:
-    """The tiles [n, 4] of `kernels.layout` for rows of one token each: (entry, first row, rows, 0), at most TILE_ROWS rows each."""
+    """The tiles [n, 4] of `kernels.layout` for rows of one token each: (entry, first row, rows, bare), at most TILE_ROWS rows each."""
     slots = np.array([-1 if entry is None else entry for entry in entries], dtype=np.int64)
     first = np.flatnonzero(np.concatenate(([True], slots[1:] != slots[:-1]))) if len(slots) else np.zeros(0, dtype=np.int64)
     length = np.diff(np.append(first, len(slots)))
-    first, length = first[slots[first] >= 0], length[slots[first] >= 0]
+    order = np.argsort(slots[first] < 0, kind="stable")  # runs of an adapter first
+    first, length = (first[order], length[order]) if (slots >= 0).any() else (first[:0], length[:0])
     pieces = -(-length // TILE_ROWS)
     run = np.repeat(np.arange(len(first)), pieces)
     skipped = TILE_ROWS * (np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
-    zero = np.zeros(len(run), dtype=np.int64)
-    return np.stack((slots[first][run], first[run] + skipped, np.minimum(length[run] - skipped, TILE_ROWS), zero), axis=1)
+    owner = slots[first][run]
+    return np.stack((np.maximum(owner, 0), first[run] + skipped, np.minimum(length[run] - skipped, TILE_ROWS), owner < 0), axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.layout import SegmentLayout, cut_runs, merge_runs
+from kernels.layout import SegmentLayout, bare_runs, cut_runs, merge_runs
 from workbench.core import Batch, Segment
 from workbench.data import Document
 
@@ -150,12 +150,13 @@ def train_rows(
 
 def padded_layout(row_slots: Sequence[tuple[int | None, int]], bucket: int, device: torch.device) -> SegmentLayout:
     """The layout of a step's rows padded to `bucket`: tile height by bucket alone, and one of two numbers of tiles."""
+    row_slots = [*row_slots, (None, bucket - sum(rows for _, rows in row_slots))]
     runs, rows = merge_runs(row_slots)
     block_rows, fewest = tile_rows(bucket), -(-bucket // tile_rows(bucket))
     tiles = min(bucket, fewest + FEW_RUNS)
-    if len(cut_runs(runs, block_rows)) > tiles:
+    if len(cut_runs(runs, block_rows)) + len(cut_runs(bare_runs(runs, rows), block_rows)) > tiles:
         tiles = bucket
-    return SegmentLayout.build([*row_slots, (None, bucket - rows)], device, block_rows=block_rows, num_tiles=tiles)
+    return SegmentLayout.build(row_slots, device, block_rows=block_rows, num_tiles=tiles)
 
 
 def tile_rows(bucket: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.layout import SegmentLayout
 from kernels.lora_table import MAX_RANK, Column, LoraTableStack, float_bits
-from kernels.segmented_lora import Gradients, LoraTable, SlotWeights, lora_gradients, segmented_lora_
+from kernels.segmented_lora import Gradients, LoraTable, Low, SlotWeights, expand_, lora_gradients, shrink
 from workbench.config import require
 from workbench.runtime.adapters import AdapterWeights, module_path
 from workbench.runtime.model import GROUPS, group_widths
@@ -211,9 +211,13 @@ class AdapterTable:
             self.clear(entry)
         self.stack.narrow()
 
-    def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout) -> Tensor:
-        """y [T, N] += each row's own adapter on x [T, K]."""
-        return segmented_lora_(y, x, self.tables[layer][group], layout)
+    def low(self, layer: int, group: str, x: Tensor, layout: SegmentLayout) -> Low | None:
+        """The first half of each row's own adapter on x [T, K], to be launched before the base product; None where there is none."""
+        return shrink(x, self.tables[layer][group], layout)
+
+    def add_(self, layer: int, group: str, y: Tensor, x: Tensor, layout: SegmentLayout, low: Low | None) -> Tensor:
+        """y [T, N] += each row's own adapter on x [T, K], whose first half is `low`."""
+        return expand_(y, low, self.tables[layer][group], layout)
 
     def gradients(self, layer: int, group: str, dy: Tensor, x: Tensor, layout: SegmentLayout, into: Tensor | None) -> Gradients:
         """{(slice, entry): (dA [r, K], dB [N, r])} in fp32 of `add_`; its dX [T, K] is added to `into`, where that is given."""
