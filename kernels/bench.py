@@ -9,6 +9,7 @@ TFLOP/s), whichever is larger. Beside segmented LoRA stand the base GEMM alone, 
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -204,7 +205,8 @@ def cases(quick: bool) -> Iterator[Case]:
     yield from other_cases(quick)
 
 
-def _recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+def recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One graph of all runs, one after another."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for run in runs:
@@ -212,7 +214,8 @@ def _recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Device time of one replay in microseconds."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()
@@ -239,22 +242,22 @@ def measure_us(case: Case, replays: int = REPLAYS, device: str = "cuda") -> tupl
         runs = [case.prepare() for _ in range(case.num_copies)]
         for run in runs:
             run()
-        graph = _recorded(runs)
+        graph = recorded(runs)
         for _ in range(3):
-            _replay_us(graph)
-        times = sorted(_replay_us(graph) / len(runs) for _ in range(replays))
+            replay_us(graph)
+        times = sorted(replay_us(graph) / len(runs) for _ in range(replays))
     return times[round(0.2 * (replays - 1))], statistics.median(times), times[round(0.8 * (replays - 1))]
 
 
 def provenance() -> dict[str, str]:
-    """GPU, versions and commit: part of every JSON row."""
+    """GPU, versions and commit (LOQUETIER_COMMIT says it where the history is not at hand): part of every JSON row."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": done.stdout.strip() or "unknown",
+        "commit": os.environ.get("LOQUETIER_COMMIT") or done.stdout.strip() or "unknown",
     }
 
 

@@ -6,6 +6,7 @@ measured on a GPU of this kind comes first (`kernels.tuned`); `default_launch`, 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
@@ -29,7 +30,7 @@ OPS = (
     "lora_swiglu",
 )
 Choose = Callable[[ShapeClass, Launch], Launch]
-_choose: Choose | None = None
+_choose: ContextVar[Choose | None] = ContextVar("choose", default=None)
 
 
 def splits_for(programs: int, pieces: int, processors: int, high: int) -> int:
@@ -79,6 +80,16 @@ def default_launch(
 
 
 @lru_cache(maxsize=4096)
+def _settled(
+    op: str, rows: int, length: int, programs: int, processors: int, itemsize: int, rank: int, head_size: int, device: torch.device | None
+) -> tuple[Launch, ShapeClass]:
+    sizes = {"rows": rows, "length": length, "programs": programs, "itemsize": itemsize, "rank": rank, "head_size": head_size}
+    shape = ShapeClass.of(op, **sizes)
+    found = None if device is None else tuned.of_device(device)
+    measured = None if found is None else found.launch(shape)
+    return measured or default_launch(op, processors=processors, **sizes), shape
+
+
 def plan(
     op: str,
     *,
@@ -97,22 +108,16 @@ def plan(
     there are before splitting, `itemsize` the bytes of an element, `op` one of OPS. With a CUDA `device`, what was measured on such a GPU
     comes before the heuristic.
     """
-    sizes = {"rows": rows, "length": length, "programs": programs, "itemsize": itemsize, "rank": rank, "head_size": head_size}
-    shape = ShapeClass.of(op, **sizes)
-    found = None if device is None else tuned.of_device(device)
-    measured = None if found is None else found.launch(shape)
-    launch = measured or default_launch(op, processors=processors, **sizes)
-    return launch if _choose is None else _choose(shape, launch)
+    launch, shape = _settled(op, rows, length, programs, processors, itemsize, rank, head_size, device)
+    choose = _choose.get()
+    return launch if choose is None else choose(shape, launch)
 
 
 @contextmanager
 def overridden(choose: Choose) -> Iterator[None]:
-    """Within this, `choose(shape class, the launch that would be)` has the last word: for tuning and for tests, from one thread."""
-    global _choose
-    before, _choose = _choose, choose
-    plan.cache_clear()
+    """Within this, in this thread, `choose(shape class, the launch that would be)` has the last word: for tuning and for tests."""
+    token = _choose.set(choose)
     try:
         yield
     finally:
-        _choose = before
-        plan.cache_clear()
+        _choose.reset(token)

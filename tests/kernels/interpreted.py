@@ -4,18 +4,23 @@ Tolerances are max |a - b| / max |b|: fp32 differs by the order of sums; bf16 ro
 8 bits each (2^-8 = 0.004).
 """
 
+import dataclasses
+
 import pytest
 import torch
 
-from kernels import counters, layout
+from kernels import counters, layout, tune_problems
 from kernels.backend import IS_INTERPRETED
+from kernels.candidates import splits, variants
 from kernels.counter import dropout_mask, dropout_mask_reference, gumbel_noise, gumbel_noise_reference
 from kernels.layout import SegmentLayout
-from kernels.plan import plan
+from kernels.plan import overridden, plan
 from kernels.problems import cross_entropy_errors, gated_errors, layer_errors, lora_errors, paged_attention_errors
 from kernels.rotary import rotary, rotary_reference
 from kernels.segmented_lora import SlotWeights, segmented_lora
 from kernels.testing import random_tensor, relative_error
+from kernels.tune import Tuner
+from kernels.tuned import Gpu, TunedPlan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
@@ -120,3 +125,47 @@ def test_rotary_of_a_strided_slice(heads, size, dtype):
     dy = random_tensor(y.shape, 2, dtype, "cpu")
     expected = rotary_reference(dy.double(), cos.double(), -sin.double())
     assert relative_error(rotary(dy, cos, sin, inverse=True), expected) < TOLERANCE[dtype]
+
+
+# ---- what the tuner may choose
+
+TINY = {"o": (72, (40,)), "pair": (48, (24, 40))}
+TUNED = {
+    "lora forward": (lambda: tune_problems.lora("pair", 2, 3, 5, "cpu", torch.float32, TINY), ("shrink", "expand")),
+    "lora backward": (
+        lambda: tune_problems.lora_backward("o", 2, 3, 9, "cpu", torch.float32, TINY),
+        ("shrink_backward", "expand_dx", "outer_da", "outer_db"),
+    ),  # and shrink, as above
+    "decode attention": (lambda: tune_problems.attention(1, 1, 40, 64, "cpu", torch.float32, (2, 1, 16)), ("attention",)),
+    "chunked attention": (lambda: tune_problems.attention(1, 3, 20, 32, "cpu", torch.float32, (1, 1, 16)), ("attention",)),
+    "cross-entropy": (lambda: tune_problems.cross_entropy(3, 16, 900, "cpu", torch.float32), ("softmax",)),
+    "norm": (lambda: tune_problems.norm(3, 40, "cpu", torch.float32), ("rms_norm",)),
+    "activation": (lambda: tune_problems.activation(3, 40, "cpu", torch.float32), ("swiglu",)),
+}
+
+
+@pytest.mark.parametrize("case", TUNED)
+def test_every_candidate_gives_the_reference(case):
+    prepare, ops = TUNED[case]
+    instance, asked = prepare().prepare(), {}
+    with overridden(lambda shape, default: asked.setdefault(shape, default)):
+        assert instance.error() < TOLERANCE[torch.float32]
+    assert {shape.op for shape in asked} >= set(ops)
+    for shape, default in ((shape, default) for shape, default in asked.items() if shape.op in ops):
+        # As for long axes: blocks beyond this problem's are right too.
+        long = dataclasses.replace(shape, length=1 << 14, programs=1)
+        found = variants(long, default)
+        found += splits(long, dataclasses.replace(default, block=16), 132)
+        # Here warps and stages are nothing.
+        for launch in {dataclasses.replace(launch, num_warps=1, num_stages=1) for launch in found}:
+            with overridden(lambda s, d, shape=shape, launch=launch: launch if s == shape else d):
+                assert instance.error() < TOLERANCE[torch.float32], (shape, launch)
+
+
+def test_the_tuner_tunes_real_kernels_and_its_file_changes_no_result(tmp_path):
+    gpu = Gpu(name="Interpreter", capability="0.0", processors=132)
+    tuner = Tuner(gpu=gpu, versions={}, commit="c", timer=lambda instances: 1.0, say=lambda line: None)
+    found = tune_problems.activation(2, 600, "cpu", torch.float32)
+    assert tuner.tune([found], 60.0, lambda plan: plan.save(tmp_path)) == []
+    (entry,) = TunedPlan.load(tmp_path / gpu.file_name).entries
+    assert entry.launch == entry.default and entry.candidates > 2 and entry.error < TOLERANCE[torch.float32]

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles ahead of time for three GPUs, without one: a syntax or type error needs no device to show."""
 
+import os
 import re
 
 import pytest
@@ -10,6 +11,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import counter, keep, linear_cross_entropy, lora_kernels, paged_attention, qkv, rms_norm, rotary, swiglu
+from kernels.candidates import variants
+from kernels.launch import Launch, ShapeClass
+from kernels.plan import OPS, default_launch
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {
@@ -58,12 +62,12 @@ OTHER_TYPES = {
 UNALIGNED = ("num_slots", "J", "N", "T", "V", "C", "rows", "head_stride", "table_stride", "micro_step", "seed", "tag", "threshold")
 
 
-def compiled(kernel, constants, target):
+def compiled(kernel, constants, target, **launch):
     names = kernel.arg_names
-    options = {}
+    options = dict(launch)
     if "WAITS" in names:  # as kernels.backend.overlapped
         waits = target.backend == "cuda" and target.arch >= 90
-        constants, options = constants | {"WAITS": waits}, {"launch_pdl": True} if waits else {}
+        constants, options = constants | {"WAITS": waits}, options | ({"launch_pdl": True} if waits else {})
     types = TYPES | OTHER_TYPES.get(kernel, {})
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [n for n in names if n not in constants and n not in UNALIGNED and not signature[n].startswith("fp")]
@@ -90,3 +94,74 @@ def test_weights_behind_a_pointer_table_are_read_in_vectors(name):
 def test_kernels_of_a_decode_step_wait_for_the_one_before_on_hopper_only(name):
     assert "griddepcontrol.wait" in compiled(*KERNELS[name], TARGETS["sm_90"]).asm["ptx"]
     assert "griddepcontrol" not in compiled(*KERNELS[name], TARGETS["sm_80"]).asm["ptx"]
+
+
+# The classes whose variants take most registers and shared memory, at a rank and a head size that compile fast.
+SIZES = {"rows": 16, "length": 16384, "programs": 64, "itemsize": 2, "rank": 16, "head_size": 64}
+CLASSES = {op: [SIZES] for op in OPS} | {
+    "shrink": [SIZES | {"rows": 32}],
+    "shrink_backward": [SIZES | {"rows": 32}],
+    "expand_dx": [SIZES | {"rows": 128}],
+    "attention": [SIZES, SIZES | {"rows": 64}],
+    "rms_norm": [SIZES | {"rows": 1, "length": 4096}],
+}
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+def source_of(op: str, shape: ShapeClass, launch: Launch):
+    """The kernel of an op and its constants under a launch."""
+    lora = LORA | {"R": shape.rank, "RANK_MULTIPLE": min(shape.rank, 16), "BLOCK_T": shape.rows, "BLOCK_R": launch.block_rank}
+    rows = shape.rows // 4
+    attention = {"D": shape.head_size, "BLOCK_D": shape.head_size, "BLOCK_M": shape.rows, "BLOCK_N": launch.block, "SPLITS": 4}
+    return {
+        "shrink": (lora_kernels.shrink_kernel, lora | {"IS_BACKWARD": False, "BLOCK_K": launch.block, "PARTS": 2}),
+        "shrink_backward": (lora_kernels.shrink_kernel, lora | {"IS_BACKWARD": True, "BLOCK_K": launch.block, "PARTS": 2}),
+        "expand": (lora_kernels.expand_kernel, lora | {"BLOCK_N": launch.block, "REPEATS": launch.repeats}),
+        "expand_dx": (lora_kernels.expand_dx_kernel, lora | {"BLOCK_N": launch.block, "ADDS": True, "SPLITS": 1}),
+        "outer_da": (lora_kernels.outer_kernel, lora | {"BLOCK_T": 64, "BLOCK_M": launch.block, "IS_DB": False, "SPLITS": 1}),
+        "outer_db": (lora_kernels.outer_kernel, lora | {"BLOCK_T": 64, "BLOCK_M": launch.block, "IS_DB": True, "SPLITS": 1}),
+        "attention": (
+            paged_attention.attention_kernel,
+            ATTENTION | attention | {"BLOCK_Q": 1 if shape.rows <= 16 else rows, "IS_DECODE": shape.rows <= 16},
+        ),
+        "softmax": (linear_cross_entropy.softmax_loss_kernel, {"NEEDS_GRAD": True, "BLOCK": launch.block}),
+        "rms_norm": (rms_norm.add_rms_norm_kernel, {"HAS_DELTA": True, "BLOCK": launch.block}),
+        "swiglu": (swiglu.swiglu_kernel, {"BLOCK": launch.block}),
+    }[op]
+
+
+def candidates(op: str, sizes: dict[str, int]) -> list[tuple[ShapeClass, Launch]]:
+    shape = ShapeClass.of(op, **sizes)
+    return [(shape, launch) for launch in variants(shape, default_launch(op, processors=132, **sizes))]
+
+
+def compile_candidate(op: str, shape: ShapeClass, launch: Launch, target: str) -> int:
+    """Bytes of shared memory."""
+    stages = min(launch.num_stages, 2) if target == "gfx942" else launch.num_stages
+    return compiled(*source_of(op, shape, launch), TARGETS[target], num_warps=launch.num_warps, num_stages=stages).metadata.shared
+
+
+def corners(found: list[tuple[ShapeClass, Launch]]) -> list[tuple[ShapeClass, Launch]]:
+    """Of the variants of one class: the most of it in shared memory, the most and the fewest threads on a block."""
+    size = lambda pair: pair[1].block * pair[1].num_stages
+    density = lambda pair: pair[1].num_warps / pair[1].block
+    return list(dict.fromkeys((max(found, key=size), max(found, key=density), min(found, key=density))))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_candidates_of_the_tuner_compile_and_fit_hopper(op):
+    """The extreme ones; with LOQUETIER_EVERY_CANDIDATE=1, after a change of candidates or kernels, every one for every target."""
+    every = os.environ.get("LOQUETIER_EVERY_CANDIDATE") == "1"
+    for sizes in CLASSES[op]:
+        found = candidates(op, sizes)
+        for shape, launch in found if every else corners(found):
+            assert compile_candidate(op, shape, launch, "sm_90") <= HOPPER_SHARED_BYTES, launch
+            if every:
+                compile_candidate(op, shape, launch, "sm_80"), compile_candidate(op, shape, launch, "gfx942")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+@pytest.mark.parametrize("op", ["shrink", "expand", "outer_db"])
+def test_the_largest_candidate_of_the_tuner_compiles_elsewhere(op, target):
+    shape, launch = corners(candidates(op, CLASSES[op][-1]))[0]
+    compile_candidate(op, shape, launch, target)
