@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from workbench.checkpoint import readable
 from workbench.config import FinetuneJob
 from workbench.core import MicroBatch, Request
 from workbench.examples import Document, encoder_of
@@ -216,7 +217,7 @@ def job_from_checkpoint(folder: str | Path) -> FinetuneJob:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    path = folder / JOB_FILE
+    path = readable(folder) / JOB_FILE
     if not path.is_file():
         raise FileNotFoundError(f"a checkpoint folder must hold {JOB_FILE}, got {str(folder)!r}. Pass the folder given to checkpoint().")
     try:
@@ -234,7 +235,7 @@ def _load(folder: Path, vocab_size: int) -> tuple[list[Document], list[Document]
     from safetensors.numpy import load_file
 
     done = _record(folder)["micro_batches_done"]
-    path = folder / DATA_FILE
+    path = readable(folder) / DATA_FILE
     if not path.is_file():
         raise FileNotFoundError(f"a checkpoint folder must hold {DATA_FILE}, got {str(folder)!r}. Pass the folder given to checkpoint().")
     try:

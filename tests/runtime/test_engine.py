@@ -15,17 +15,6 @@ from workbench.runtime.driver import Driver
 from workbench.runtime.engine import Engine, OutOfMemory
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base") / "base", "llama")
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    return {name: make_adapter(folder / name, base, rank=rank, seed=seed) for name, rank, seed in (("a", 4, 1), ("b", 9, 2))}
-
-
 @pytest.fixture
 def engine(base, adapters):
     return Engine.from_pretrained(base, adapters=adapters, device="cpu", config=SMALL)

@@ -7,23 +7,12 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.runtime.references import SMALL, VOCAB, make_adapter, make_base, reference_logits
+from tests.runtime.references import SMALL, VOCAB, reference_logits
 from workbench.config import EngineConfig
 from workbench.core import Request
 from workbench.testing import FixedCost
 
 TOLERANCE = dict(rtol=2e-4, atol=2e-4)  # fp32 sums in another order: a prompt in one piece, or as a chunk behind cached blocks
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base") / "base", "llama")
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    return {name: make_adapter(folder / name, base, rank=rank, seed=seed) for name, rank, seed in (("a", 4, 1), ("b", 9, 2))}
 
 
 def engine_of(base, adapters, **limits) -> wb.Engine:

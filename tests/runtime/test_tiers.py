@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import workbench as wb
-from tests.runtime.references import SMALL, job, make_adapter, make_base, request, shake
+from tests.runtime.references import SMALL, job, make_adapter, request, shake
 from workbench.config import LINEARS
 from workbench.runtime import shapes
 from workbench.runtime.adapters import init_adapter
@@ -56,15 +56,10 @@ class OtherMemory(Copies):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base") / "base", "llama")
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    ranks = {"a": (4, LINEARS), "b": (9, LINEARS), "narrow": (2, ("k_proj", "down_proj"))}
-    return {name: make_adapter(folder / name, base, rank=r, targets=t, seed=r) for name, (r, t) in ranks.items()}
+def adapters(adapters, base, tmp_path_factory):
+    """Another one, without some of the linears."""
+    narrow = tmp_path_factory.mktemp("adapters") / "narrow"
+    return adapters | {"narrow": make_adapter(narrow, base, rank=2, targets=("k_proj", "down_proj"), seed=2)}
 
 
 def make(base, adapters=(), **config):

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
+from workbench.checkpoint import readable, replaced
 from workbench.config import FinetuneJob
-from workbench.data import save_prepared
+from workbench.data import DATA_FILE, JOB_FILE, save_prepared
 from workbench.runtime.adapters import AdapterWeights
 from workbench.runtime.finetune import TrainState
 
 if TYPE_CHECKING:
     from workbench.runtime.engine import Engine
+
+STATE_FILE, PROGRESS_FILE = "state.safetensors", "progress.json"
+FILES = (JOB_FILE, DATA_FILE, STATE_FILE, PROGRESS_FILE)
 
 
 class JobHandle:
@@ -72,16 +76,16 @@ class JobHandle:
     def checkpoint(self, folder: str | Path) -> Path:
         """Save the job at its last micro-batch boundary: weights, optimiser, accumulated gradients (fp32), data, place.
 
-        Work in flight is not saved and will be redone. Resume with `FinetuneJob.from_checkpoint(folder)`.
+        Work in flight is not saved and will be redone. Resume with `FinetuneJob.from_checkpoint(folder)`. A checkpoint that is there is
+        replaced as a whole: if this is cut short, the old one can still be read. Raises ValueError for a folder that holds other files.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._engine.lock:
-            save_prepared(folder, self._state.job, self._state.prepared, micro_batches_done=self._state.micro_batches_done)
-            save_file(state_tensors(self._state), folder / "state.safetensors")
-            progress = {"optimizer_steps": self._state.optimizer_steps, "micro_batches_done": self._state.micro_batches_done}
-            (folder / "progress.json").write_text(json.dumps(progress, indent=1) + "\n")
-        return folder
+        state = self._state
+        with self._engine.lock, replaced(folder, FILES) as new:
+            save_prepared(new, state.job, state.prepared, micro_batches_done=state.micro_batches_done)
+            save_file(state_tensors(state), new / STATE_FILE)
+            progress = {"optimizer_steps": state.optimizer_steps, "micro_batches_done": state.micro_batches_done}
+            (new / PROGRESS_FILE).write_text(json.dumps(progress, indent=1) + "\n")
+        return Path(folder)
 
 
 def state_tensors(state: TrainState) -> dict[str, torch.Tensor]:
@@ -99,7 +103,8 @@ def restore_state(state: TrainState, folder: Path) -> None:
 
     Raises ValueError when the checkpoint does not fit the job.
     """
-    tensors = load_file(folder / "state.safetensors")
+    folder = readable(folder)
+    tensors = load_file(folder / STATE_FILE)
     if len(tensors) != 5 * len(state.params):
         raise ValueError(
             f"the checkpoint must hold 5 tensors for each of the job's {len(state.params)} weights, got {len(tensors)} in {folder}. "
@@ -118,7 +123,7 @@ def restore_state(state: TrainState, folder: Path) -> None:
         for key, (a, b) in state.master.items():
             state.compute[key][0].copy_(a)
             state.compute[key][1].copy_(b)
-    progress = json.loads((folder / "progress.json").read_text())
+    progress = json.loads((folder / PROGRESS_FILE).read_text())
     if progress["micro_batches_done"] != state.prepared.first_micro_batch:
         raise ValueError(
             f"job.json and progress.json must name the same micro-batch, got {state.prepared.first_micro_batch} and "
