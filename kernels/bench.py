@@ -205,8 +205,7 @@ def cases(quick: bool) -> Iterator[Case]:
     yield from other_cases(quick)
 
 
-def recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One graph of all runs, one after another."""
+def _recorded(runs: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for run in runs:
@@ -242,7 +241,7 @@ def measure_us(case: Case, replays: int = REPLAYS, device: str = "cuda") -> tupl
         runs = [case.prepare() for _ in range(case.num_copies)]
         for run in runs:
             run()
-        graph = recorded(runs)
+        graph = _recorded(runs)
         for _ in range(3):
             replay_us(graph)
         times = sorted(replay_us(graph) / len(runs) for _ in range(replays))

@@ -29,6 +29,8 @@ EXPAND = (
     (256, 1, 8),
     (256, 4, 8),
 )
+# (block, warps); two accumulators
+GATED = ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8), (256, 8))
 # (block, warps)
 SOFTMAX = ((1024, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (16384, 16))
 SWIGLU = ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8))
@@ -52,6 +54,8 @@ def variants(shape: ShapeClass, default: Launch) -> list[Launch]:
             # The accumulator of one program lies in its threads' registers.
             if shape.rows * block <= 128 * 32 * warps and (op == "expand" or repeats == 1)
         ]
+    elif op == "lora_swiglu":
+        found = [replace(default, block=block, num_warps=warps) for block, warps in GATED if 2 * shape.rows * block <= 128 * 32 * warps]
     elif op in ("outer_da", "outer_db"):
         found = [replace(default, block=block, num_warps=warps, num_stages=stages) for block, warps, stages in OUTER]
     elif op == "attention":

@@ -32,13 +32,23 @@ from kernels.tuned import FOLDER, Entry, Gpu, TunedPlan
 
 MARGIN = 0.02  # a choice that is less than this share faster may be noise
 REPLAYS = 7
-OPS = ("segmented_lora", "lora_gradients", "paged_attention", "linear_cross_entropy", "add_rms_norm", "swiglu")
+OPS = ("segmented_lora", "lora_swiglu", "lora_gradients", "paged_attention", "linear_cross_entropy", "add_rms_norm", "swiglu")
 Timer = Callable[[Sequence[Instance]], float]
 
 
 def replay_us(instances: Sequence[Instance]) -> float:
     """The median time of one run in microseconds: a recorded graph runs all instances in turn, each with inputs of its own."""
-    graph = bench.recorded([instance.run for instance in instances])
+    # `torch.cuda.graph` collects garbage and empties the allocator's cache at every recording: more than the rest of a trial costs.
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        try:
+            for instance in instances:
+                instance.run()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
     bench.replay_us(graph)
     return statistics.median(bench.replay_us(graph) for _ in range(REPLAYS)) / len(instances)
 

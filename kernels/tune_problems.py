@@ -17,8 +17,8 @@ from kernels.lora_table import LoraTable, SlotWeights
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from kernels.problems import bounds
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference
-from kernels.segmented_lora import lora_gradients, lora_gradients_reference, segmented_lora_, segmented_lora_reference
-from kernels.swiglu import swiglu, swiglu_reference
+from kernels.segmented_lora import lora_gradients, lora_gradients_reference, segmented_lora_, segmented_lora_reference, shrink
+from kernels.swiglu import lora_swiglu, swiglu, swiglu_reference
 from kernels.testing import adapters_of_rows, poisoned_memory
 
 # (K, N of each slice): the four groups of linears that share an input.
@@ -109,6 +109,40 @@ def lora(
     k, widths = groups[group]
     num_bytes = 2 * rows * (k + 2 * sum(widths)) + 2 * min(adapters, rows) * rank * (len(widths) * k + sum(widths))
     return Problem(op="segmented_lora", name=f"{group}, {adapters} x r{rank}, T={rows}", prepare=prepare, num_bytes=num_bytes)
+
+
+def gated_lora(
+    adapters: int,
+    rank: int,
+    rows: int,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+    groups: dict[str, tuple[int, tuple[int, ...]]] = GROUPS,
+) -> Problem:
+    """The adapters of gate and up, and the SwiGLU that adds them on the way."""
+
+    def prepare() -> Instance:
+        table, layout, x, gate_up = _lora_inputs("gate_up", adapters, rank, rows, device, dtype, groups)
+
+        def run() -> torch.Tensor:
+            low = shrink(x, table, layout)
+            assert low is not None
+            return lora_swiglu(gate_up, low, table, layout)
+
+        return Instance(
+            run=run,
+            outputs=lambda: [run()],
+            reference=lambda: [swiglu_reference(segmented_lora_reference(gate_up.to(torch.float32, copy=True), x, table, layout))],
+        )
+
+    k, (width, _) = groups["gate_up"]
+    num_bytes = 2 * rows * (k + 3 * width) + 4 * min(adapters, rows) * rank * (k + width)
+    return Problem(op="lora_swiglu", name=f"{adapters} x r{rank}, T={rows}", prepare=prepare, num_bytes=num_bytes)
+
+
+def lora_forward(group: str, adapters: int, rank: int, rows: int, device: str) -> Problem:
+    """A group's adapters as the engine runs them."""
+    return gated_lora(adapters, rank, rows, device) if group == "gate_up" else lora(group, adapters, rank, rows, device)
 
 
 def lora_backward(
@@ -231,33 +265,33 @@ def problems(device: str = "cuda") -> Iterator[Problem]:
     """Every problem, the most important first: decode, then fine-tuning and prefill, then what is rarer."""
     for rows in (64, 16, 256):
         for group in GROUPS:
-            yield lora(group, 4, 8, rows, device)
+            yield lora_forward(group, 4, 8, rows, device)
         # A recorded step knows its bucket of the context, not the context.
         yield attention(rows, 1, 512, 512, device)
         yield attention(rows, 1, 600, 2048, device)
     for rows in (64, 16, 256):
         for group in GROUPS:
-            yield lora(group, 32, 16, rows, device)
+            yield lora_forward(group, 32, 16, rows, device)
     for group in GROUPS:
-        yield lora(group, 1, 8, 2048, device)
+        yield lora_forward(group, 1, 8, 2048, device)
         yield lora_backward(group, 1, 8, 2048, device)
     for rows in (64, 16, 256):
         for group in GROUPS:
-            yield lora(group, 4, 64, rows, device)
+            yield lora_forward(group, 4, 64, rows, device)
     for rows in (64, 16, 256, 2048):
         yield norm(rows, 4096, device)
         yield activation(rows, 14336, device)
     for rows in (1024, 4096):
         for group in GROUPS:
-            yield lora(group, 4, 8, rows, device)
+            yield lora_forward(group, 4, 8, rows, device)
     yield attention(4, 512, 1024, 1024, device)
     yield attention(1, 2048, 2048, 2048, device)
     yield cross_entropy(512, 4096, 128256, device)
     for group in GROUPS:
-        yield lora(group, 1, 8, 1, device)
-        yield lora(group, 4, 16, 1024, device)
+        yield lora_forward(group, 1, 8, 1, device)
+        yield lora_forward(group, 4, 16, 1024, device)
         yield lora_backward(group, 1, 16, 2048, device)
-        yield lora(group, 4, 64, 1024, device)
+        yield lora_forward(group, 4, 64, 1024, device)
         yield lora_backward(group, 1, 64, 2048, device)
     yield attention(1, 1, 600, 2048, device)
     yield attention(16, 1, 4096, 8192, device)

@@ -136,6 +136,7 @@ TUNED = {
         lambda: tune_problems.lora_backward("o", 1, 3, 3, "cpu", torch.float32, TINY),
         ("shrink_backward", "expand_dx", "outer_da", "outer_db"),
     ),  # and shrink, as above
+    "lora and swiglu": (lambda: tune_problems.gated_lora(2, 3, 3, "cpu", torch.float32, {"gate_up": (40, (24, 24))}), ("lora_swiglu",)),
     "decode attention": (lambda: tune_problems.attention(1, 1, 40, 64, "cpu", torch.float32, (2, 1, 16)), ("attention",)),
     "chunked attention": (lambda: tune_problems.attention(1, 3, 20, 32, "cpu", torch.float32, (1, 1, 16)), ("attention",)),
     "cross-entropy": (lambda: tune_problems.cross_entropy(3, 16, 900, "cpu", torch.float32), ("softmax",)),

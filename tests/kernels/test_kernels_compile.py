@@ -127,6 +127,7 @@ def source_of(op: str, shape: ShapeClass, launch: Launch):
         "softmax": (linear_cross_entropy.softmax_loss_kernel, {"NEEDS_GRAD": True, "BLOCK": launch.block}),
         "rms_norm": (rms_norm.add_rms_norm_kernel, {"HAS_DELTA": True, "BLOCK": launch.block}),
         "swiglu": (swiglu.swiglu_kernel, {"BLOCK": launch.block}),
+        "lora_swiglu": (swiglu.lora_swiglu_kernel, lora | {"BLOCK_N": launch.block, "KEEPS": True}),
     }[op]
 
 
