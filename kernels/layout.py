@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_BLOCK_ROWS = 128
+FEW_RUNS = 8  # a recorded step of few runs of one adapter each has its own, shorter table of tiles
 CHUNK_ROWS, MAX_CHUNKS = 512, 8
 Run = tuple[int, int, int]
 
@@ -54,6 +55,16 @@ def block_rows_for(runs: Sequence[Run]) -> int:
     while block < MAX_BLOCK_ROWS and mean > 4 * block:
         block *= 2
     return block
+
+
+def tile_height(rows: int) -> int:
+    """Tile height of a recorded step of so many rows: what suits two to four runs."""
+    return 16 if rows <= 64 else 32 if rows <= 256 else 64 if rows <= 1024 else 128
+
+
+def few_tiles(rows: int) -> int:
+    """How many tiles of that height a recorded step of `rows` rows in at most `FEW_RUNS` runs needs."""
+    return min(rows, -(-rows // tile_height(rows)) + FEW_RUNS)
 
 
 @dataclass(frozen=True, eq=False)

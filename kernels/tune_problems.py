@@ -7,11 +7,11 @@ the same inputs and the same device. Layouts are padded as the engine's recorded
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
-from kernels.layout import SegmentLayout
+from kernels.layout import FEW_RUNS, SegmentLayout, few_tiles, tile_height
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_table import LoraTable, SlotWeights
 from kernels.paged_attention import paged_attention, paged_attention_reference
@@ -28,7 +28,7 @@ GROUPS = {
     "down": (14336, (4096,)),
     "o": (4096, (4096,)),
 }
-TILE_ROWS, SPARE_TILES = 16, 8  # of a recorded decode step
+TILE_ROWS = 16  # of a recorded decode step of many runs
 Tensors = Sequence[torch.Tensor]
 
 
@@ -45,7 +45,7 @@ class Instance:
         return [tensor.float() for tensor in self.reference()]
 
     def error(self) -> float:
-        """max |a - b| / max |b| over the outputs, with everything poisoned that the op allocates; infinite where something is not finite."""
+        """max |a - b| / max |b| over the outputs, with everything poisoned that the op allocates; infinite where it is not finite."""
         with poisoned_memory():
             found = self.outputs()
         worst = 0.0
@@ -80,8 +80,8 @@ def _lora_inputs(
     slots = adapters_of_rows("distinct", rows, adapters)
     runs = [(slot, slots.count(slot)) for slot in sorted(set(slots))]
     is_decode = rows <= 256
-    tiles = None if not is_decode else min(rows, -(-rows // TILE_ROWS) + SPARE_TILES) if len(runs) <= SPARE_TILES else rows
-    layout = SegmentLayout.build(runs, device, block_rows=TILE_ROWS if is_decode else None, num_tiles=tiles)
+    height, tiles = (tile_height(rows), few_tiles(rows)) if len(runs) <= FEW_RUNS else (TILE_ROWS, rows)
+    layout = SegmentLayout.build(runs, device, block_rows=height, num_tiles=tiles if is_decode else None)
     x, y = (torch.randn(rows, width, dtype=dtype, device=device) for width in (k, sum(widths)))
     return table, layout, x, y
 
@@ -119,30 +119,31 @@ def gated_lora(
     dtype: torch.dtype = torch.bfloat16,
     groups: dict[str, tuple[int, tuple[int, ...]]] = GROUPS,
 ) -> Problem:
-    """The adapters of gate and up, and the SwiGLU that adds them on the way."""
+    """The adapters of gate and up, and the SwiGLU that adds them on the way and keeps every row's sum."""
 
     def prepare() -> Instance:
         table, layout, x, gate_up = _lora_inputs("gate_up", adapters, rank, rows, device, dtype, groups)
+        kept, places = torch.empty_like(gate_up), ~torch.arange(rows, device=device)
 
         def run() -> torch.Tensor:
             low = shrink(x, table, layout)
             assert low is not None
-            return lora_swiglu(gate_up, low, table, layout)
+            return lora_swiglu(gate_up, low, table, layout, kept, places)
 
-        return Instance(
-            run=run,
-            outputs=lambda: [run()],
-            reference=lambda: [swiglu_reference(segmented_lora_reference(gate_up.to(torch.float32, copy=True), x, table, layout))],
-        )
+        def reference() -> list[torch.Tensor]:
+            total = segmented_lora_reference(gate_up.to(torch.float32, copy=True), x, table, layout)
+            return [swiglu_reference(total), total]
+
+        return Instance(run=run, outputs=lambda: [run(), kept], reference=reference)
 
     k, (width, _) = groups["gate_up"]
-    num_bytes = 2 * rows * (k + 3 * width) + 4 * min(adapters, rows) * rank * (k + width)
+    num_bytes = 2 * rows * (k + 5 * width) + 4 * min(adapters, rows) * rank * (k + width)
     return Problem(op="lora_swiglu", name=f"{adapters} x r{rank}, T={rows}", prepare=prepare, num_bytes=num_bytes)
 
 
 def lora_forward(group: str, adapters: int, rank: int, rows: int, device: str) -> Problem:
-    """A group's adapters as the engine runs them."""
-    return gated_lora(adapters, rank, rows, device) if group == "gate_up" else lora(group, adapters, rank, rows, device)
+    """A group's adapters as the engine runs them: fine-tune rows add those of gate and up within SwiGLU."""
+    return (gated_lora if group == "gate_up" and rows > 256 else partial(lora, group))(adapters, rank, rows, device)
 
 
 def lora_backward(

@@ -32,7 +32,9 @@ def replaced(folder: str | Path, files: Sequence[str]) -> Iterator[Path]:
     """
     folder = Path(folder).resolve()
     strangers = sorted(p.name for p in folder.iterdir() if p.name not in files) if folder.exists() else []
-    require(not strangers, f"{folder} must hold nothing but {', '.join(files)}, since it is replaced as a whole", strangers[:3], "Name another.")
+    require(
+        not strangers, f"{folder} must hold nothing but {', '.join(files)}, since it is replaced as a whole", strangers[:3], "Name another."
+    )
     part, before = _beside(folder, "part"), _beside(folder, "before")
     folder.parent.mkdir(parents=True, exist_ok=True)
     if part.exists():

@@ -94,7 +94,9 @@ def test_a_crash_while_a_checkpoint_is_overwritten_leaves_one_that_resumes(engin
 
 def test_a_folder_with_other_files_is_never_replaced(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"must hold nothing but job.json, since it is replaced as a whole, got \['notes.txt'\]. Name another"):
+    with pytest.raises(
+        ValueError, match=r"must hold nothing but job.json, since it is replaced as a whole, got \['notes.txt'\]. Name another"
+    ):
         with checkpoint.replaced(tmp_path, ["job.json"]):
             pass
     assert (tmp_path / "notes.txt").read_text() == "mine"

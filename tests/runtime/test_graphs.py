@@ -11,13 +11,15 @@ from workbench.runtime import shapes
 from workbench.runtime.adapters import init_adapter
 from workbench.runtime.graphs import (
     ROW_BUCKETS,
-    TILE_ROWS,
     DecodeBatch,
     DecodeGraphs,
+    bucket_tiles,
     context_bucket,
     decode_fields,
     decode_tiles,
     row_bucket,
+    tile_bucket,
+    tile_rows,
     write_rows,
 )
 from workbench.runtime.inputs import padded_layout, token_bucket
@@ -63,8 +65,17 @@ def test_the_context_bucket_holds_the_context_and_stays_within_the_models(contex
 
 @pytest.mark.parametrize("entries", [[], [None], [2], [None, 0, 0, 5, None, None, 1], [3] * 40 + [None] * 3 + [1] * 17, [0, 1] * 8])
 def test_the_tiles_of_decode_rows_are_those_of_the_general_layout(entries):
-    layout = SegmentLayout.build([(entry, 1) for entry in entries], "cpu", block_rows=TILE_ROWS)
-    assert np.array_equal(decode_tiles(entries), layout.tiles.numpy())
+    for height in (16, 32):
+        layout = SegmentLayout.build([(entry, 1) for entry in entries], "cpu", block_rows=height)
+        assert np.array_equal(decode_tiles(entries, height), layout.tiles.numpy())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 48, 96, 256])
+@pytest.mark.parametrize("adapters", [1, 3, 8, 40])
+def test_tiles_of_a_bucket_fit_the_graph_that_they_choose(rows, adapters):
+    tiles = bucket_tiles(sorted(i % adapters for i in range(rows)))
+    room = tile_bucket(rows, len(tiles))
+    assert len(tiles) <= room and tiles[:, 2].max() <= tile_rows(rows, room) and tiles[:, 2].sum() == rows
 
 
 def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
@@ -75,7 +86,7 @@ def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
         positions = rng.integers(0, 24, rows).tolist()
         blocks = [tuple(rng.permutation(50)[: p // 4 + 1].tolist()) for p in positions]
         batch = DecodeBatch(rng.integers(0, 99, rows).tolist(), positions, blocks, [int(e) for e in rng.integers(0, 2, rows)])
-        write_rows(staging.host, batch, decode_tiles([*batch.entries, *[None] * (bucket - rows)]), held, pool)
+        write_rows(staging.host, batch, bucket_tiles([*batch.entries, *[None] * (bucket - rows)]), held, pool)
         staging.upload()
         there = {name: tensor.tolist() for name, tensor in staging.device.items()}
         assert there["token_ids"] == batch.token_ids + [0] * (bucket - rows)
@@ -85,7 +96,7 @@ def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
         for row in range(bucket):
             expected = blocks[row] if row < rows else (50,)
             assert there["block_tables"][row][: len(expected)] == list(expected)
-        tiles = decode_tiles([*batch.entries, *[None] * (bucket - rows)]).tolist()
+        tiles = bucket_tiles([*batch.entries, *[None] * (bucket - rows)]).tolist()
         assert there["tiles"] == tiles + [[0, 0, 0, 0]] * (bucket - len(tiles))
 
 

@@ -131,7 +131,7 @@ class Engine:
         self._late_interrupts: list[bool] = []
         self._last_sampled: tuple[Sequence[Segment], torch.Tensor] = ([], torch.empty(0, 0))
         self._seed = 0
-        self._active = False
+        self._active, self._froze = False, False
         self._predictor: Predictor | None = None
         self._calibrating = False
 
@@ -400,9 +400,11 @@ class Engine:
             if self.config.warm_up:
                 self.warm_up()
             # Python's oldest generation holds what torch and transformers imported: going through it takes tens of milliseconds, which
-            # would fall on some step. What is there now stays; collections go through what comes.
-            gc.collect()
-            gc.freeze()
+            # would fall on some step. What is there now stays; collections go through what comes. A process that froze it itself knows.
+            self._froze = not gc.get_freeze_count()
+            if self._froze:
+                gc.collect()
+                gc.freeze()
             self._active = True
             return {job_id: cast(JobShape, state.prepared) for job_id, state in self._states.items()}
 
@@ -475,7 +477,7 @@ class Engine:
             self._commands.clear()
             for state in self._states.values():
                 state.discard_pending()
-            if self._active:
+            if self._active and self._froze:
                 gc.unfreeze()
             self._active = False
             self._announced = set()

@@ -156,10 +156,10 @@ class Runner:
 
     def _gated(self, layer: int, h: Tensor, weight: Tensor, rows: LayerRows, kept: Tensor | None) -> Tensor:
         """swiglu(gate_up(h)) [T, I], gate_up's kept rows in `kept`."""
-        table, places = self.table.tables[layer]["gate_up"], None if kept is None else rows.places
-        low = None if rows.dropped else self.table.low(layer, "gate_up", h, rows.layout)
+        # Where nothing is kept, the two ops apart are as fast for hundreds of rows, and faster for a few of high rank.
+        low = None if rows.dropped or kept is None else self.table.low(layer, "gate_up", h, rows.layout)
         if low is not None:
-            return lora_swiglu(F.linear(h, weight), low, table, rows.layout, kept, places)
+            return lora_swiglu(F.linear(h, weight), low, self.table.tables[layer]["gate_up"], rows.layout, kept, rows.places)
         gate_up = self._linear(layer, "gate_up", h, weight, None, rows)
         if kept is not None:
             keep_rows_(kept, gate_up, rows.places)

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.layout import SegmentLayout
-from workbench.runtime.inputs import FEW_RUNS, StepInputs
+from kernels.layout import SegmentLayout, few_tiles, tile_height
+from workbench.runtime.inputs import StepInputs
 from workbench.runtime.kv_cache import KVPool
 from workbench.runtime.staging import Staging
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CONTEXT_BUCKETS = (512, 2048, 8192, 32768)
-TILE_ROWS = 16
+TILE_ROWS = 16  # of a step of many runs: most have fewer rows
 Key = tuple[int, int, int, tuple[tuple[bool, int, int], ...] | None]
 
 
@@ -71,7 +71,7 @@ class DecodeGraphs:
         bucket = row_bucket(rows)
         assert bucket is not None
         context = context_bucket(max(batch.positions) + 1, self.max_model_len)
-        tiles = decode_tiles([*batch.entries, *[None] * (bucket - rows)])
+        tiles = bucket_tiles([*batch.entries, *[None] * (bucket - rows)])
         has_adapters = any(entry is not None for entry in batch.entries)
         found = self._find(bucket, context, tile_bucket(bucket, len(tiles)), has_adapters)
         write_rows(found.staging.host, batch, tiles, found.held, self.runner.pool)
@@ -105,7 +105,7 @@ class DecodeGraphs:
         pool, device = self.runner.pool, self.runner.device
         staging = Staging(decode_fields(bucket, -(-context // pool.block_tokens), tiles), device)
         held: list[tuple[int, ...] | None] = [None] * bucket
-        write_rows(staging.host, DecodeBatch([], [], [], []), decode_tiles([]), held, pool)  # padding rows alone
+        write_rows(staging.host, DecodeBatch([], [], [], []), decode_tiles([], TILE_ROWS), held, pool)  # padding rows alone
         staging.upload()
         inputs = self._inputs(staging, context, has_adapters)
         stream = torch.cuda.Stream(device)
@@ -126,7 +126,10 @@ class DecodeGraphs:
         there, device = staging.device, self.runner.device
         bucket = there["token_ids"].shape[0]
         layout = SegmentLayout.build(
-            [(0 if has_adapters else None, bucket)], device, block_rows=TILE_ROWS, num_tiles=there["tiles"].shape[0]
+            [(0 if has_adapters else None, bucket)],
+            device,
+            block_rows=tile_rows(bucket, there["tiles"].shape[0]),
+            num_tiles=there["tiles"].shape[0],
         )
         return StepInputs(
             token_ids=there["token_ids"],
@@ -147,8 +150,20 @@ class DecodeGraphs:
 
 def tile_bucket(rows: int, tiles: int) -> int:
     """How many tiles a graph of `rows` rows has room for: one of two numbers, that of batches of few runs or one a row."""
-    few = min(rows, -(-rows // TILE_ROWS) + FEW_RUNS)
+    few = few_tiles(rows)
     return few if tiles <= few else rows
+
+
+def tile_rows(rows: int, tiles: int) -> int:
+    """Tile height of a graph of `rows` rows with room for so many tiles."""
+    return TILE_ROWS if tiles == rows else tile_height(rows)
+
+
+def bucket_tiles(entries: Sequence[int | None]) -> np.ndarray:
+    """`decode_tiles` of a whole bucket of rows, as high as the graph that has room for them wants them."""
+    rows = len(entries)
+    tiles = decode_tiles(entries, tile_height(rows))
+    return tiles if len(tiles) <= few_tiles(rows) else decode_tiles(entries, TILE_ROWS)
 
 
 def decode_fields(rows: int, width: int, tiles: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -164,7 +179,7 @@ def decode_fields(rows: int, width: int, tiles: int) -> dict[str, tuple[tuple[in
 def write_rows(
     host: Mapping[str, np.ndarray], batch: DecodeBatch, tiles: np.ndarray, held: list[tuple[int, ...] | None], pool: KVPool
 ) -> None:
-    """Stage a batch and its `decode_tiles`, padding rows behind it: token 0 at position 0, one key, in the block that is nobody's.
+    """Stage a batch and its tiles, padding rows behind it: token 0 at position 0, one key, in the block that is nobody's.
 
     `held` are the blocks that each row of the staged table shows already; only what differs is written.
     """
@@ -183,15 +198,15 @@ def write_rows(
     host["tiles"][: len(tiles)], host["tiles"][len(tiles) :] = tiles, 0
 
 
-def decode_tiles(entries: Sequence[int | None]) -> np.ndarray:
-    """The tiles [n, 4] of `kernels.layout` for rows of one token each: (entry, first row, rows, bare), at most TILE_ROWS rows each."""
+def decode_tiles(entries: Sequence[int | None], height: int) -> np.ndarray:
+    """The tiles [n, 4] of `kernels.layout` for rows of one token each: (entry, first row, rows, bare), at most `height` rows each."""
     slots = np.array([-1 if entry is None else entry for entry in entries], dtype=np.int64)
     first = np.flatnonzero(np.concatenate(([True], slots[1:] != slots[:-1]))) if len(slots) else np.zeros(0, dtype=np.int64)
     length = np.diff(np.append(first, len(slots)))
     order = np.argsort(slots[first] < 0, kind="stable")  # runs of an adapter first
     first, length = (first[order], length[order]) if (slots >= 0).any() else (first[:0], length[:0])
-    pieces = -(-length // TILE_ROWS)
+    pieces = -(-length // height)
     run = np.repeat(np.arange(len(first)), pieces)
-    skipped = TILE_ROWS * (np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    skipped = height * (np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces))
     owner = slots[first][run]
-    return np.stack((np.maximum(owner, 0), first[run] + skipped, np.minimum(length[run] - skipped, TILE_ROWS), owner < 0), axis=1)
+    return np.stack((np.maximum(owner, 0), first[run] + skipped, np.minimum(length[run] - skipped, height), owner < 0), axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.layout import SegmentLayout, bare_runs, cut_runs, merge_runs
+from kernels.layout import SegmentLayout, bare_runs, cut_runs, few_tiles, merge_runs, tile_height
 from workbench.core import Batch, Segment
 from workbench.data import Document
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from workbench.runtime.finetune import TrainState
 
 TOKEN_BUCKETS = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096)
-FEW_RUNS = 8  # a step of few runs of one adapter each has its own, shorter table of tiles
 
 
 @dataclass(slots=True)
@@ -152,16 +151,10 @@ def padded_layout(row_slots: Sequence[tuple[int | None, int]], bucket: int, devi
     """The layout of a step's rows padded to `bucket`: tile height by bucket alone, and one of two numbers of tiles."""
     row_slots = [*row_slots, (None, bucket - sum(rows for _, rows in row_slots))]
     runs, rows = merge_runs(row_slots)
-    block_rows, fewest = tile_rows(bucket), -(-bucket // tile_rows(bucket))
-    tiles = min(bucket, fewest + FEW_RUNS)
+    block_rows, tiles = tile_height(bucket), few_tiles(bucket)
     if len(cut_runs(runs, block_rows)) + len(cut_runs(bare_runs(runs, rows), block_rows)) > tiles:
         tiles = bucket
     return SegmentLayout.build(row_slots, device, block_rows=block_rows, num_tiles=tiles)
-
-
-def tile_rows(bucket: int) -> int:
-    """Tile height for a bucket of tokens: what suits two to four runs."""
-    return 16 if bucket <= 64 else 32 if bucket <= 256 else 64 if bucket <= 1024 else 128
 
 
 def build(
