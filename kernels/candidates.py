@@ -38,6 +38,11 @@ RMS_WARPS = (2, 4, 8, 16)
 SPLITS = {"shrink": (1, 2, 4, 8, 16), "shrink_backward": (1, 2, 4, 8, 16), "attention": (1, 2, 4, 8, 16, 32)}
 
 
+def parts_of(shape: ShapeClass) -> list[int]:
+    """In how many parts a tile's rows are tried: 32 rows each, or the whole tile."""
+    return sorted({1, max(shape.rows // 32, 1)}, reverse=True)
+
+
 def variants(shape: ShapeClass, default: Launch) -> list[Launch]:
     """The default and every other variant for this class, splits as in the default."""
     rank, op = default.block_rank, shape.op
@@ -49,13 +54,19 @@ def variants(shape: ShapeClass, default: Launch) -> list[Launch]:
         ]
     elif op in ("expand", "expand_dx"):
         found = [
-            replace(default, block=block, repeats=repeats, num_warps=warps)
+            replace(default, block=block, repeats=repeats, num_warps=warps, parts=parts)
+            for parts in parts_of(shape)
             for block, repeats, warps in EXPAND
             # The accumulator of one program lies in its threads' registers.
-            if shape.rows * block <= 128 * 32 * warps and (op == "expand" or repeats == 1)
+            if shape.rows // parts * block <= 128 * 32 * warps and (op == "expand" or repeats == 1)
         ]
     elif op == "lora_swiglu":
-        found = [replace(default, block=block, num_warps=warps) for block, warps in GATED if 2 * shape.rows * block <= 128 * 32 * warps]
+        found = [
+            replace(default, block=block, num_warps=warps, parts=parts)
+            for parts in parts_of(shape)
+            for block, warps in GATED
+            if 2 * shape.rows // parts * block <= 128 * 32 * warps
+        ]
     elif op in ("outer_da", "outer_db"):
         found = [replace(default, block=block, num_warps=warps, num_stages=stages) for block, warps, stages in OUTER]
     elif op == "attention":

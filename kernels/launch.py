@@ -8,22 +8,23 @@ import torch
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
     """How one kernel is launched. `block` is the extent of the streamed axis, `splits` the parts of the reduction done apart,
-    `repeats` the blocks that one program does in turn.
+    `repeats` the blocks that one program does in turn, `parts` the programs that share the rows of a tile.
     """
 
     block: int
     block_rank: int = 16
     splits: int = 1
     repeats: int = 1
+    parts: int = 1
     num_warps: int = 4
     num_stages: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("block", "block_rank", "splits", "repeats", "num_warps", "num_stages"):
+        for name in ("block", "block_rank", "splits", "repeats", "parts", "num_warps", "num_stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} of a launch must be a whole number of at least 1, got {value!r}")
-        for name in ("block", "block_rank", "splits", "num_warps"):
+        for name in ("block", "block_rank", "splits", "parts", "num_warps"):
             value = getattr(self, name)
             if value & (value - 1):
                 raise ValueError(f"{name} of a launch must be a power of two, got {value}")

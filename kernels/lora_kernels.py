@@ -161,23 +161,25 @@ def expand_kernel(
     COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
     REPEATS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    """y += scale * v B^T for one tile, REPEATS blocks of columns, one slice."""
-    tile = tiles + tl.program_id(0) * 4
+    """y += scale * v B^T for one of PARTS stretches of a tile's rows, REPEATS blocks of columns, one slice."""
+    tile = tiles + tl.program_id(0) // PARTS * 4
+    skipped = tl.program_id(0) % PARTS * BLOCK_T
     slice = tl.program_id(2)
     slot = tl.load(tile)
-    num_rows = tile_rows(tile)
+    num_rows = tile_rows(tile) - skipped
     _a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, y.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
     begin = tl.program_id(1) * (REPEATS * BLOCK_N)
     wait_for_previous(WAITS)
-    if (num_rows == 0) | (rank == 0) | (begin >= width):
+    if (num_rows <= 0) | (rank == 0) | (begin >= width):
         return
-    rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
+    rows = (tl.load(tile + 1) + skipped + tl.arange(0, BLOCK_T)).to(tl.int64)
     row_mask = tl.arange(0, BLOCK_T) < num_rows
     partials += slice.to(tl.int64) * slice_stride
     first_r = tl.arange(0, BLOCK_R)
@@ -216,19 +218,21 @@ def expand_dx_kernel(
     RANK_MULTIPLE: tl.constexpr,
     COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dx = sum over slices of dv A (added to dx where ADDS) for one tile and one block of columns."""
-    tile = tiles + tl.program_id(0) * 4
+    """dx = sum over slices of dv A (added to dx where ADDS) for one of PARTS stretches of a tile's rows and one block of columns."""
+    tile = tiles + tl.program_id(0) // PARTS * 4
+    skipped = tl.program_id(0) % PARTS * BLOCK_T
     slot = tl.load(tile)
-    num_rows = tile_rows(tile)
-    if num_rows == 0:
+    num_rows = tile_rows(tile) - skipped
+    if num_rows <= 0:
         return
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
+    rows = (tl.load(tile + 1) + skipped + tl.arange(0, BLOCK_T)).to(tl.int64)
     row_mask = tl.arange(0, BLOCK_T) < num_rows
     at = dx + rows[:, None] * K + k[None, :]
     mask = row_mask[:, None] & (k < K)[None, :]

@@ -72,8 +72,9 @@ def default_launch(
         block = power_of_two(length, 1, 1 << 30)
         return Launch(block=block, num_warps=min(max(block // 512, 1), 16))
     if op == "lora_swiglu":
-        block = power_of_two(length, 16, 128 if rows <= 32 and not wide else 64)
-        return Launch(block=block, block_rank=block_rank, num_warps=4 if rows * block <= 4096 else 8, num_stages=2)
+        # Two accumulators: a high tile goes to several programs.
+        block, parts = power_of_two(length, 16, 64 if wide else 128), max(rows // 32, 1)
+        return Launch(block=block, block_rank=block_rank, parts=parts, num_warps=4, num_stages=2)
     if op == "swiglu":
         return Launch(block=power_of_two(length, 1, 1024))
     raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")

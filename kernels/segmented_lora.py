@@ -144,7 +144,7 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, table: LoraTable, layout: 
     """y += scale * v B^T."""
     widest = max(table.out_features)
     launch = _plan("expand", table, layout.block_rows, widest, layout.num_tiles * table.num_slices * (widest // 128), y.device)
-    expand_kernel[(layout.num_tiles, triton.cdiv(widest, launch.block * launch.repeats), table.num_slices)](
+    expand_kernel[(layout.num_tiles * launch.parts, triton.cdiv(widest, launch.block * launch.repeats), table.num_slices)](
         y,
         layout.tiles,
         table.entries,
@@ -158,7 +158,8 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, table: LoraTable, layout: 
         COLUMN_MULTIPLE=table.column_multiple,
         SPLITS=partials.shape[0],
         REPEATS=launch.repeats,
-        BLOCK_T=layout.block_rows,
+        PARTS=launch.parts,
+        BLOCK_T=layout.block_rows // launch.parts,
         BLOCK_N=launch.block,
         BLOCK_R=launch.block_rank,
         WIDE=IS_INTERPRETED,
@@ -174,7 +175,7 @@ def _expand_dx(x: torch.Tensor, dv: torch.Tensor, table: LoraTable, layout: Segm
         covered = sum(rows for _, _, rows in layout.runs) == layout.num_rows
         dx = (torch.empty if covered else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
     launch = _plan("expand_dx", table, layout.block_rows, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
-    expand_dx_kernel[(layout.num_tiles, triton.cdiv(table.in_features, launch.block))](
+    expand_dx_kernel[(layout.num_tiles * launch.parts, triton.cdiv(table.in_features, launch.block))](
         dx,
         layout.tiles,
         table.entries,
@@ -189,7 +190,8 @@ def _expand_dx(x: torch.Tensor, dv: torch.Tensor, table: LoraTable, layout: Segm
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
         SPLITS=dv.shape[0],
-        BLOCK_T=layout.block_rows,
+        PARTS=launch.parts,
+        BLOCK_T=layout.block_rows // launch.parts,
         BLOCK_N=launch.block,
         BLOCK_R=launch.block_rank,
         WIDE=IS_INTERPRETED,

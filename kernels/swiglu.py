@@ -83,22 +83,24 @@ def lora_swiglu_kernel(
     RANK_MULTIPLE: tl.constexpr,
     COLUMN_MULTIPLE: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    """BLOCK_N features of the rows of one tile."""
-    tile = tiles + tl.program_id(0) * 4
+    """BLOCK_N features of one of PARTS stretches of a tile's rows."""
+    tile = tiles + tl.program_id(0) // PARTS * 4
+    skipped = tl.program_id(0) % PARTS * BLOCK_T
     slot = tl.load(tile)
-    num_rows = tl.load(tile + 2)
+    num_rows = tl.load(tile + 2) - skipped
     is_bare = tl.load(tile + 3)
     dtype: tl.constexpr = gate_up.dtype.element_ty
     wait_for_previous(WAITS)
-    if num_rows == 0:
+    if num_rows <= 0:
         return
-    rows = (tl.load(tile + 1) + tl.arange(0, BLOCK_T)).to(tl.int64)
+    rows = (tl.load(tile + 1) + skipped + tl.arange(0, BLOCK_T)).to(tl.int64)
     row_mask = tl.arange(0, BLOCK_T) < num_rows
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = row_mask[:, None] & (n < width)[None, :]
@@ -225,7 +227,7 @@ def lora_swiglu(
     sizes = {"rows": rows, "length": width, "programs": layout.num_tiles, "itemsize": gate_up.dtype.itemsize, "rank": table.max_rank}
     launch = plan("lora_swiglu", processors=num_processors(gate_up.device), device=gate_up.device, **sizes)
     out = torch.empty(gate_up.shape[0], width, dtype=gate_up.dtype, device=gate_up.device)
-    lora_swiglu_kernel[(layout.num_tiles, triton.cdiv(width, launch.block))](
+    lora_swiglu_kernel[(layout.num_tiles * launch.parts, triton.cdiv(width, launch.block))](
         gate_up,
         out,
         layout.tiles,
@@ -242,7 +244,8 @@ def lora_swiglu(
         RANK_MULTIPLE=table.rank_multiple,
         COLUMN_MULTIPLE=table.column_multiple,
         SPLITS=partials.shape[0],
-        BLOCK_T=rows,
+        PARTS=launch.parts,
+        BLOCK_T=rows // launch.parts,
         BLOCK_N=launch.block,
         BLOCK_R=launch.block_rank,
         WIDE=IS_INTERPRETED,

@@ -32,8 +32,8 @@ ATTENTION = {"BLOCK_TOKENS": 16, "G": 4, "D": 64, "BLOCK_M": 16, "BLOCK_N": 32, 
 KERNELS = {
     "shrink": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": False, "BLOCK_K": 64, "PARTS": 2}),
     "shrink backward": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": True, "BLOCK_K": 64, "PARTS": 2}),
-    "expand": (lora_kernels.expand_kernel, LORA | {"BLOCK_N": 64, "REPEATS": 4}),
-    "expand dx": (lora_kernels.expand_dx_kernel, LORA | {"BLOCK_N": 64, "ADDS": True}),
+    "expand": (lora_kernels.expand_kernel, LORA | {"BLOCK_N": 64, "REPEATS": 4, "PARTS": 2}),
+    "expand dx": (lora_kernels.expand_dx_kernel, LORA | {"BLOCK_N": 64, "ADDS": True, "PARTS": 2}),
     "outer": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": True}),
     "outer transposed": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": False}),
     "attention": (paged_attention.attention_kernel, ATTENTION | {"SPLITS": 1, "BLOCK_Q": 4, "IS_DECODE": False}),
@@ -42,7 +42,7 @@ KERNELS = {
     "add rms norm": (rms_norm.add_rms_norm_kernel, {"HAS_DELTA": True, "BLOCK": 4096}),
     "rms norm backward": (rms_norm.rms_norm_backward_kernel, {"HAS_ABOVE": True, "BLOCK": 4096}),
     "swiglu": (swiglu.swiglu_kernel, {"BLOCK": 1024}),
-    "lora swiglu": (swiglu.lora_swiglu_kernel, LORA | {"BLOCK_N": 64, "KEEPS": True}),
+    "lora swiglu": (swiglu.lora_swiglu_kernel, LORA | {"BLOCK_N": 64, "KEEPS": True, "PARTS": 2}),
     "swiglu backward": (swiglu.swiglu_backward_kernel, {"BLOCK": 1024}),
     "place qkv": (qkv.place_qkv_kernel, {"D": 128, "HAS_NORM": True, "HAS_ARENA": True, "BLOCK_N": 8, "BLOCK_HALF": 64}),
     "keep": (keep.keep_kernel, {"BLOCK": 1024}),
@@ -110,14 +110,19 @@ HOPPER_SHARED_BYTES = 227 * 1024
 
 def source_of(op: str, shape: ShapeClass, launch: Launch):
     """The kernel of an op and its constants under a launch."""
-    lora = LORA | {"R": shape.rank, "RANK_MULTIPLE": min(shape.rank, 16), "BLOCK_T": shape.rows, "BLOCK_R": launch.block_rank}
+    lora = LORA | {
+        "R": shape.rank,
+        "RANK_MULTIPLE": min(shape.rank, 16),
+        "BLOCK_T": shape.rows // launch.parts,
+        "BLOCK_R": launch.block_rank,
+    }
     rows = shape.rows // 4
     attention = {"D": shape.head_size, "BLOCK_D": shape.head_size, "BLOCK_M": shape.rows, "BLOCK_N": launch.block, "SPLITS": 4}
     return {
         "shrink": (lora_kernels.shrink_kernel, lora | {"IS_BACKWARD": False, "BLOCK_K": launch.block, "PARTS": 2}),
         "shrink_backward": (lora_kernels.shrink_kernel, lora | {"IS_BACKWARD": True, "BLOCK_K": launch.block, "PARTS": 2}),
-        "expand": (lora_kernels.expand_kernel, lora | {"BLOCK_N": launch.block, "REPEATS": launch.repeats}),
-        "expand_dx": (lora_kernels.expand_dx_kernel, lora | {"BLOCK_N": launch.block, "ADDS": True, "SPLITS": 1}),
+        "expand": (lora_kernels.expand_kernel, lora | {"BLOCK_N": launch.block, "REPEATS": launch.repeats, "PARTS": launch.parts}),
+        "expand_dx": (lora_kernels.expand_dx_kernel, lora | {"BLOCK_N": launch.block, "ADDS": True, "SPLITS": 1, "PARTS": launch.parts}),
         "outer_da": (lora_kernels.outer_kernel, lora | {"BLOCK_T": 64, "BLOCK_M": launch.block, "IS_DB": False, "SPLITS": 1}),
         "outer_db": (lora_kernels.outer_kernel, lora | {"BLOCK_T": 64, "BLOCK_M": launch.block, "IS_DB": True, "SPLITS": 1}),
         "attention": (
@@ -127,7 +132,7 @@ def source_of(op: str, shape: ShapeClass, launch: Launch):
         "softmax": (linear_cross_entropy.softmax_loss_kernel, {"NEEDS_GRAD": True, "BLOCK": launch.block}),
         "rms_norm": (rms_norm.add_rms_norm_kernel, {"HAS_DELTA": True, "BLOCK": launch.block}),
         "swiglu": (swiglu.swiglu_kernel, {"BLOCK": launch.block}),
-        "lora_swiglu": (swiglu.lora_swiglu_kernel, lora | {"BLOCK_N": launch.block, "KEEPS": True}),
+        "lora_swiglu": (swiglu.lora_swiglu_kernel, lora | {"BLOCK_N": launch.block, "KEEPS": True, "PARTS": launch.parts}),
     }[op]
 
 

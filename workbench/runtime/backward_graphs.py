@@ -58,16 +58,16 @@ class RecordedPass:
         return top_gradient(self.fused, arena, self.rows)
 
     def layer(self, index: int, arena: Arena, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """d loss / d (input of layer `index`) [T, H] (None at layer 0; valid until the next call), and fp32 gradients by parameter."""
+        """d loss / d (input of layer `index`) [T, H] (None at layer 0; valid until the next call), and fp32 gradients by parameter.
+
+        The gradients are the graph's own tensors, valid until a micro-batch at the same arena rows comes to this layer: by then this one
+        has been committed or given up.
+        """
         kind, tokens = self.kind, self.rows.tokens
         if grad.data_ptr() != kind.grad.data_ptr():
             kind.grad[:tokens] = grad
         kind.graphs[index].replay()
-        static = kind.found[index]
-        copies = [torch.empty_like(t) for t in static.values()]
-        if copies:  # none with EngineConfig(lora="off")
-            torch._foreach_copy_(copies, list(static.values()))  # pyright: ignore[reportPrivateImportUsage]
-        return kind.grad[:tokens] if index else None, dict(zip(static, copies, strict=True))
+        return kind.grad[:tokens] if index else None, kind.found[index]
 
 
 class BackwardGraphs:
