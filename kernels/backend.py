@@ -4,7 +4,8 @@ Triton is installed on Linux only; elsewhere the references still work, so a mis
 """
 
 import os
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,7 +34,19 @@ jit: Any = triton.jit
 # Triton reads the variable when a kernel is decorated, so it counts as it was at import.
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-__all__ = ["IS_INTERPRETED", "dot", "jit", "num_processors", "overlapped", "tl", "triton", "uses_triton", "wait_for_previous", "wide_dtype"]
+__all__ = [
+    "IS_INTERPRETED",
+    "Beside",
+    "dot",
+    "jit",
+    "num_processors",
+    "overlapped",
+    "tl",
+    "triton",
+    "uses_triton",
+    "wait_for_previous",
+    "wide_dtype",
+]
 
 
 @jit
@@ -63,6 +76,34 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that references compute in: fp32 for narrower inputs, the input's own otherwise."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class Beside:
+    """`with beside:` is work that a CUDA graph being recorded may run at the same time as what is launched after it, until `join()`.
+
+    Outside of a recording it runs in order: there, another stream costs the host more than it saves the device.
+    """
+
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        self._inside = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._inside.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._inside.__exit__(*error)
+
+    def join(self) -> None:
+        """What is launched from now on sees the results."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 _processors: dict[int, int] = {}

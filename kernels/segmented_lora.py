@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 
-from kernels.backend import IS_INTERPRETED, num_processors, overlapped, triton, uses_triton, wide_dtype
+from kernels.backend import IS_INTERPRETED, Beside, num_processors, overlapped, triton, uses_triton, wide_dtype
 from kernels.counters import count
 from kernels.layout import SegmentLayout
 from kernels.lora_kernels import expand_dx_kernel, expand_kernel, outer_kernel, shrink_kernel
@@ -235,17 +235,21 @@ def _outer(source: torch.Tensor, v: torch.Tensor, table: LoraTable, layout: Segm
     return [part[0] if part.shape[0] == 1 else part.sum(0) for part in parts]
 
 
+def _sum(partials: torch.Tensor) -> torch.Tensor:
+    """The splits added up in order, once, for kernels of many programs that all read them."""
+    return partials.sum(0, keepdim=True) if partials.shape[0] > 1 else partials
+
+
 def _lora_gradients_triton(
     dy: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, needs_dx: bool, into: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, Gradients]:
-    # Many programs read v and dv: the splits are added up once, in order, before.
-    dv, v = (
-        partials.sum(0, keepdim=True) if partials.shape[0] > 1 else partials
-        for partials in (_shrink(dy, table, layout, is_backward=True), _shrink(x, table, layout))
-    )
-    dx = _expand_dx(x, dv, table, layout, into) if needs_dx else None
+    beside = Beside(dy.device)
+    with beside:
+        all_db = _outer(dy, _sum(_shrink(x, table, layout)), table, layout, is_db=True)
+    dv = _sum(_shrink(dy, table, layout, is_backward=True))
     all_da = _outer(x, dv, table, layout, is_db=False)
-    all_db = _outer(dy, v, table, layout, is_db=True)
+    dx = _expand_dx(x, dv, table, layout, into) if needs_dx else None
+    beside.join()
     gradients: Gradients = {}
     for slot, da, db in zip(layout.slots, all_da, all_db, strict=True):
         for j, (offset, width) in enumerate(zip(table.out_offsets, table.out_features, strict=True)):

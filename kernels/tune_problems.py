@@ -265,6 +265,8 @@ def activation(rows: int, width: int, device: str, dtype: torch.dtype = torch.bf
 def problems(device: str = "cuda") -> Iterator[Problem]:
     """Every problem, the most important first: decode, then fine-tuning and prefill, then what is rarer."""
     for rows in (64, 16, 256):
+        if rows == 256:
+            yield lora_forward("o", 4, 8, 1024, device)  # the shrink shares a class with that of 256 rows of gate_up
         for group in GROUPS:
             yield lora_forward(group, 4, 8, rows, device)
         # A recorded step knows its bucket of the context, not the context.
@@ -276,6 +278,7 @@ def problems(device: str = "cuda") -> Iterator[Problem]:
     for group in GROUPS:
         yield lora_forward(group, 1, 8, 2048, device)
         yield lora_backward(group, 1, 8, 2048, device)
+    yield lora_backward("o", 4, 8, 4096, device)
     for rows in (64, 16, 256):
         for group in GROUPS:
             yield lora_forward(group, 4, 64, rows, device)

@@ -60,8 +60,8 @@ class RecordedPass:
     def layer(self, index: int, arena: Arena, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
         """d loss / d (input of layer `index`) [T, H] (None at layer 0; valid until the next call), and fp32 gradients by parameter.
 
-        The gradients are the graph's own tensors, valid until a micro-batch at the same arena rows comes to this layer: by then this one
-        has been committed or given up.
+        The gradients are valid until a micro-batch at the same arena rows comes to this layer: by then this one has been committed or
+        given up.
         """
         kind, tokens = self.kind, self.rows.tokens
         if grad.data_ptr() != kind.grad.data_ptr():
@@ -78,6 +78,8 @@ class BackwardGraphs:
         self.fused, self.table, self.cos, self.sin = fused, table, cos, sin
         self.recorded: dict[BackwardKey, _Kind] = {}
         self.memory = None
+        # By (arena row, rank, targets). What a graph allocates while it is recorded is overwritten by other graphs of the same memory.
+        self._gradients: dict[tuple[int, int, tuple[str, ...]], list[Tensor]] = {}
 
     def begin(self, state: TrainState, rows: TrainRows, positions: Tensor, arena: Arena) -> RecordedPass | None:
         """The backward of a micro-batch whose forward is complete; None where no graph can run it."""
@@ -128,10 +130,17 @@ class BackwardGraphs:
             work.layer(self.fused.dims.num_layers - 1, arena, kind.grad)
             work.layer(0, arena, kind.grad)
         torch.cuda.current_stream(device).wait_stream(stream)
+        place = (key.arena, key.rank, key.targets)
+        if place not in self._gradients:
+            self._gradients[place] = [torch.empty_like(t) for t in state.params]
+        gradients = self._gradients[place]
         for index in range(self.fused.dims.num_layers):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.memory):
-                below, kind.found[index] = work.layer(index, arena, kind.grad)
+                below, found = work.layer(index, arena, kind.grad)
+                kind.found[index] = {i: gradients[i] for i in found}
+                if found:  # none with EngineConfig(lora="off")
+                    torch._foreach_copy_(list(kind.found[index].values()), list(found.values()))  # pyright: ignore[reportPrivateImportUsage]
                 if below is not None:
                     kind.grad.copy_(below)
             self.memory = self.memory or graph.pool()
