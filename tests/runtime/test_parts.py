@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_ranges_are_switched_by_the_configuration_or_the_environment(base, monke
 class Bar:
     """Stands for tqdm."""
 
-    made = []
+    made: ClassVar[list["Bar"]] = []
 
     def __init__(self, total, what, unit, progress):
         self.total, self.what, self.progress, self.count = total, what, progress, 0
