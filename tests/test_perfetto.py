@@ -2,11 +2,14 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from test_attribution import AnythingGoes, job, one, run, serve_and_train
 
-from workbench.perfetto import ADAPTERS, JOBS, PROCESSES, REQUESTS, STEPS
+from workbench.features import NAMES
+from workbench.latency import LatencyModel
+from workbench.perfetto import ADAPTERS, JOBS, PREDICTED, PROCESSES, REQUESTS, STEPS
 from workbench.testing import FixedCost, FixedShape, fixed_info
 
 
@@ -21,8 +24,13 @@ def replay(request):
 
 
 @pytest.fixture(scope="module")
-def trace(replay, tmp_path_factory):
-    path = replay.save_trace(tmp_path_factory.mktemp("trace") / "replay.json")
+def model(replay):
+    return LatencyModel.fit(replay.steps, info=replace(replay.executor, simulated=False)).perturb(0.4)  # too long: they overlap
+
+
+@pytest.fixture(scope="module")
+def trace(replay, model, tmp_path_factory):
+    path = replay.save_trace(tmp_path_factory.mktemp("trace") / "replay.json", predicted=model)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -52,15 +60,17 @@ def test_every_event_has_what_the_format_asks_and_times_are_sorted(trace, replay
     assert {e["ph"] for e in timed} == {"X", "i", "C"}
     assert all(isinstance(e["name"], str) and {"pid", "tid", "ts"} <= e.keys() and e["ts"] >= 0 for e in timed)
     assert all(e["dur"] >= 0 for e in timed if e["ph"] == "X")
-    assert all(isinstance(e["args"]["value"], int) and e["args"]["value"] >= 0 for e in timed if e["ph"] == "C")
+    counters = [e for e in timed if e["ph"] == "C" and e["pid"] != PREDICTED]
+    assert counters and all(isinstance(e["args"]["value"], int) and e["args"]["value"] >= 0 for e in counters)
     assert [e["ts"] for e in timed] == sorted(e["ts"] for e in timed)
 
 
-def test_every_process_and_track_has_a_name(trace):
+def test_every_process_and_track_has_a_name(trace, model):
     events = trace["traceEvents"]
     processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     tracks = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
-    assert processes == PROCESSES
+    assert {pid: processes.pop(pid) for pid in PROCESSES} == PROCESSES
+    assert processes == {PREDICTED: f"predicted by {model.info.name} beside measured"}
     assert {(e["pid"], e["tid"]) for e in events if e["ph"] in ("X", "i")} <= tracks
 
 
@@ -120,3 +130,30 @@ def test_a_replay_without_a_step_can_be_saved(tmp_path):
     result = run([], serve_and_train, until=0.1)
     events = json.loads(result.save_trace(tmp_path / "empty.json").read_text())["traceEvents"]
     assert all(e["ph"] == "M" for e in events)
+
+
+def test_what_the_model_predicts_for_each_step_stands_beside_what_was_measured(trace, replay, model):
+    tracks = by_track(slices(trace, PREDICTED))
+    measured = tracks.pop((PREDICTED, 1))
+    steps = replay.steps
+    names = [f"step {k}" for k in steps["step"]]
+    duration_us = ((steps["end_s"] - steps["start_s"] - steps["plan_s"]) * 1e6).tolist()
+    assert [e["name"] for e in measured] == names and [e["dur"] for e in measured] == pytest.approx(duration_us, abs=2e-3)
+    tops = {e["name"]: e for events in tracks.values() for e in events if e["name"].startswith("step ")}
+    expected = model.costs.predict_all(steps[list(NAMES)].to_numpy(float)) * 1e6
+    assert [tops[name]["dur"] for name in names] == pytest.approx(expected.tolist(), abs=2e-3)
+    assert all(tops[e["name"]]["ts"] == e["ts"] and tops[e["name"]]["args"] == e["args"] for e in measured)
+    assert [e["args"]["stopped_early"] for e in measured] == steps["stopped_early"].tolist()
+
+
+def test_a_prediction_is_the_sum_of_its_cost_terms(trace, model):
+    events = slices(trace, PREDICTED)
+    tops = [e for e in events if e["name"].startswith("step ") and e["tid"] > 1]
+    terms = [e for e in events if not e["name"].startswith("step ")]
+    assert {e["name"] for e in terms} <= set(model.costs.table().index) and len({e["name"] for e in terms}) > 2
+    assert sum(whole(e["dur"]) for e in terms) == sum(whole(e["dur"]) for e in tops)
+
+
+def test_predicted_must_be_a_latency_model(replay, tmp_path):
+    with pytest.raises(ValueError, match="predicted must be a LatencyModel, got 'h100'. Fit one with"):
+        replay.save_trace(tmp_path / "trace.json", predicted="h100")

@@ -62,6 +62,8 @@ class EngineConfig:
     of each at the first step that needs it.
     `prefix_cache` keeps the KV blocks of prompts, so that a request whose prompt begins as an earlier one's did on the same adapter
     version skips what is there (`workbench.prefix_cache`).
+    `ranges` names the parts of every step for profilers (NVTX; LOQUETIER_RANGES=1 in the environment does too). `progress` shows bars of
+    long work, such as recording graphs and calibrating: None after three seconds, True at once, False never.
 
     Two are for ablations. `lora` is how adapters are applied: "segmented" (the fused kernels), "padded" (the same with every adapter padded
     by zeros to the largest rank served or trained), "loop" (a torch loop over the adapters of the batch; reads the batch on the host, so it
@@ -85,6 +87,8 @@ class EngineConfig:
     graphs: bool = True
     warm_up: bool = True
     prefix_cache: bool = True
+    ranges: bool = False
+    progress: bool | None = None
     lora: Literal["segmented", "padded", "loop", "off"] = "segmented"
     backward: Literal["cut", "whole"] = "cut"
 

@@ -96,6 +96,11 @@ class CostModel:
         """Mean durations [n] of steps given as features [n, len(NAMES)]."""
         return design(values) @ np.asarray(self.costs)
 
+    def parts(self, values: np.ndarray) -> pd.DataFrame:
+        """Seconds [n, terms] that each term with a cost adds to steps given as features [n, len(NAMES)]; a row sums to its prediction."""
+        seconds = pd.DataFrame(design(values) * np.asarray(self.costs), columns=list(term_names()))
+        return seconds.loc[:, np.asarray(self.costs) > 0]
+
     def table(self) -> pd.Series:
         """The costs that are not zero, in microseconds per unit of their term."""
         costs = pd.Series(self.costs, index=list(term_names()), name="cost_us") * 1e6

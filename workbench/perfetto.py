@@ -2,21 +2,27 @@
 
 Tracks: the steps (planning, then the parts of its duration by `step_parts`, laid end to end), requests (queued, prefill, decode,
 preempted, in as many lanes as ran at once), jobs (forward, evaluate, backward by step; optimiser steps and published versions as
-instants), adapters (loads, evictions), and counters of KV blocks, waiting and running requests. Times are whole nanoseconds of the
-replay clock, written in microseconds as the format asks. Format: "Trace Event Format" (Google, the catapult project).
+instants), adapters (loads, evictions), and counters of KV blocks, waiting and running requests. With a latency model, each step's
+measured duration, and beside it what the model predicts for its work, divided into the terms of its costs. Times are whole nanoseconds of
+the replay clock, written in microseconds as the format asks. Format: "Trace Event Format" (Google, the catapult project).
 """
 
 import heapq
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from workbench.config import require
+from workbench.features import NAMES
 from workbench.step_parts import PART_COLUMNS, PARTS
 
-STEPS, REQUESTS, JOBS, ADAPTERS = 1, 2, 3, 4
+if TYPE_CHECKING:
+    from workbench.latency import LatencyModel
+
+STEPS, REQUESTS, JOBS, ADAPTERS, PREDICTED = 1, 2, 3, 4, 5
 PROCESSES = {STEPS: "steps", REQUESTS: "requests", JOBS: "fine-tune jobs", ADAPTERS: "adapters"}
 _ORDER = ("load", "finetune", "evaluate", "prefill", "decode", "backward")
 _AMOUNTS = {
@@ -31,17 +37,20 @@ _JOB_KINDS = {"finetune": "forward", "evaluate": "evaluate", "backward": "backwa
 _JOB_INSTANTS = ("optimizer_step", "published", "job_paused", "job_resumed", "job_stopped", "job_finished")
 
 
-def save_trace(replay: Any, path: str | Path) -> Path:
-    """Write the replay as one JSON object `{"traceEvents": [...]}`; open it in ui.perfetto.dev. Returns the path."""
+def save_trace(replay: Any, path: str | Path, predicted: "LatencyModel | None" = None) -> Path:
+    """Write the replay as one JSON object `{"traceEvents": [...]}`; open it in ui.perfetto.dev. Returns the path.
+
+    `predicted` is a latency model whose prediction of each step stands beside its measured duration. Raises ValueError for anything else.
+    """
     path = Path(path)
-    events = trace_events(replay)
+    events = trace_events(replay, predicted)
     other = {"policy": replay.policy, "executor": replay.executor.name, "device": replay.executor.device, "seed": replay.seed}
     record = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
     path.write_text(json.dumps(record, separators=(",", ":")), encoding="utf-8")
     return path
 
 
-def trace_events(replay: Any) -> list[dict[str, Any]]:
+def trace_events(replay: Any, predicted: "LatencyModel | None" = None) -> list[dict[str, Any]]:
     """The events: metadata first, then by time, a slice before what lies within it."""
     writer = _Writer()
     for pid, name in PROCESSES.items():
@@ -50,6 +59,8 @@ def trace_events(replay: Any) -> list[dict[str, Any]]:
     _requests(writer, replay)
     _jobs(writer, replay)
     _adapters(writer, replay)
+    if predicted is not None:
+        _predicted(writer, replay, predicted)
     return writer.sorted()
 
 
@@ -76,8 +87,8 @@ class _Writer:
         event = {"ph": "i", "name": name, "pid": pid, "tid": tid, "ts": at / 1e3, "s": "t"}
         self.timed.append((at, event | ({"args": args} if args else {})))
 
-    def counter(self, name: str, at: int, value: float) -> None:
-        self.timed.append((at, {"ph": "C", "name": name, "pid": STEPS, "tid": 0, "ts": at / 1e3, "args": {"value": value}}))
+    def counter(self, name: str, at: int, value: float, pid: int = STEPS) -> None:
+        self.timed.append((at, {"ph": "C", "name": name, "pid": pid, "tid": 0, "ts": at / 1e3, "args": {"value": value}}))
 
     def sorted(self) -> list[dict[str, Any]]:
         # stable: a slice was written before what lies within it
@@ -193,3 +204,39 @@ def _adapters(writer: _Writer, replay: Any) -> None:
             writer.instant("load" if kind == "adapter_loaded" else "evict", ADAPTERS, lanes[name], at, version=note)
             continue
         writer.slice("load", ADAPTERS, lanes[name], at, at + round(float(each[place[i]]) * 1e9), version=note)
+
+
+def _predicted(writer: _Writer, replay: Any, model: "LatencyModel") -> None:
+    """Measured steps on one track, and from the same moments on the model's, in as many lanes as it takes where it predicts too long.
+
+    A step that stopped early did less than the work that it is predicted for; it is marked.
+    """
+    require(hasattr(model, "costs"), "predicted must be a LatencyModel", model, "Fit one with LatencyModel.fit, or load a profile.")
+    writer.name("process_name", PREDICTED, 0, f"predicted by {model.info.name} beside measured")
+    writer.name("thread_name", PREDICTED, 1, "measured")
+    steps = replay.steps
+    parts = model.costs.parts(steps[list(NAMES)].to_numpy(float))
+    terms, seconds = list(parts.columns), parts.to_numpy(float)
+    start, end = np.minimum(_ns(steps["start_s"] + steps["plan_s"]), _ns(steps["end_s"])), _ns(steps["end_s"])
+    free: list[tuple[int, int]] = []
+    num_lanes = 0
+    for i, (number, stopped) in enumerate(zip(steps["step"], steps["stopped_early"], strict=True)):
+        since, until = int(start[i]), int(end[i])
+        ends = since + _ns(seconds[i].cumsum())
+        last = int(ends[-1]) if len(ends) else since
+        if free and free[0][0] <= since:
+            lane = heapq.heappop(free)[1]
+        else:
+            num_lanes += 1
+            lane = 1 + num_lanes
+            writer.name("thread_name", PREDICTED, lane, f"predicted, lane {num_lanes}")
+        heapq.heappush(free, (last, lane))
+        both = {"measured_us": (until - since) / 1e3, "predicted_us": (last - since) / 1e3, "stopped_early": bool(stopped)}
+        writer.slice(f"step {number}", PREDICTED, 1, since, until, **both)
+        writer.slice(f"step {number}", PREDICTED, lane, since, last, **both)
+        at = since
+        for term, upto in zip(terms, ends.tolist(), strict=True):
+            if upto > at:
+                writer.slice(term, PREDICTED, lane, at, upto)
+                at = upto
+        writer.counter("predicted - measured, us", since, (last - until) / 1e3, PREDICTED)

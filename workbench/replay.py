@@ -21,6 +21,7 @@ from workbench.features import Work, of_batch
 from workbench.ledger import Ledger
 from workbench.plan import Plan
 from workbench.policy import Policy, policy_label
+from workbench.progress import progress_bar
 from workbench.redo import is_same_work, redo
 from workbench.replay_checks import check_options, check_result, check_slo, checked_requests, warn_of_refusals, warn_of_ties
 from workbench.replay_result import (
@@ -511,9 +512,7 @@ class _Run:
     def _open_bar(self, progress: bool | None) -> None:
         if progress is False or not self.requests:
             return
-        from tqdm.auto import tqdm
-
-        self.bar = tqdm(total=len(self.requests), desc=self.label[:40], unit="req", leave=False, delay=0 if progress else 3.0)
+        self.bar = progress_bar(len(self.requests), self.label, "req", progress)
 
     def _result(self, interrupted: bool, error: str | None) -> Replay:
         info = self.executor.info

@@ -121,11 +121,14 @@ class Replay:
 
         return attribution(self, of)
 
-    def save_trace(self, path: str | Path) -> Path:
-        """Write the replay in the Chrome trace format, by `perfetto.save_trace`: open the file in ui.perfetto.dev."""
+    def save_trace(self, path: str | Path, predicted: Any = None) -> Path:
+        """Write the replay in the Chrome trace format, by `perfetto.save_trace`: open the file in ui.perfetto.dev.
+
+        With `predicted`, a LatencyModel, its prediction of every step by cost terms stands beside the measured duration.
+        """
         from workbench.perfetto import save_trace
 
-        return save_trace(self, path)
+        return save_trace(self, path, predicted)
 
     def __repr__(self) -> str:
         end = f", interrupted={self.interrupted}, error={self.error!r}" if self.interrupted or self.error else ""

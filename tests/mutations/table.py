@@ -95,7 +95,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         defect=8,
         claim="An adapter loaded while others serve is served from then on.",
-        file=ENGINE,
+        file="workbench/runtime/engine_adapters.py",
         old="        self._current[weights.name] = version\n",
         new="        self._current.setdefault(weights.name, version)\n",
         test="tests/runtime/test_engine.py::"

@@ -4,7 +4,9 @@ Rows beyond the micro-batch hold whatever the arena holds there. Nothing reduces
 weight gradients at the layout's rows, and everything else treats each row alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,12 +96,12 @@ class BackwardGraphs:
         kind.layout.resize_(state.entry, rows.tokens)
         return RecordedPass(self.fused, kind, rows)
 
-    def warm_up(self, state: TrainState, arena: Arena) -> None:
-        """Record the kinds of micro-batch that the job has, at the arena's first row."""
+    def recordings(self, state: TrainState, arena: Arena) -> list[Callable[[], object]]:
+        """What records the kinds of micro-batch that the job has, at the arena's first row, one call each."""
         shapes = {(m.tokens, len(m.documents)) for m in (state.prepared.micro_batch(i) for i in range(state.prepared.num_micro_batches))}
         keys = {self.key(state, tokens, documents, 0, arena) for tokens, documents in shapes}
-        for key in sorted((key for key in keys if key is not None), key=lambda k: (k.tokens, k.documents)):
-            self._find(key, state, arena)
+        found = sorted((key for key in keys if key is not None), key=lambda k: (k.tokens, k.documents))
+        return [partial(self._find, key, state, arena) for key in found]
 
     def key(self, state: TrainState, tokens: int, documents: int, first: int, arena: Arena) -> BackwardKey | None:
         """The kind of a micro-batch at arena row `first`; None for dropout, for fp32 (whose attention reads the bounds on the host), and

@@ -11,6 +11,7 @@ from workbench.config import FinetuneJob, RandomTokens
 from workbench.core import Request, StepResult
 from workbench.features import NAMES
 from workbench.latency import LatencyModel
+from workbench.progress import progress_bar
 from workbench.runtime.driver import Driver
 
 if TYPE_CHECKING:
@@ -120,11 +121,19 @@ class _Mixer:
             driver.finetune(self.job_id, left if self.draw.random() < 0.5 else self._size(left))
 
 
-def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 6.0, seed: int = 0, mix: Mix | None = None) -> pd.DataFrame:
+def measure(
+    engine: "Engine",
+    *,
+    max_steps: int = 200,
+    seconds: float = 6.0,
+    seed: int = 0,
+    mix: Mix | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
     """Steps of every kind in random mixes: one row a step, `features.NAMES` and durations in seconds.
 
     Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps. On CUDA exactly the same steps run once before, so that
-    compilation stays out of the numbers.
+    compilation stays out of the numbers. `progress` shows a bar, or never (False); None takes `EngineConfig.progress`.
     Raises RuntimeError while a replay is running.
     """
     if engine.is_running:
@@ -132,7 +141,8 @@ def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 6.0, see
     mix = mix or Mix.for_engine(engine)
     adapters: list[str | None] = [None, *sorted(engine.adapters)][: 1 + engine.config.num_slots]
     rows: list[dict[str, float]] = []
-    engine.warm_up()
+    progress = engine.config.progress if progress is None else progress
+    engine.warm_up(progress)
     is_repeat = False
     for is_measured in (False, True):
         if not is_measured and engine.device.type == "cpu":
@@ -149,11 +159,13 @@ def measure(engine: "Engine", *, max_steps: int = 200, seconds: float = 6.0, see
             publish="never",
         )
         try:
-            with Driver(engine, [job], seed=seed) as driver:
+            what = "measuring steps" if is_measured else "running them once before"
+            with progress_bar(max_steps, what, "step", progress) as bar, Driver(engine, [job], seed=seed) as driver:
                 mixer = _Mixer(driver, mix, adapters, job.id, seed)
                 while len(rows) < max_steps and (is_repeat or len(rows) < MIN_STEPS or time.perf_counter() - started < seconds):
                     mixer.collect()
                     rows.append(_row(driver, driver.step()))
+                    bar.update()
         finally:
             engine.unload_adapter(JOB)
         max_steps, is_repeat = len(rows), True

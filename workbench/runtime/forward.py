@@ -23,6 +23,7 @@ from workbench.runtime.backward_graphs import RecordedPass
 from workbench.runtime.finetune import TrainState, dropped_group
 from workbench.runtime.inputs import LayerRows, StepInputs, TrainRows
 from workbench.runtime.kv_cache import Arena, KVPool
+from workbench.runtime.parts import Parts
 from workbench.runtime.pieces import PieceGraphs
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights
@@ -59,6 +60,7 @@ class Runner:
         self.fused, self.pool, self.table, self.device = fused, pool, table, device
         self.arena: Arena | None = None
         self.pieces: PieceGraphs | None = None
+        self.parts = Parts()
         cos, sin = fused.rope(max_model_len)
         self.cos, self.sin = cos.to(device).contiguous(), sin.to(device).contiguous()
 
@@ -79,8 +81,12 @@ class Runner:
         x, h = self.embed(rows)
         o = torch.empty((inputs.num_tokens, dims.num_heads, dims.head_dim), dtype=x.dtype, device=x.device)
         for layer in range(dims.num_layers):
-            attend(layer, self.before_attention(layer, x, h, rows), o)
-            h = self.after_attention(layer, x, o, rows)
+            with self.parts("before attention"):
+                q = self.before_attention(layer, x, h, rows)
+            with self.parts("attention"):
+                attend(layer, q, o)
+            with self.parts("after attention"):
+                h = self.after_attention(layer, x, o, rows)
         self.keep_last(x, rows)
         return x, h
 
@@ -91,9 +97,11 @@ class Runner:
     @torch.no_grad()
     def outputs(self, inputs: StepInputs, x: Tensor, h: Tensor) -> ForwardOutput:
         """Logits of the rows that sample, and the losses, from the last layer's output x [T, H] and its norm h [T, H]."""
-        out = ForwardOutput(F.linear(h[inputs.samples], self.fused.lm_head), x, inputs.sampled)
+        with self.parts("logits"):
+            out = ForwardOutput(F.linear(h[inputs.samples], self.fused.lm_head), x, inputs.sampled)
         for rows in inputs.train:
-            self._loss(rows, h, out)
+            with self.parts("loss"):
+                self._loss(rows, h, out)
         return out
 
     def embed(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
@@ -188,7 +196,8 @@ class Runner:
             if done == 0:  # not before: a slice that is stopped at once must leave the gradient where it was
                 grad = trainer.top(self.arena) if work.top_layer == self.fused.dims.num_layers else self.arena.grad[rows]
             assert grad is not None
-            grad, found = trainer.layer(work.top_layer - 1 - done, self.arena, grad)
+            with self.parts("backward layer"):
+                grad, found = trainer.layer(work.top_layer - 1 - done, self.arena, grad)
             gradients |= found
             done += 1
         return BackwardOutput(work, done, grad, gradients)

@@ -5,8 +5,9 @@ adapters apart. Inputs are staged in one buffer that the graph reads; adapters c
 write to a KV block of nobody's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -79,15 +80,16 @@ class DecodeGraphs:
         found.graph.replay()
         return found.logits[:rows], found.greedy[:rows]
 
-    def warm_up(self, max_rows: int, *, has_adapters: bool) -> int:
-        """Record every bucket up to `max_rows` for batches of few runs, so that no step pays for it; how many graphs there are then."""
+    def recordings(self, max_rows: int, *, has_adapters: bool) -> list[Callable[[], object]]:
+        """What records every bucket up to `max_rows` for batches of few runs, one call each, so that no step pays for it."""
         largest = row_bucket(min(max_rows, ROW_BUCKETS[-1]))
         contexts = {context_bucket(bucket, self.max_model_len) for bucket in (*CONTEXT_BUCKETS, self.max_model_len)}
-        for bucket in (b for b in ROW_BUCKETS if largest is not None and b <= largest):
-            for context in sorted(contexts):
-                for with_adapters in (False, True)[: 1 + has_adapters]:
-                    self._find(bucket, context, tile_bucket(bucket, 1), with_adapters)
-        return len(self.recorded)
+        return [
+            partial(self._find, bucket, context, tile_bucket(bucket, 1), with_adapters)
+            for bucket in (b for b in ROW_BUCKETS if largest is not None and b <= largest)
+            for context in sorted(contexts)
+            for with_adapters in (False, True)[: 1 + has_adapters]
+        ]
 
     def _find(self, bucket: int, context: int, tiles: int, has_adapters: bool) -> _Recorded:
         key = self.key(bucket, context, tiles, has_adapters)

@@ -5,7 +5,9 @@ lies between depends on the rows' number alone: their tokens, positions, places 
 piecewise CUDA graphs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +68,8 @@ class PieceGraphs:
         q = self.qkv[:tokens].view(tokens, -1, dims.head_dim)[:, : dims.num_heads]
         found.graphs[0].replay()
         for layer in range(dims.num_layers):
-            attend(layer, q, self.o[:tokens])
+            with self.runner.parts("attention"):
+                attend(layer, q, self.o[:tokens])
             found.graphs[layer + 1].replay()
         return self.x[:tokens], self.h[:tokens]
 
@@ -76,15 +79,16 @@ class PieceGraphs:
         facts = self.runner.table.facts if layout.runs else None
         return PieceKey(layout.num_rows, layout.block_rows, layout.num_tiles, bool(inputs.num_train_rows), inputs.keeps, facts)
 
-    def warm_up(self, *, has_adapters: bool, keeps: bool) -> int:
-        """Record every bucket for steps of few runs now, so that no step pays for it; the number of kinds that there are then."""
+    def recordings(self, *, has_adapters: bool, keeps: bool) -> list[Callable[[], object]]:
+        """What records every bucket for steps of few runs, one call each, so that no step pays for it."""
         device, buckets = self.runner.device, [b for b in TOKEN_BUCKETS if b < self.max_tokens]
+        calls: list[Callable[[], object]] = []
         for bucket in (*buckets, self.max_tokens):
             layout = padded_layout([(0 if has_adapters else None, bucket)], bucket, device)
             facts = self.runner.table.facts if has_adapters else None
             for trains in (False, True)[: 1 + keeps]:
-                self._find(PieceKey(bucket, layout.block_rows, layout.num_tiles, trains, trains, facts))
-        return len(self.recorded)
+                calls.append(partial(self._find, PieceKey(bucket, layout.block_rows, layout.num_tiles, trains, trains, facts)))
+        return calls
 
     def _find(self, key: PieceKey) -> _Recorded:
         if key not in self.recorded:
