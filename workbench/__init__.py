@@ -15,6 +15,7 @@ _NAMES = {
     "traces": "workbench.traces:",
     "policies": "workbench.policies:",
     "metrics": "workbench.metrics:",
+    "lengths": "workbench.lengths:",
     "attribution": "workbench.attribution:",
     "plots": "workbench.plots:",
     "widgets": "workbench.widgets:",
@@ -58,7 +59,7 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from workbench import attribution, metrics, plots, policies, traces, widgets
+    from workbench import attribution, lengths, metrics, plots, policies, traces, widgets
     from workbench.bound import UpperBound, upper_bound
     from workbench.check import check_policy
     from workbench.config import SLO, EngineConfig, FinetuneJob, RandomTokens

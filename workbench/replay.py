@@ -71,10 +71,11 @@ def replay(
     """Serve `trace` (a Trace, or a sequence of Request) beside `jobs` on `executor` under `policy`.
 
     `planning` is what a decision costs: the measured time of the policy (on `Recorded`: the one measured then), "recorded" to insist
-    on that, or fixed seconds. `lengths` gives `RequestView.expected_output`. `overlap=True` plans each step from the view before the
-    previous one, while that runs; only what planning takes longer than the step then counts. `until`: "requests" ends once every
-    request has ended (the default; jobs stop there), "jobs" once all jobs have ended too (the default without requests), a number at
-    that second. Within `measure=(start_s, end_s)` tokens and requests count for `summary()`; None is the whole replay.
+    on that, or fixed seconds. `lengths` gives `RequestView.expected_output` (a name, or a predictor: `workbench.lengths`).
+    `overlap=True` plans each step from the view before the previous one, while that runs; only what planning takes longer than the step
+    then counts. `until`: "requests" ends once every request has ended (the default; jobs stop there), "jobs" once all jobs have ended too
+    (the default without requests), a number at that second. Within `measure=(start_s, end_s)` tokens and requests count for `summary()`;
+    None is the whole replay.
     `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`.
     Raises ValueError or TypeError for bad input before anything runs, ReplayError (with the partial result) when policy or executor
     fail, or when the rows of the result contradict one another (`conservation`: time, work, tokens, requests, Little's law).
@@ -124,7 +125,7 @@ class _Run:
         self.label = policy_label(policy)
         self.env: simpy.Environment = simpy.rt.RealtimeEnvironment(strict=False) if self.is_wall else simpy.Environment()
         self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=slo)
-        self.lengths = length_predictor(lengths)
+        self.lengths = length_predictor(lengths, seed)
         self.ledger.expected_output = self.lengths.predict
         self.open = sorted((r for r in self.requests if r.parent_id is None), key=lambda r: r.arrival_s)
         self.children: dict[str, list[Request]] = {}
@@ -256,7 +257,11 @@ class _Run:
             return
         else:
             self.resolved[request.request_id] = resolved
-            self.ledger.arrive(resolved, at)
+            try:
+                self.ledger.arrive(resolved, at)
+            except ValueError as error:
+                self.failure, self.where = error, f"the prediction of {request.request_id}'s length failed"
+                return
         self._settle()
         self._wake()
 
@@ -272,7 +277,8 @@ class _Run:
         self.ledger.ended = []
         for s in ended:
             self.num_ended += 1
-            self.lengths.learn(s)
+            if s.phase == "finished":
+                self.lengths.learn(s.request, s.generated)
             self._keep_output(s)
             for child in self.children.get(s.id, ()):
                 at = float(self.env.now) + child.think_s

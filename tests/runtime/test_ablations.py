@@ -185,14 +185,14 @@ class Cut:
 
     def __call__(self, view, plan):
         plan.stop_on_arrival()
-        for job in view.jobs:
-            if job.phase != "backward":
-                plan.train(job)
+        for trained in view.jobs:
+            if trained.phase != "backward":
+                plan.train(trained)
                 continue
-            some = plan.backward(job, self.layers)
+            some = plan.backward(trained, self.layers)
             self.taken.append((some, plan.why))
             if not some:
-                plan.backward(job)
+                plan.backward(trained)
 
     def __deepcopy__(self, memo):
         return self
