@@ -328,7 +328,7 @@ def summary(replay: Any, slo: SLOs = None, measure: tuple[float, float] | None =
     outcomes = requests["outcome"].value_counts()
     row |= {name: int(outcomes.get(name, 0)) for name in ("finished", "rejected", "aborted", "unfinished")}
     row["preemptions"] = int((inside["kind"] == "preempted").sum())
-    row["adapter_loads"] = int((inside["kind"] == "adapter_loaded").sum())
+    row |= adapter_traffic(inside)
     row["optimizer_steps"] = int((inside["kind"] == "optimizer_step").sum())
     row |= _machine(steps, getattr(replay.executor, "num_blocks", None), start, end)
     row |= saturation(events, start, end)
@@ -383,6 +383,28 @@ def _rates(inside: pd.DataFrame, span_s: float) -> dict[str, float]:
         "finetune": float(total.get("committed", 0.0)),
     }
     return {f"{name}_tokens_per_s": value / span_s if span_s > 0 else np.nan for name, value in tokens.items()}
+
+
+def adapter_traffic(inside: pd.DataFrame) -> dict[str, Any]:
+    """Counts and bytes of adapters that were loaded to the device and read from disk, evictions, and hit shares, of some event rows.
+
+    A hit is a request that found its adapter on the device when it was first scheduled: the step that scheduled it did not load it.
+    `adapter_host_hit_share`: the share of loads that found the adapter in host memory. nan without requests for adapters, or loads.
+    """
+    kind, value = inside["kind"].to_numpy(), inside["value"].to_numpy(float)
+    loaded, read = kind == "adapter_loaded", kind == "adapter_read"
+    scheduled = (kind == "scheduled") & inside["adapter"].notna().to_numpy()
+    places = pd.MultiIndex.from_arrays([inside["step"].to_numpy(), inside["adapter"].to_numpy(object)])
+    missed = places[scheduled].isin(places[loaded]) if loaded.any() else np.zeros(int(scheduled.sum()), bool)
+    return {
+        "adapter_loads": int(loaded.sum()),
+        "adapter_load_bytes": float(value[loaded].sum()),
+        "adapter_reads": int(read.sum()),
+        "adapter_read_bytes": float(value[read].sum()),
+        "adapter_evictions": int((kind == "adapter_evicted").sum()),
+        "adapter_hit_share": float(1 - missed.mean()) if len(missed) else np.nan,
+        "adapter_host_hit_share": float(1 - read.sum() / loaded.sum()) if loaded.any() else np.nan,
+    }
 
 
 def prefix_hit_share(requests: pd.DataFrame) -> float:
