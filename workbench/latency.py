@@ -192,9 +192,9 @@ class LatencyModel:
     ) -> "LatencyModel":
         """The same device serving these adapters, which need no files: `{"adapter-0": AdapterSpec(8, 42_000_000, "disk"), ...}`.
 
-        `host_bytes` bounds those in host memory (None: all fit); the others are read from disk in `read_s` + bytes * `read_s_per_byte` seconds
-        (declared, or from `tiers.fit_reads`). A load from host memory costs what the fit says, or what `load_s` and
-        `load_s_per_byte` declare. Raises ValueError where the adapters do not fit their tiers, or a read would take no time.
+        `host_bytes` bounds those in host memory (None: all fit); the others are read from disk in `read_s` seconds + bytes * `read_s_per_byte`
+        (declared, or from `tiers.fit_reads`). A load from host memory costs what the fit says, or what `load_s` and `load_s_per_byte`
+        declare. Raises ValueError where the adapters do not fit their tiers, or a read would take no time.
         """
         found = infos_of(adapters)
         info = replace(self._info, host_bytes=host_bytes, read_s=read_s, read_s_per_byte=read_s_per_byte)
@@ -217,9 +217,9 @@ class LatencyModel:
         """Another device, for the sensitivity of a conclusion to the model's error: rerun it at plus and minus `report.bias`.
 
         Every step is longer by the share `bias` (0.03: 3 %; negative: shorter), residuals as they were. `scale` multiplies the cost of
-        single terms (`latency_fit.term_names()`: {"backward_token_layers": 1.2}), `shift_s` adds seconds to every step that holds a kind of work
-        ("step" for any, "finetune", "evaluate", "prefill", "decode", "backward"), `noise` adds independent relative noise of that standard
-        deviation to each step. `hidden`: policies go on predicting with the model as it was, so that they err by what was changed.
+        single terms (`latency_fit.term_names()`: {"backward_token_layers": 1.2}), `shift_s` adds seconds to every step that holds a kind
+        of work ("step" for any, "finetune", "evaluate", "prefill", "decode", "backward"), `noise` adds independent relative noise of that
+        standard deviation to each step. `hidden`: policies go on predicting with the model as it was, so that they err by what was changed.
         An axis of a sweep: `axes={"executor": {"as fitted": model, "+3 %": model.perturb(0.03)}}`. Raises ValueError for an unknown term
         or kind, and for a change that would make a cost negative.
         """

@@ -129,8 +129,8 @@ def sweep(
 
     `parameters` maps fields of policies to values; a policy that has such a field is run with each. `axes` maps names to values (or to
     labels with values). An axis named like an argument of a run (`trace`, `executor`, `jobs`, `slo`, `planning`, `lengths`, `measure`,
-    `until`, `overlap`, `evict`) is that argument; any other is passed, like `seed`, to whichever of `trace`, `executor`, `jobs` and `slo` is
-    a function with a parameter of that name: `trace=lambda seed, load, adapters: ...`, `executor=lambda max_requests: ...`.
+    `until`, `overlap`, `evict`) is that argument; any other is passed, like `seed`, to whichever of trace, executor, jobs and slo is a
+    function with a parameter of that name: `trace=lambda seed, load, adapters: ...`, `executor=lambda max_requests: ...`.
 
     Runs go through joblib: `n_jobs=-1` uses every core of this machine (loky), and inside `joblib.parallel_config(backend="dask")` the same
     call uses a dask cluster, of which workers may die. Real executors are run here, one at a time, the order of policies turning with
