@@ -192,8 +192,8 @@ class LatencyModel:
     ) -> "LatencyModel":
         """The same device serving these adapters, which need no files: `{"adapter-0": AdapterSpec(8, 42_000_000, "disk"), ...}`.
 
-        `host_bytes` bounds those in host memory (None: all fit); the others are read from disk in `read_s` seconds + bytes * `read_s_per_byte`
-        (declared, or from `tiers.fit_reads`). A load from host memory costs what the fit says, or what `load_s` and `load_s_per_byte`
+        `host_bytes` bounds those in host memory (None: all fit); the others are read from disk in `read_s` + bytes * `read_s_per_byte`,
+        declared or from `tiers.fit_reads`. A load from host memory costs what the fit says, or what `load_s` and `load_s_per_byte`
         declare. Raises ValueError where the adapters do not fit their tiers, or a read would take no time.
         """
         found = infos_of(adapters)
