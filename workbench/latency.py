@@ -228,6 +228,9 @@ class LatencyModel:
         changes = {"bias": bias, "scale": dict(scale or {}), "shift_s": dict(shift_s or {}), "noise": noise, "hidden": hidden}
         changes = {name: value for name, value in changes.items() if value}
         costs = perturbed(dict(zip(term_names(), self.costs.costs, strict=True)), bias, scale or {}, shift_s or {})
+        seen = dict(zip(term_names(), (self._seen or self.costs).costs, strict=True))
+        if not hidden:  # on top of what was hidden before
+            seen = perturbed(seen, bias, scale or {}, shift_s or {})
         label = f" {bias:+.1%}" if bias else ""
         label += "".join(f" {name}={value}" for name, value in changes.items() if name != "bias")
         return self._changed(
@@ -235,7 +238,7 @@ class LatencyModel:
             info=replace(self._info, name=self._info.name + label),
             provenance=self.provenance | {"perturbed": [*self.provenance.get("perturbed", ()), changes]},
             noise=(self._extra_noise**2 + noise**2) ** 0.5,
-            seen=self._seen or self.costs if hidden else None,
+            seen=CostModel(tuple(seen.values())) if hidden or self._seen is not None else None,
         )
 
     def _changed(self, costs: Mapping[str, float], **changes: Any) -> "LatencyModel":
