@@ -264,7 +264,7 @@ class _Run:
             self.resolved[request.request_id] = resolved
             try:
                 self.ledger.arrive(resolved, at)
-            except ValueError as error:
+            except Exception as error:
                 self.failure, self.where = error, f"the prediction of {request.request_id}'s length failed"
                 return
         self._settle()

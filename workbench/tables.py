@@ -134,11 +134,11 @@ def _request_alone(predictor: Predictor, prompt: int, output: int, has_adapter: 
 def job_table(replay: Any, *, predictor: Predictor | None = None) -> pd.DataFrame:
     """One row per fine-tune job: when it came, began and ended, its deadline, and what it got. Indexed by job_id.
 
-    `started_s` is when its first step began, `queue_s` = start - arrival, `completion_s` = end - arrival (job completion time), nan unless it
-    finished. `tardiness_s` = max(0, end - deadline_s); for a job that has not finished it runs to the end of the replay, a lower bound; nan
-    without a deadline. `met_deadline`: whether it finished by then (NA without a deadline). `tokens_per_s` are committed tokens over the
-    job's presence. `alone_s` are the predicted seconds of its committed micro-batches alone on the device, evaluation left out, and
-    `slowdown` its presence over those; nan without a predictor (`predictor`, or the replay's own), and before its first commit.
+    `started_s` is when its first step began, `queue_s` = start - arrival, `completion_s` = end - arrival (job completion time), nan unless
+    it finished. `tardiness_s` = max(0, end - deadline_s), nan without a deadline; for a job that has not finished it runs to the end of
+    the replay, a lower bound. `met_deadline`: whether it finished by then (NA without a deadline). `tokens_per_s` are committed tokens
+    over the job's presence. `alone_s` are the predicted seconds of its committed micro-batches alone on the device, evaluation left out,
+    and `slowdown` its presence over those; nan without a predictor (`predictor`, or the replay's own), and before its first commit.
     """
     predictor = predictor or replay.predictor
     _, end = metrics.window(None, replay.events, replay.steps)

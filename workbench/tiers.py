@@ -113,7 +113,7 @@ class HostMemory:
                 ledger.slots.load(version, info.bytes, 0, fresh=False)
 
     def has(self, version: Version, info: AdapterInfo) -> bool:
-        """Whether it is there; what has never been elsewhere (a published version, say) came there with its making."""
+        """Whether it is there; a version that never was elsewhere (a published one) came there with its making, and counts once loaded."""
         return version in self.entries or (info.tier != "disk" and version not in self.gone)
 
     def read_s(self, version: Version, info: AdapterInfo) -> float:
