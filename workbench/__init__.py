@@ -15,6 +15,7 @@ _NAMES = {
     "traces": "workbench.traces:",
     "policies": "workbench.policies:",
     "metrics": "workbench.metrics:",
+    "lengths": "workbench.lengths:",
     "attribution": "workbench.attribution:",
     "plots": "workbench.plots:",
     "widgets": "workbench.widgets:",
@@ -40,6 +41,8 @@ _NAMES = {
     "PlanError": "workbench.policy:PlanError",
     "Router": "workbench.policy:Router",
     "Evict": "workbench.policy:Evict",
+    "AdapterSpec": "workbench.tiers:AdapterSpec",
+    "tiers": "workbench.tiers:",
     "check_policy": "workbench.check:check_policy",
     "Replay": "workbench.replay_result:Replay",
     "load_replay": "workbench.replay_result:load_replay",
@@ -58,7 +61,7 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from workbench import attribution, metrics, plots, policies, traces, widgets
+    from workbench import attribution, lengths, metrics, plots, policies, tiers, traces, widgets
     from workbench.bound import UpperBound, upper_bound
     from workbench.check import check_policy
     from workbench.config import SLO, EngineConfig, FinetuneJob, RandomTokens
@@ -74,6 +77,7 @@ if TYPE_CHECKING:
     from workbench.runtime.peft_baseline import PeftBaseline
     from workbench.runtime.virtual import VirtualModule
     from workbench.statistics import Difference
+    from workbench.tiers import AdapterSpec
     from workbench.trace import Trace
 
 

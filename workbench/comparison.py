@@ -35,7 +35,7 @@ HEADLINE = (
     "saturated",
 )
 FEW_REQUESTS = 1000  # below it, fewer than ten requests lie beyond a p99
-GROUPS = ("adapter", "tenant", "slo_class", "outcome")
+GROUPS = ("adapter", "tenant", "slo_class", "priority", "outcome")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Comparison:
         )
 
     def table(self, by: str = "policy", columns: Sequence[str] | None = None) -> pd.DataFrame:
-        """Results by policy, seed, or a column of the requests (`adapter`, `tenant`, `slo_class`, `outcome`).
+        """Results by policy, seed, or a column of the requests (`adapter`, `tenant`, `slo_class`, `priority`, `outcome`).
 
         By policy: the mean over seeds, and beside each number that varies half the range over seeds (`... ±`). Targets that the SLO
         does not have are left out. Raises ValueError for another `by`.
@@ -124,6 +124,12 @@ class Comparison:
     def requests(self) -> pd.DataFrame:
         """The request rows of all runs, with `policy` and `seed`."""
         return self._frames("requests").reset_index()
+
+    @property
+    def jobs(self) -> pd.DataFrame:
+        """The job tables of all runs (`Replay.job_table`), with `policy` and `seed`."""
+        frames = [self.replays[key].job_table().reset_index().assign(policy=key[0], seed=key[1]) for key in self._keys()]
+        return pd.concat(frames, ignore_index=True)
 
     @property
     def events(self) -> pd.DataFrame:

@@ -128,16 +128,18 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoad:
-    """Copy one adapter version into a device slot before the step's forward."""
+    """Copy one adapter version into a device slot before the step's forward; `read_s`: after reading it from disk, by what was declared."""
 
     adapter: str
     version: int
     slot: int
     rank: int
     bytes: int
+    read_s: float = 0.0
 
 
-_VALUES = {kind: attrgetter(*(f.name for f in fields(kind))) for kind in (Segment, Backward, AdapterLoad)}
+# read_s is a time and no work
+_VALUES = {kind: attrgetter(*(f.name for f in fields(kind) if f.name != "read_s")) for kind in (Segment, Backward, AdapterLoad)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +209,13 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """What scheduling needs to know of one adapter's current version."""
+    """What scheduling needs to know of one adapter's current version; `tier` is where it lies when a replay begins."""
 
     name: str
     version: int
     rank: int
     bytes: int
+    tier: Literal["gpu", "host", "disk"] = "host"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +225,8 @@ class ExecutorInfo:
     `max_batch_tokens` and `max_requests` bound one step, `num_blocks` the KV pool (blocks of `block_tokens` tokens), `num_slots`
     the adapter versions on the device, `activation_tokens` the arena of kept fine-tune activations. With `prefix_cache` the ledger lets
     requests share the blocks of equal prompt prefixes (`workbench.prefix_cache`); the executor only has to read what it wrote earlier.
+    `host_bytes` bounds the adapters in host memory (None: it holds them all); the others are read from disk in `read_s` seconds and
+    `read_s_per_byte` for each byte, before they are copied to a slot (`workbench.tiers`).
     """
 
     name: str
@@ -239,6 +244,9 @@ class ExecutorInfo:
     eos_token_ids: frozenset[int] = frozenset()
     simulated: bool = False
     prefix_cache: bool = False
+    host_bytes: int | None = None
+    read_s: float = 0.0
+    read_s_per_byte: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

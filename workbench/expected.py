@@ -1,54 +1,53 @@
-"""What the scheduler believes about output lengths: `RequestView.expected_output`."""
+"""A predictor of `lengths` at work in one replay: what it is shown, and what becomes of its answer."""
 
-from collections.abc import Callable
+import copy
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
-from workbench.config import require
+from workbench.config import did_you_mean, require
 from workbench.core import Request
-from workbench.states import RequestState
+from workbench.lengths import NAMED, LengthPredictor, Max
 
 
-class LengthPredictor:
-    """Expected output tokens of a request when it arrives; `learn` sees every request that ends."""
+class Expected:
+    """A copy of a predictor that begins anew. Raises ValueError from `predict` for what is no number above 0."""
 
-    def __init__(self, name: str, predict: Callable[[Request, int], float]) -> None:
+    def __init__(self, name: str, predictor: Any, seed: int) -> None:
         self.name = name
-        self.predict = predict
+        self._predictor: LengthPredictor = copy.deepcopy(predictor)
+        self._is_max = isinstance(predictor, Max)  # the default: a million requests should not pay for it
+        self._sees_all = "oracle" in getattr(predictor, "needs", ())
+        self._learn = getattr(self._predictor, "learn", None)
+        begin = getattr(self._predictor, "begin", None)
+        if begin is not None:
+            begin(seed)
 
-    def learn(self, state: RequestState) -> None:
-        """Take note of an ended request; only "history" does."""
+    def predict(self, request: Request, max_tokens: int) -> float:
+        """Expected output tokens, within 1 .. max_tokens; the predictor sees the true length only if it declares that it needs it."""
+        if self._is_max:
+            return float(max_tokens)
+        truth = request.output_tokens if self._sees_all else None
+        value = float(self._predictor(replace(request, output_tokens=truth, max_tokens=max_tokens)))
+        require(isfinite(value) and value > 0, f"lengths={self.name} must predict a number of tokens above 0 ({request.request_id})", value)
+        return min(max(value, 1.0), float(max_tokens))
 
-
-class HistoryPredictor(LengthPredictor):
-    """The mean output of finished requests of the same adapter, else of all, else max_tokens; never above max_tokens."""
-
-    def __init__(self) -> None:
-        super().__init__("history", self._mean)
-        self._totals: dict[str | None, tuple[int, int]] = {}
-        self._all = (0, 0)
-
-    def learn(self, state: RequestState) -> None:
-        if state.phase == "finished":
-            total, num = self._totals.get(state.adapter, (0, 0))
-            self._totals[state.adapter] = (total + state.generated, num + 1)
-            self._all = (self._all[0] + state.generated, self._all[1] + 1)
-
-    def _mean(self, request: Request, max_tokens: int) -> float:
-        total, num = self._totals.get(request.adapter, self._all)
-        return min(total / num, float(max_tokens)) if num else float(max_tokens)
+    def learn(self, request: Request, output_tokens: int) -> None:
+        """A request has finished with that many tokens."""
+        if self._learn is not None:
+            self._learn(replace(request, output_tokens=None), output_tokens)
 
 
-def length_predictor(lengths: Any) -> LengthPredictor:
-    """The predictor named "oracle" (the trace's own length), "max" (max_tokens) or "history", or a callable on the request.
+def length_predictor(lengths: Any, seed: int = 0) -> Expected:
+    """The predictor named "oracle", "max" or "history", or one of your own (`workbench.lengths`), for a replay of that seed.
 
-    A callable sees the request without its true output length.
+    Raises ValueError for another name, and for what cannot be called.
     """
-    if lengths == "history":
-        return HistoryPredictor()
-    if lengths == "max":
-        return LengthPredictor("max", lambda _, max_tokens: float(max_tokens))
-    if lengths == "oracle":
-        return LengthPredictor("oracle", lambda r, most: float(most if r.output_tokens is None else min(r.output_tokens, most)))
-    require(callable(lengths), "lengths must be 'oracle', 'max', 'history' or a callable", lengths)
-    return LengthPredictor(getattr(lengths, "__name__", repr(lengths)), lambda r, _: float(lengths(replace(r, output_tokens=None))))
+    rule = "lengths must be 'oracle', 'max', 'history' or a callable (an instance of a predictor)"
+    if isinstance(lengths, str):
+        require(lengths in NAMED, rule, lengths, did_you_mean(lengths, list(NAMED)))
+        return Expected(lengths, NAMED[lengths](), seed)
+    is_predictor = callable(lengths) and not isinstance(lengths, type)
+    require(is_predictor, rule, lengths)
+    name = getattr(lengths, "__name__", None)
+    return Expected(name if isinstance(name, str) else repr(lengths), lengths, seed)

@@ -27,13 +27,14 @@ def compare(
     measure: tuple[float, float] | None = None,
     lengths: Any = "max",
     until: Any = None,
+    evict: Any = None,
     interleave: bool | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Replay the trace under every policy and seed; `trace` is a Trace, or a function seed -> Trace that redraws it.
 
     `measure` is the window in which tokens count, the same for all policies: (0, the trace's last arrival) unless given, so that a
-    policy gains nothing by a longer drain. `planning`, `lengths` and `until` are `replay`'s. `interleave` turns the order of policies
+    policy gains nothing by a longer drain. `planning`, `lengths`, `until`, `evict` are `replay`'s. `interleave` turns the order of policies
     round with every seed; None: on real executors. Policies keep their order and are deep-copied for each run. Ctrl-C ends the
     comparison with the runs done so far.
     Raises ValueError for no policy, no seed, or two policies with one label.
@@ -46,7 +47,7 @@ def compare(
     order = run_order(labels, seeds, interleave=not simulated if interleave is None else interleave)
     of_label = dict(zip(labels, policies, strict=True))
     traces = {seed: trace(seed) if callable(trace) else trace for seed in seeds}
-    options = {"executor": executor, "jobs": jobs, "slo": slo, "planning": planning, "lengths": lengths, "until": until}
+    options = {"executor": executor, "jobs": jobs, "slo": slo, "planning": planning, "lengths": lengths, "until": until, "evict": evict}
     replays = _run_all(order, of_label, traces, measure, options, progress)
     first = traces[seeds[0]]
     redrawn = tuple(getattr(first, "redrawn", ())) if callable(trace) else ()

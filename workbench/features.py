@@ -41,16 +41,22 @@ def causal_pairs(documents: Sequence[int], start: int, tokens: int) -> int:
 
 
 class Work:
-    """Running totals of `NAMES` for a batch that is being planned. `copy()` and `add_*` make what-ifs cheap."""
+    """Running totals of `NAMES` for a batch that is being planned. `copy()` and `add_*` make what-ifs cheap.
 
-    __slots__ = ("adapters", "values")
+    `read_s`: declared seconds of reading adapters from disk, which no engine measures, on top of what the features cost.
+    """
+
+    __slots__ = ("adapters", "read_s", "values")
 
     def __init__(self, values: Iterable[float] | None = None, adapters: Iterable[tuple[str, int]] = ()) -> None:
         self.values: list[float] = list(values) if values is not None else [0.0] * len(NAMES)
         self.adapters: set[tuple[str, int]] = set(adapters)
+        self.read_s = 0.0
 
     def copy(self) -> "Work":
-        return Work(self.values, self.adapters)
+        other = Work(self.values, self.adapters)
+        other.read_s = self.read_s
+        return other
 
     def add_segment(self, segment: Segment) -> None:
         s, v = segment, self.values
@@ -77,9 +83,10 @@ class Work:
         v[12] += b.num_layers
         v[13] += b.is_last and b.ends_window
 
-    def add_load(self, size_bytes: int) -> None:
+    def add_load(self, size_bytes: int, read_s: float = 0.0) -> None:
         self.values[14] += 1
         self.values[15] += size_bytes
+        self.read_s += read_s
 
     def __getitem__(self, name: str) -> float:
         return self.values[INDEX[name]]
@@ -97,5 +104,5 @@ def of_batch(batch: Batch) -> Work:
     for backward in batch.backwards:
         work.add_backward(backward)
     for load in batch.loads:
-        work.add_load(load.bytes)
+        work.add_load(load.bytes, load.read_s)
     return work

@@ -17,7 +17,7 @@ import pandas as pd
 
 from workbench import data, features
 from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, require
-from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, Request, StepResult
+from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, StepResult
 from workbench.features import INDEX, NAMES, Work
 from workbench.latency_fit import (
     CLASSES,
@@ -28,8 +28,11 @@ from workbench.latency_fit import (
     fit_costs,
     held_out_mask,
     is_outside,
+    perturbed,
     step_arrays,
+    term_names,
 )
+from workbench.tiers import AdapterSpec, check_tiers, infos_of
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 MODEL_FILE, STEPS_FILE = "model.json", "steps.parquet"
@@ -56,11 +59,14 @@ class LatencyModel:
         info: ExecutorInfo,
         report: ErrorReport,
         provenance: Mapping[str, Any],
-        adapters: Mapping[str, AdapterInfo] | Iterable[str] | None = None,
+        adapters: Mapping[str, AdapterInfo | AdapterSpec] | Iterable[str] | None = None,
         vocab_size: int | None = None,
         tokenizer: Callable[..., Any] | None = None,
+        noise: float = 0.0,
+        seen: CostModel | None = None,
     ) -> None:
         self.costs, self.report, self.provenance = costs, report, dict(provenance)
+        self._extra_noise, self._seen = noise, seen
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or (len(tokenizer) if isinstance(tokenizer, Sized) else ANY_VOCABULARY)
         self._info = replace(info, simulated=True)
@@ -146,12 +152,12 @@ class LatencyModel:
             adapters=adapters,
             vocab_size=record["vocab_size"],
             tokenizer=tokenizer,
+            noise=record.get("noise", 0.0),
+            seen=None if record.get("seen_costs") is None else CostModel(tuple(record["seen_costs"])),
         )
 
     def save(self, folder: str | Path) -> Path:
         """Write `model.json` (costs, limits, error, provenance) and `steps.parquet` (the measured steps) into `folder`."""
-        from workbench.latency_fit import term_names
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         info = asdict(self._info) | {"can": sorted(self._info.can), "eos_token_ids": sorted(self._info.eos_token_ids)}
@@ -163,6 +169,8 @@ class LatencyModel:
             "adapters": None if self._open else {name: asdict(v) for name, v in self._declared.items()},
             "vocab_size": self.vocab_size,
             "provenance": self.provenance,
+            "noise": self._extra_noise,
+            "seen_costs": None if self._seen is None else self._seen.costs,
         }
         (folder / MODEL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self._steps.to_parquet(folder / STEPS_FILE, compression="zstd")
@@ -170,34 +178,85 @@ class LatencyModel:
 
     def with_limits(self, **changes: Any) -> "LatencyModel":
         """The same costs under other limits, e.g. `with_limits(max_requests=64, num_blocks=4096)`: fields of `ExecutorInfo`."""
-        return LatencyModel(
-            self.costs,
-            self._steps,
-            info=replace(self._info, **changes),
-            report=self.report,
-            provenance=self.provenance,
-            adapters=None if self._open else self._declared,
-            vocab_size=self.vocab_size,
-            tokenizer=self.tokenizer,
-        )
+        return self._changed(dict(zip(term_names(), self.costs.costs, strict=True)), info=replace(self._info, **changes))
 
-    def perturb(self, bias: float) -> "LatencyModel":
-        """The same device, every step longer by the share `bias` (0.03: 3 %; negative: shorter), residuals as they were.
+    def with_adapters(
+        self,
+        adapters: Mapping[str, AdapterSpec | AdapterInfo],
+        *,
+        host_bytes: int | None = None,
+        read_s: float = 0.0,
+        read_s_per_byte: float = 0.0,
+        load_s: float | None = None,
+        load_s_per_byte: float | None = None,
+    ) -> "LatencyModel":
+        """The same device serving these adapters, which need no files: `{"adapter-0": AdapterSpec(8, 42_000_000, "disk"), ...}`.
 
-        For the sensitivity of a conclusion to the model's own error: rerun it at plus and minus `report.bias`.
+        `host_bytes` bounds those in host memory (None: all fit); the others are read from disk in `read_s` + bytes * `read_s_per_byte`,
+        declared or from `tiers.fit_reads`. A load from host memory costs what the fit says, or what `load_s` and `load_s_per_byte`
+        declare. Raises ValueError where the adapters do not fit their tiers, or a read would take no time.
+        """
+        found = infos_of(adapters)
+        info = replace(self._info, host_bytes=host_bytes, read_s=read_s, read_s_per_byte=read_s_per_byte)
+        for name, value in {"host_bytes": host_bytes, "read_s": read_s, "read_s_per_byte": read_s_per_byte}.items():
+            require(value is None or value >= 0, f"{name} must be at least 0", value)
+        check_tiers(found, info)
+        costs = dict(zip(term_names(), self.costs.costs, strict=True))
+        costs |= {name: c for name, c in (("loads", load_s), ("load_bytes", load_s_per_byte)) if c is not None}
+        return self._changed(costs, info=info, adapters=found)
+
+    def perturb(
+        self,
+        bias: float = 0.0,
+        *,
+        scale: Mapping[str, float] | None = None,
+        shift_s: Mapping[str, float] | None = None,
+        noise: float = 0.0,
+        hidden: bool = False,
+    ) -> "LatencyModel":
+        """Another device, for the sensitivity of a conclusion to the model's error: rerun it at plus and minus `report.bias`.
+
+        Every step is longer by the share `bias` (0.03: 3 %; negative: shorter), residuals as they were. `scale` multiplies the cost of
+        single terms (`latency_fit.term_names()`: {"backward_token_layers": 1.2}), `shift_s` adds seconds to every step that holds a kind
+        of work ("step" for any, "finetune", "evaluate", "prefill", "decode", "backward"), `noise` adds independent relative noise of that
+        standard deviation to each step. `hidden`: policies go on predicting with the model as it was, so that they err by what was changed.
+        An axis of a sweep: `axes={"executor": {"as fitted": model, "+3 %": model.perturb(0.03)}}`. Raises ValueError for an unknown term
+        or kind, and for a change that would make a cost negative.
         """
         require(bias > -1, "bias must be above -1", bias)
-        factor = 1.0 + bias
-        return LatencyModel(
-            CostModel(tuple(factor * c for c in self.costs.costs)),
-            self._steps.assign(duration_s=factor * self._steps["duration_s"]),
-            info=replace(self._info, name=f"{self._info.name} {bias:+.1%}"),
-            report=self.report,
-            provenance=self.provenance | {"bias": bias},
-            adapters=None if self._open else self._declared,
-            vocab_size=self.vocab_size,
-            tokenizer=self.tokenizer,
+        require(noise >= 0, "noise must be at least 0", noise)
+        changes = {"bias": bias, "scale": dict(scale or {}), "shift_s": dict(shift_s or {}), "noise": noise, "hidden": hidden}
+        changes = {name: value for name, value in changes.items() if value}
+        costs = perturbed(dict(zip(term_names(), self.costs.costs, strict=True)), bias, scale or {}, shift_s or {})
+        seen = dict(zip(term_names(), (self._seen or self.costs).costs, strict=True))
+        if not hidden:  # on top of what was hidden before
+            seen = perturbed(seen, bias, scale or {}, shift_s or {})
+        label = f" {bias:+.1%}" if bias else ""
+        label += "".join(f" {name}={value}" for name, value in changes.items() if name != "bias")
+        return self._changed(
+            costs,
+            info=replace(self._info, name=self._info.name + label),
+            provenance=self.provenance | {"perturbed": [*self.provenance.get("perturbed", ()), changes]},
+            noise=(self._extra_noise**2 + noise**2) ** 0.5,
+            seen=CostModel(tuple(seen.values())) if hidden or self._seen is not None else None,
         )
+
+    def _changed(self, costs: Mapping[str, float], **changes: Any) -> "LatencyModel":
+        """This model with other costs by term (residuals stay as they are, relative), and other arguments."""
+        model = CostModel(tuple(costs.values()))
+        values = self._steps[list(NAMES)].to_numpy(float)
+        before, after = self.costs.predict_all(values), model.predict_all(values)
+        arguments: dict[str, Any] = {
+            "info": self._info,
+            "report": self.report,
+            "provenance": self.provenance,
+            "adapters": None if self._open else self._declared,
+            "vocab_size": self.vocab_size,
+            "tokenizer": self.tokenizer,
+            "noise": self._extra_noise,
+            "seen": self._seen,
+        }
+        return LatencyModel(model, self._steps.assign(duration_s=self._steps["duration_s"] * after / before), **(arguments | changes))
 
     def __repr__(self) -> str:
         return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}"
@@ -209,17 +268,19 @@ class LatencyModel:
         steps = self._steps[[*NAMES, "duration_s"]].to_numpy(float)
         tokenizer = None if self.tokenizer is None else (type(self.tokenizer).__name__, str(getattr(self.tokenizer, "name_or_path", "")))
         adapters = None if self._open else self._declared
-        return content_key(self.costs.costs, steps, self._info, adapters, self._bytes, self.vocab_size, tokenizer)
+        seen = None if self._seen is None else self._seen.costs
+        return content_key(self.costs.costs, steps, self._info, adapters, self._bytes, self.vocab_size, tokenizer, self._extra_noise, seen)
 
     # Predicting
 
     @property
-    def predictor(self) -> "LatencyModel":
-        return self
+    def predictor(self) -> Predictor:
+        """What policies predict with: this model, but for a hidden perturbation."""
+        return self if self._seen is None else _Seen(self._seen)
 
     def predict(self, work: Work) -> float:
-        """Mean duration in seconds of a step that does `work`."""
-        return self.costs.predict(work)
+        """Mean duration in seconds of a step that does `work`, reading adapters from disk included."""
+        return self.costs.predict(work) + work.read_s
 
     @property
     def steps(self) -> pd.DataFrame:
@@ -251,7 +312,7 @@ class LatencyModel:
         self._adapters = dict(self._declared)
         self._jobs = {job.id: (job, self._prepare(job)) for job in jobs}
         require(len(self._jobs) == len(jobs), "every job needs an id of its own", [job.id for job in jobs], "Give job_id=.")
-        self._draw = self._noise.stream(seed)
+        self._draw = self._noise.stream(seed, self._extra_noise)
         return {job_id: prepared for job_id, (_, prepared) in self._jobs.items()}
 
     def _prepare(self, job: FinetuneJob) -> data.PreparedJob:
@@ -347,6 +408,17 @@ class LatencyModel:
         self._jobs = {}
 
 
+class _Seen:
+    """Predicts with the costs that policies are to believe."""
+
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
+
+    def predict(self, work: Work) -> float:
+        """Mean duration in seconds of a step that does `work`."""
+        return self.costs.predict(work) + work.read_s
+
+
 class _Residuals:
     """Relative residuals in the order of recording, standardised by class of step, drawn in blocks."""
 
@@ -357,16 +429,20 @@ class _Residuals:
         self._standard: list[float] = (centred / np.maximum(scale[kinds], 1e-12)).tolist()
         self._scale: list[float] = scale.tolist()
 
-    def stream(self, seed: int) -> Callable[[int], float]:
-        """A function: class of the next step -> its relative residual, above -0.9. Equal seeds give equal streams."""
+    def stream(self, seed: int, noise: float = 0.0) -> Callable[[int], float]:
+        """A function: class of the next step -> its relative residual, above -0.9. Equal seeds give equal streams.
+
+        `noise` is the standard deviation of independent noise on top.
+        """
         rng, standard, scale = random.Random(f"residuals:{seed}"), self._standard, self._scale
+        extra = random.Random(f"noise:{seed}")
         position, left = 0, 0
 
         def draw(kind: int) -> float:
             nonlocal position, left
             if left == 0:
                 position, left = rng.randrange(len(standard)), RESIDUAL_BLOCK
-            value = standard[position] * scale[kind]
+            value = standard[position] * scale[kind] + (extra.gauss(0.0, noise) if noise else 0.0)
             position, left = (position + 1) % len(standard), left - 1
             return max(value, -0.9)
 
@@ -380,9 +456,9 @@ def _class_of(work: Work) -> int:
     return 1 if v[2] else 2
 
 
-def _infos(adapters: Mapping[str, AdapterInfo] | Iterable[str], size_bytes: int) -> dict[str, AdapterInfo]:
+def _infos(adapters: Mapping[str, AdapterInfo | AdapterSpec] | Iterable[str], size_bytes: int) -> dict[str, AdapterInfo]:
     if isinstance(adapters, Mapping):
-        return dict(adapters)
+        return infos_of(adapters)
     return {name: AdapterInfo(name=name, version=1, rank=DEFAULT_RANK, bytes=size_bytes) for name in adapters}
 
 

@@ -8,7 +8,7 @@ that the cost of a token may rise once a matrix product leaves the memory-bound 
 non-negative least squares on *relative* errors, so that a 10 ms decode step matters as much as a 300 ms training step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench.config import did_you_mean, require
 from workbench.features import INDEX, NAMES, Work
 
 FORWARD_KNEES = (32, 64, 128, 256, 512, 1024)
@@ -105,6 +106,26 @@ class CostModel:
         """The costs that are not zero, in microseconds per unit of their term."""
         costs = pd.Series(self.costs, index=list(term_names()), name="cost_us") * 1e6
         return costs[costs > 0]
+
+
+def perturbed(costs: Mapping[str, float], bias: float, scale: Mapping[str, float], shift_s: Mapping[str, float]) -> dict[str, float]:
+    """The costs with single terms times `scale`, seconds added to every step with a kind of work, and all of it times 1 + `bias`.
+
+    Raises ValueError for a term or kind that is not there, and where a cost would be negative.
+    """
+    kinds = {"step": "step"} | {name.split("_")[0]: f"has {name}" for name in PRESENT}
+    out = dict(costs)
+    for name, factor in scale.items():
+        if name not in out:
+            raise ValueError(f"scale must name terms of the model, got {name!r}. {did_you_mean(name, list(out))}")
+        require(factor >= 0, f"the factor on {name!r} must be at least 0", factor)
+        out[name] *= factor
+    for kind, seconds in shift_s.items():
+        if kind not in kinds:
+            raise ValueError(f"shift_s must name kinds of work, got {kind!r}. {did_you_mean(kind, list(kinds))}")
+        out[kinds[kind]] += seconds
+        require(out[kinds[kind]] >= 0, f"{kinds[kind]!r} must cost at least 0 seconds after the shift", out[kinds[kind]])
+    return {name: (1.0 + bias) * cost for name, cost in out.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

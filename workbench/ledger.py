@@ -5,6 +5,7 @@ everything bit for bit, but for cached blocks that the step evicted and may have
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from random import Random
 from typing import Any
 
 from workbench.commit import commit_jobs, commit_requests, log_refused
@@ -26,7 +27,8 @@ from workbench.plan import Plan
 from workbench.pools import Arena, BlockPool, SlotTable, Version
 from workbench.prefix_cache import PrefixCache, prompt_keys
 from workbench.states import JobState, RequestState, check_job
-from workbench.views import JobView, RequestView, Room, StepView
+from workbench.tiers import HostMemory, Rule, bring_to_host, choose
+from workbench.views import JobView, RequestView, Room, StepView, View
 
 EventRow = tuple[float, int, str, str, str | None, float | None, str]
 """time_s, step, kind, owner, adapter, value, note: the columns of a replay's `events`."""
@@ -54,6 +56,9 @@ class Ledger:
         self.cache = PrefixCache(info.num_blocks) if info.prefix_cache else None
         self.blocks: BlockPool | PrefixCache = self.cache or BlockPool(info.num_blocks)
         self.slots = SlotTable(info.num_slots)
+        self.host = HostMemory(info)
+        self.evict: Mapping[str, Rule] = {}
+        self.view = View(self, Random(0))  # what an eviction rule is shown
         self.arena = Arena(info.activation_tokens)
         self.requests: dict[str, RequestState] = {}
         self.running: dict[str, RequestState] = {}
@@ -176,6 +181,7 @@ class Ledger:
             "slots_free": list(self.slots.free),
             "slots": {v: (s.index, s.bytes, s.refs, s.last_used, s.fresh) for v, s in self.slots.entries.items()},
             "evictable": self.slots.num_evictable,
+            "host": (dict(self.host.entries), set(self.host.gone), self.host.used),
             "arena": dict(self.arena.ranges),
             "queues": [list(q) for q in (self.requests, self.running, self.begun, self.preempted, self.fresh)],
             "requests": [(*(getattr(s, f) for f in fields), tuple(s.blocks), tuple(s.outputs)) for s in self.requests.values()],
@@ -279,6 +285,8 @@ class Ledger:
         What versions that are not current any more have computed leaves the prefix cache.
         """
         known = self.adapter_infos
+        if not self.host.is_seeded:
+            self.host.seed(self)
         if self.cache is not None:
             self.cache.forget_stale(lambda key: key[0] in known and known[key[0]].version == key[1])
         gone = [s for s in self.fresh.values() if s.adapter is not None and s.adapter not in known]
@@ -458,17 +466,22 @@ class Ledger:
         loads: list[AdapterLoad] = []
         keep = plan.versions | plan.loads.keys()
         for key, info in plan.loads.items():
+            read_s = bring_to_host(self, key, info, keep, undo)
             if not self.slots.free:
-                self._evict(self.slots.victim(keep), undo)
+                self._evict(choose(self, "gpu", key[0], self.slots.idle(keep)) if "gpu" in self.evict else self.slots.victim(keep), undo)
             slot = self.slots.load(key, info.bytes, self.step, fresh=key not in plan.versions)
             undo.append((self.slots.unload, (key,)))
-            self._at_start.append(("adapter_loaded", key[0], key[0], float(info.bytes), f"version {key[1]}"))
-            loads.append(AdapterLoad(key[0], key[1], slot.index, info.rank, info.bytes))
+            self.at_start("adapter_loaded", key, float(info.bytes))
+            loads.append(AdapterLoad(key[0], key[1], slot.index, info.rank, info.bytes, read_s))
         return tuple(loads)
 
     def _evict(self, key: Version, undo: list[Any]) -> None:
         undo.append((self.slots.restore, (key, self.slots.unload(key))))
-        self._at_start.append(("adapter_evicted", key[0], key[0], None, f"version {key[1]}"))
+        self.at_start("adapter_evicted", key, None)
+
+    def at_start(self, kind: str, version: Version, value: float | None) -> None:
+        """What happens to an adapter at the start of the step that is being applied."""
+        self._at_start.append((kind, version[0], version[0], value, f"version {version[1]}"))
 
     def _prefill_segment(self, s: RequestState, n: int, info: AdapterInfo | None, undo: list[Any]) -> Segment:
         if not s.capacity:

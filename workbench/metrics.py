@@ -96,7 +96,8 @@ def request_frame(requests: Iterable[Request] | pd.DataFrame, events: pd.DataFra
     e2e_s = last token - arrival, nan unless finished; itl_p99_s and itl_max_s over the request's own gaps; itl_slo_s is the
     quantile that its SLO bounds: the smallest gap that at least that share of its gaps does not exceed.
     `met_*` is true only for finished requests, and then when the value is within the target, or there is no target, or the value is
-    undefined (one token). `met`: all four. `met_pace`: token i came by first + i * tpot_s (itl_s where tpot_s is None); not part of `met`.
+    undefined (one token). `met`: all four. `tardiness_s` = max(0, last token - its own `deadline_s`), nan unless finished.
+    `priority` and `deadline_s` are the trace's. `met_pace`: token i came by first + i * tpot_s (itl_s without tpot_s); no part of `met`.
     """
     frame = _identity(requests)
     code = pd.Index(frame.index).get_indexer(pd.Index(events["owner"].to_numpy(object)))
@@ -111,6 +112,7 @@ def request_frame(requests: Iterable[Request] | pd.DataFrame, events: pd.DataFra
         return np.bincount(code[(kind == name) & (code >= 0)], minlength=len(frame))
 
     frame["arrival_s"] = first("arrived")
+    deadline = frame.pop("deadline_s")
     mask = (kind == "token") & (code >= 0)
     seen = _Tokens.of(code[mask], time[mask], events["value"].to_numpy(float)[mask], len(frame))
     frame["output_tokens"] = seen.count
@@ -129,6 +131,8 @@ def request_frame(requests: Iterable[Request] | pd.DataFrame, events: pd.DataFra
     targets = _targets(frame["slo_class"], slo)
     frame["itl_slo_s"] = seen.gap_quantile(targets["itl_quantile"])
     _judge(frame, targets, seen, finished)
+    frame["deadline_s"] = deadline
+    frame["tardiness_s"] = np.where(finished, np.maximum(0.0, seen.last - deadline.to_numpy(float)), np.nan)
     return frame[np.isfinite(frame["arrival_s"].to_numpy())]
 
 
@@ -142,15 +146,19 @@ def _cached_tokens(events: pd.DataFrame, code: np.ndarray, scheduled: np.ndarray
 
 
 def _identity(requests: Iterable[Request] | pd.DataFrame) -> pd.DataFrame:
-    """request_id (index), adapter, tenant, slo_class, prompt_tokens of every request."""
-    names = ("adapter", "tenant", "slo_class", "prompt_tokens")
+    """request_id (index), adapter, tenant, slo_class, priority, prompt_tokens, deadline_s of every request."""
+    names = {"adapter": object, "tenant": object, "slo_class": object, "priority": int, "prompt_tokens": float, "deadline_s": float}
+    absent = {object: "", int: 0, float: np.nan}
     if isinstance(requests, pd.DataFrame):
         frame = requests.set_index("request_id") if "request_id" in requests.columns else requests
-        columns = {n: frame[n].to_numpy() if n in frame.columns else np.full(len(frame), "", object) for n in names}
+        columns: dict[str, np.ndarray] = {
+            n: frame[n].to_numpy() if n in frame.columns else np.full(len(frame), absent[kind], kind) for n, kind in names.items()
+        }
+        columns["deadline_s"] = pd.to_numeric(pd.Series(columns["deadline_s"]), errors="coerce").to_numpy(float)
         index = frame.index.to_numpy(object)
     else:
         rows = list(requests)
-        columns = {n: np.array([getattr(r, n) for r in rows], object if n != "prompt_tokens" else float) for n in names}
+        columns = {n: np.array([getattr(r, n) for r in rows], kind) for n, kind in names.items()}
         index = np.array([r.request_id for r in rows], object)
     columns["adapter"] = np.array([a if isinstance(a, str) and a else None for a in columns["adapter"]], object)
     columns["slo_class"] = np.array([c if isinstance(c, str) else "" for c in columns["slo_class"]], object)
@@ -325,10 +333,11 @@ def summary(replay: Any, slo: SLOs = None, measure: tuple[float, float] | None =
     row |= _rates(inside, span)
     row["prefix_hit_share"] = prefix_hit_share(requests)
     row |= _fairness(requests)
+    row |= _job_numbers(replay, start, end)
     outcomes = requests["outcome"].value_counts()
     row |= {name: int(outcomes.get(name, 0)) for name in ("finished", "rejected", "aborted", "unfinished")}
     row["preemptions"] = int((inside["kind"] == "preempted").sum())
-    row["adapter_loads"] = int((inside["kind"] == "adapter_loaded").sum())
+    row |= adapter_traffic(inside)
     row["optimizer_steps"] = int((inside["kind"] == "optimizer_step").sum())
     row |= _machine(steps, getattr(replay.executor, "num_blocks", None), start, end)
     row |= saturation(events, start, end)
@@ -385,6 +394,28 @@ def _rates(inside: pd.DataFrame, span_s: float) -> dict[str, float]:
     return {f"{name}_tokens_per_s": value / span_s if span_s > 0 else np.nan for name, value in tokens.items()}
 
 
+def adapter_traffic(inside: pd.DataFrame) -> dict[str, Any]:
+    """Counts and bytes of adapters that were loaded to the device and read from disk, evictions, and hit shares, of some event rows.
+
+    A hit is a request that found its adapter on the device when it was first scheduled: the step that scheduled it did not load it.
+    `adapter_host_hit_share`: the share of loads that found the adapter in host memory. nan without requests for adapters, or loads.
+    """
+    kind, value = inside["kind"].to_numpy(), inside["value"].to_numpy(float)
+    loaded, read = kind == "adapter_loaded", kind == "adapter_read"
+    scheduled = (kind == "scheduled") & inside["adapter"].notna().to_numpy()
+    places = pd.MultiIndex.from_arrays([inside["step"].to_numpy(), inside["adapter"].to_numpy(object)])
+    missed = places[scheduled].isin(places[loaded]) if loaded.any() else np.zeros(int(scheduled.sum()), bool)
+    return {
+        "adapter_loads": int(loaded.sum()),
+        "adapter_load_bytes": float(value[loaded].sum()),
+        "adapter_reads": int(read.sum()),
+        "adapter_read_bytes": float(value[read].sum()),
+        "adapter_evictions": int((kind == "adapter_evicted").sum()),
+        "adapter_hit_share": float(1 - missed.mean()) if len(missed) else np.nan,
+        "adapter_host_hit_share": float(1 - read.sum() / loaded.sum()) if loaded.any() else np.nan,
+    }
+
+
 def prefix_hit_share(requests: pd.DataFrame) -> float:
     """cached_tokens / prompt_tokens, summed over the requests that were admitted (scheduled at least once); nan where none was, or their
     prompts are not known.
@@ -403,12 +434,42 @@ def _fairness(requests: pd.DataFrame) -> dict[str, float]:
     inverse slowdown up to a constant that the index does not see; it does not mistake unpopular for unfairly served.
     """
     group = requests["adapter"].fillna("").astype(object).to_numpy() if len(requests) else np.zeros(0, object)
-    units = PROMPT_WEIGHT * requests["prompt_tokens"].to_numpy(float) + OUTPUT_WEIGHT * requests["output_tokens"].to_numpy(float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        progress = np.nan_to_num(units / requests["e2e_s"].to_numpy(float), nan=0.0, posinf=0.0)
-    frame = pd.DataFrame({"group": group, "progress": progress, "tokens": requests["output_tokens"].to_numpy(float)})
+    frame = pd.DataFrame({"group": group, "progress": progress(requests), "tokens": requests["output_tokens"].to_numpy(float)})
     by = frame.groupby("group")
     return {"jain_slowdown": jain(by["progress"].mean().to_numpy()), "jain_throughput": jain(by["tokens"].sum().to_numpy())}
+
+
+def progress(requests: pd.DataFrame) -> np.ndarray:
+    """Service units (prompt + 2 x output tokens) per second of e2e_s of each request, 0 if not finished: inverse slowdown to a constant."""
+    units = PROMPT_WEIGHT * requests["prompt_tokens"].to_numpy(float) + OUTPUT_WEIGHT * requests["output_tokens"].to_numpy(float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(units / requests["e2e_s"].to_numpy(float), nan=0.0, posinf=0.0)
+
+
+def _job_numbers(replay: Any, start: float, end: float) -> dict[str, Any]:
+    """Fine-tune jobs: how many finished, how many with a deadline met it, and Jain's index of what each got.
+
+    What a job got: committed tokens within the window, per second of its presence there and per weight. nan without jobs, or deadlines.
+    """
+    jobs, frame = getattr(replay, "finetune_jobs", ()), replay.jobs if len(getattr(replay, "finetune_jobs", ())) else None
+    row: dict[str, Any] = {"jobs_finished": 0, "job_deadline_share": np.nan, "jain_jobs": np.nan}
+    if frame is None:
+        return row
+    committed = _of_kind(replay.events, "committed")
+    tokens = committed[committed["time_s"].between(start, end)].groupby("owner")["value"].sum()
+    shares, met = [], []
+    for job in jobs:
+        seen = frame.loc[job.id]
+        ended = seen["ended_s"] if np.isfinite(seen["ended_s"]) else end
+        presence = min(ended, end) - max(seen["arrival_s"], start)
+        if presence > 0:
+            shares.append(float(tokens.get(job.id, 0.0)) / presence / job.weight)
+        if job.deadline_s is not None:
+            met.append(bool(seen["outcome"] == "finished" and ended <= job.deadline_s))
+    row["jobs_finished"] = int((frame["outcome"] == "finished").sum())
+    row["job_deadline_share"] = float(np.mean(met)) if met else np.nan
+    row["jain_jobs"] = jain(shares)
+    return row
 
 
 def _machine(steps: pd.DataFrame, num_blocks: int | None, start: float, end: float) -> dict[str, Any]:

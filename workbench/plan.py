@@ -158,7 +158,7 @@ class Plan(Accounts):
                 work.adapters.add(key)
                 v[9] = len(work.adapters)
                 if loads:
-                    work.add_load(adapter.bytes)
+                    work.add_load(adapter.bytes, self._ledger.host.read_s(key, adapter))
 
         n = self._largest(most, add, within_s, whole=is_whole)
         if n == 0:
@@ -344,7 +344,7 @@ class Plan(Accounts):
             self.why = "slots"
             return False
         self._load(key, info)
-        self.work.add_load(info.bytes)
+        self.work.add_load(info.bytes, self._ledger.host.read_s(key, info))
         self._predicted_s = None
         return True
 

@@ -5,7 +5,7 @@ It may declare `needs = frozenset({"oracle"})`. It is copied for each replay.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from workbench.plan import Plan
 from workbench.plan_accounts import PlanError, Why
@@ -43,7 +43,7 @@ class Router(Protocol):
     def moves(self, fleet: Sequence[View]) -> Iterable[tuple[Literal["adapter", "job", "request"], str, int]]: ...
 
 
-def policy_label(policy: Policy) -> str:
+def policy_label(policy: Callable[..., Any]) -> str:
     """What names a policy in tables and legends: its repr, or a function's name."""
     name = getattr(policy, "__name__", None)
     return name if isinstance(name, str) else repr(policy)

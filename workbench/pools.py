@@ -148,8 +148,11 @@ class SlotTable:
 
     def victim(self, keep: Container[Version]) -> Version:
         """The least recently used version that nobody holds and `keep` does not name."""
-        idle = [(slot.last_used, slot.index, v) for v, slot in self.entries.items() if slot.refs == 0 and not slot.fresh and v not in keep]
-        return min(idle)[2]
+        return min(self.idle(keep), key=lambda v: (self.entries[v].last_used, self.entries[v].index))
+
+    def idle(self, keep: Container[Version]) -> list[Version]:
+        """The versions that nobody holds, that were used since they came, and that `keep` does not name."""
+        return [v for v, slot in self.entries.items() if slot.refs == 0 and not slot.fresh and v not in keep]
 
 
 class Arena:

@@ -9,7 +9,7 @@ from workbench.replay_result import Replay
 
 
 class Recorded:
-    """Plays a Replay again: the same trace, jobs, seed and policy give the same event frames, whatever executor ran then.
+    """Plays a Replay again: the same trace, jobs, seed, policy and eviction rules give the same event frames, whatever executor ran then.
 
     Step k must do the recorded work, else RuntimeError names the first difference. Planning takes the recorded time, unless the new
     replay fixes it. `predictor` is needed for policies that predict, when the replay was loaded from a folder.

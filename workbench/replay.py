@@ -20,7 +20,7 @@ from workbench.expected import length_predictor
 from workbench.features import Work, of_batch
 from workbench.ledger import Ledger
 from workbench.plan import Plan
-from workbench.policy import Policy, policy_label
+from workbench.policy import Evict, Policy, policy_label
 from workbench.progress import progress_bar
 from workbench.redo import is_same_work, redo
 from workbench.replay_checks import check_options, check_result, check_slo, checked_requests, warn_of_refusals, warn_of_ties
@@ -37,6 +37,7 @@ from workbench.replay_result import (
 from workbench.states import RequestState
 from workbench.step_parts import step_parts
 from workbench.tape import Tape
+from workbench.tiers import eviction_rules
 from workbench.views import Oracle, View
 
 __all__ = ["Replay", "ReplayError", "load_replay", "replay"]
@@ -68,19 +69,22 @@ def replay(
     progress: bool | None = None,
     overlap: bool = False,
     until: Literal["requests", "jobs"] | float | None = None,
+    evict: Evict | Mapping[str, Evict] | None = None,
 ) -> Replay:
     """Serve `trace` (a Trace, or a sequence of Request) beside `jobs` on `executor` under `policy`.
 
     `planning` is what a decision costs: the measured time of the policy (on `Recorded`: the one measured then), "recorded" to insist
-    on that, or fixed seconds. `lengths` gives `RequestView.expected_output`. `overlap=True` plans each step from the view before the
-    previous one, while that runs; only what planning takes longer than the step then counts. `until`: "requests" ends once every
-    request has ended (the default; jobs stop there), "jobs" once all jobs have ended too (the default without requests), a number at
-    that second. Within `measure=(start_s, end_s)` tokens and requests count for `summary()`; None is the whole replay.
+    on that, or fixed seconds. `lengths` gives `RequestView.expected_output` (a name, or a predictor: `workbench.lengths`).
+    `overlap=True` plans each step from the view before the previous one, while that runs; only what planning takes longer than the step
+    then counts. `until`: "requests" ends once every request has ended (the default; jobs stop there), "jobs" once all jobs have ended too
+    (the default without requests), a number at that second. Within `measure=(start_s, end_s)` tokens and requests count for `summary()`;
+    None is the whole replay. `evict` chooses the adapter that makes room for another in a device slot or in host memory: a rule for
+    both, or {"gpu": rule, "host": rule} (`workbench.tiers`); None: the least recently used.
     `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`.
     Raises ValueError or TypeError for bad input before anything runs, ReplayError (with the partial result) when policy or executor
     fail, or when the rows of the result contradict one another (`conservation`: time, work, tokens, requests, Little's law).
     """
-    run = _Run(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until)
+    run = _Run(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until, evict)
     return run.run(progress)
 
 
@@ -107,6 +111,7 @@ class _Run:
         measure: tuple[float, float] | None,
         overlap: bool,
         until: str | float | None,
+        evict: Any,
     ) -> None:
         self.trace, self.executor, self.seed, self.slo, self.measure = trace, executor, seed, slo, measure
         self.requests = checked_requests(trace)
@@ -125,7 +130,8 @@ class _Run:
         self.label = policy_label(policy)
         self.env: simpy.Environment = simpy.rt.RealtimeEnvironment(strict=False) if self.is_wall else simpy.Environment()
         self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=slo)
-        self.lengths = length_predictor(lengths)
+        self.ledger.evict = copy.deepcopy(eviction_rules(evict))
+        self.lengths = length_predictor(lengths, seed)
         self.ledger.expected_output = self.lengths.predict
         self.open = sorted((r for r in self.requests if r.parent_id is None), key=lambda r: r.arrival_s)
         self.children: dict[str, list[Request]] = {}
@@ -257,7 +263,11 @@ class _Run:
             return
         else:
             self.resolved[request.request_id] = resolved
-            self.ledger.arrive(resolved, at)
+            try:
+                self.ledger.arrive(resolved, at)
+            except Exception as error:
+                self.failure, self.where = error, f"the prediction of {request.request_id}'s length failed"
+                return
         self._settle()
         self._wake()
 
@@ -273,7 +283,8 @@ class _Run:
         self.ledger.ended = []
         for s in ended:
             self.num_ended += 1
-            self.lengths.learn(s)
+            if s.phase == "finished":
+                self.lengths.learn(s.request, s.generated)
             self._keep_output(s)
             for child in self.children.get(s.id, ()):
                 at = float(self.env.now) + child.think_s
@@ -480,6 +491,7 @@ class _Run:
         start_s, end_s, plan_s, predicted_s = times
         step = batch.step
         done = done_work(batch, result).values if result.stopped_early else plan.work.values
+        read_s = sum([load.read_s for load in batch.loads])
         self.results.append(result)
         self.step_rows.append(
             (
@@ -497,7 +509,7 @@ class _Run:
             + counts
             + tuple(plan.work.values)
             + (plan.queue_why,)
-            + step_parts(done, result.duration_s, self.ledger.predictor, self.executor.info.num_layers)
+            + step_parts(done, result.duration_s, self.ledger.predictor, self.executor.info.num_layers, read_s)
         )
         work = self.work_rows
         for s in batch.segments:
@@ -522,6 +534,7 @@ class _Run:
             "planning": self.planning,
             "overlap": self.overlap,
             "lengths": self.lengths.name,
+            "evict": {tier: policy_label(rule) for tier, rule in self.ledger.evict.items()},
             "until": self.until,
             "loop": "closed" if self.children else "open",
             "trace": getattr(self.trace, "name", "requests"),

@@ -115,6 +115,42 @@ class Replay:
 
         return summary(self)
 
+    def by_class(self, **options: Any) -> pd.DataFrame:
+        """One row per SLO class: outcomes, attainment, latencies, deadlines, slowdown. By `tables.requests_by`, whose options it takes."""
+        from workbench.tables import requests_by
+
+        return requests_by(self, "slo_class", **options)
+
+    def by_tenant(self, **options: Any) -> pd.DataFrame:
+        """One row per tenant, as `by_class`."""
+        from workbench.tables import requests_by
+
+        return requests_by(self, "tenant", **options)
+
+    def by_priority(self, **options: Any) -> pd.DataFrame:
+        """One row per priority, as `by_class`."""
+        from workbench.tables import requests_by
+
+        return requests_by(self, "priority", **options)
+
+    def by_adapter(self, **options: Any) -> pd.DataFrame:
+        """One row per adapter, as `by_class`."""
+        from workbench.tables import requests_by
+
+        return requests_by(self, "adapter", **options)
+
+    def fairness(self, by: Literal["slo_class", "tenant", "priority", "adapter"] = "tenant", **options: Any) -> pd.Series:
+        """Jain's index over groups of requests, by slowdown and by throughput, by `tables.fairness`."""
+        from workbench.tables import fairness
+
+        return fairness(self, by, **options)
+
+    def job_table(self, *, predictor: Predictor | None = None) -> pd.DataFrame:
+        """One row per fine-tune job: completion time, tardiness, throughput, slowdown. By `tables.job_table`."""
+        from workbench.tables import job_table
+
+        return job_table(self, predictor=predictor)
+
     def attribution(self, of: Literal["ttft", "e2e"] = "ttft") -> pd.DataFrame:
         """Why each request took as long as it did: seconds by cause, by `attribution.attribution`."""
         from workbench.attribution import attribution

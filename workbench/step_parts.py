@@ -24,8 +24,14 @@ _PAIRS, _PREFILL_PAIRS, _CONTEXT = INDEX["finetune_pairs"], INDEX["prefill_pairs
 _REQUESTS, _SAMPLES = INDEX["requests"], INDEX["samples"]
 
 
-def step_parts(values: Sequence[float], duration_s: float, predictor: Predictor | None, num_layers: int) -> tuple[float, ...]:
-    """Seconds of each of `PARTS` in a step of `duration_s` whose work is `values` (by `features.NAMES`)."""
+def step_parts(
+    values: Sequence[float], duration_s: float, predictor: Predictor | None, num_layers: int, read_s: float = 0.0
+) -> tuple[float, ...]:
+    """Seconds of each of `PARTS` in a step of `duration_s` whose work is `values` (by `features.NAMES`); `read_s` of it are a load's."""
+    if read_s:
+        parts = list(step_parts(values, max(0.0, duration_s - read_s), predictor, num_layers))
+        parts[-1] += min(read_s, duration_s)
+        return tuple(parts)
     present = [k for k, index in enumerate(_PRESENT) if values[index] > 0]
     parts = [0.0] * len(PARTS)
     if len(present) == 1 and present[0] != _PREFILL:

@@ -119,6 +119,7 @@ def sweep(
     lengths: Any = "max",
     until: Any = None,
     overlap: bool = False,
+    evict: Any = None,
     cache: str | Path | None = None,
     replays: bool = False,
     n_jobs: int | None = None,
@@ -128,7 +129,7 @@ def sweep(
 
     `parameters` maps fields of policies to values; a policy that has such a field is run with each. `axes` maps names to values (or to
     labels with values). An axis named like an argument of a run (`trace`, `executor`, `jobs`, `slo`, `planning`, `lengths`, `measure`,
-    `until`, `overlap`) is that argument; any other is passed, like `seed`, to whichever of `trace`, `executor`, `jobs` and `slo` is a
+    `until`, `overlap`, `evict`) is that argument; any other is passed, like `seed`, to whichever of trace, executor, jobs and slo is a
     function with a parameter of that name: `trace=lambda seed, load, adapters: ...`, `executor=lambda max_requests: ...`.
 
     Runs go through joblib: `n_jobs=-1` uses every core of this machine (loky), and inside `joblib.parallel_config(backend="dask")` the same
@@ -138,7 +139,7 @@ def sweep(
     the runs so far.
     Raises ValueError for an axis that nothing takes, a parameter that no policy has, or equal labels.
     """
-    options = {"planning": planning, "lengths": lengths, "measure": measure, "until": until, "overlap": overlap}
+    options = {"planning": planning, "lengths": lengths, "measure": measure, "until": until, "overlap": overlap, "evict": evict}
     arguments = {"trace": trace, "executor": executor, "jobs": jobs, "slo": slo} | options
     plan = SweepPlan(variants_of(policies, parameters or {}), arguments, dict(axes or {}), tuple(seeds), keyed=cache is not None)
     store = None if cache is None else RunCache(Path(cache))

@@ -12,7 +12,7 @@ from workbench.content_key import code_version, content_key
 from workbench.experiment import run_order
 from workbench.policy import policy_label
 
-RUN_ARGUMENTS = ("trace", "executor", "jobs", "slo", "planning", "lengths", "measure", "until", "overlap")
+RUN_ARGUMENTS = ("trace", "executor", "jobs", "slo", "planning", "lengths", "measure", "until", "overlap", "evict")
 CALLED = ("trace", "executor", "jobs", "slo")
 TAKEN = ("run", "policy", "policy_name", "seed", "cached", "error")
 

@@ -108,7 +108,7 @@ class FixedCost:
         """Seconds of a step with this work; exact."""
         v = work.values
         seconds = self.step_s + v[0] * self.finetune_s + v[1] * self.evaluate_s + v[2] * self.prefill_s + v[3] * self.decode_s
-        return seconds + v[6] * self.context_s + v[10] * self.backward_s + v[INDEX["loads"]] * self.load_s
+        return seconds + v[6] * self.context_s + v[10] * self.backward_s + v[INDEX["loads"]] * self.load_s + work.read_s
 
     def begin(self, jobs: Sequence[FinetuneJob], *, seed: int) -> Mapping[str, JobShape]:
         self.num_open += 1

@@ -219,7 +219,7 @@ class JobView(_ReadOnly):
 
 
 class AdapterView:
-    """One servable adapter's current version, live. `load_s` is the predicted copy time to the device, 0 without a predictor."""
+    """One servable adapter's current version, live."""
 
     __slots__ = ("_ledger", "_name")
     _ledger: "Ledger"
@@ -249,17 +249,26 @@ class AdapterView:
     @property
     def state(self) -> Literal["gpu", "loading", "host", "disk"]:
         """Where its weights are; loads run inside a step, so that a policy never meets "loading"."""
-        return "gpu" if self._key in self._ledger.slots.entries else "host"
+        if self._key in self._ledger.slots.entries:
+            return "gpu"
+        return "host" if self._ledger.host.has(self._key, self._info) else "disk"
 
     @property
     def load_s(self) -> float:
-        predictor = self._ledger.predictor
+        """Predicted seconds to bring it to the device from host memory, or from disk if it is not there."""
+        predictor, read_s = self._ledger.predictor, self._ledger.host.read_s(self._key, self._info)
         if predictor is None:
-            return 0.0
+            return read_s
         work = Work()
         idle_s = predictor.predict(work)
         work.add_load(self._info.bytes)
-        return max(0.0, predictor.predict(work) - idle_s)
+        return max(0.0, predictor.predict(work) - idle_s) + read_s
+
+    @property
+    def read_s(self) -> float:
+        """Declared seconds to bring it from disk to host memory, wherever it is now."""
+        limits = self._ledger.info
+        return limits.read_s + self._info.bytes * limits.read_s_per_byte
 
     @property
     def ready_s(self) -> float:

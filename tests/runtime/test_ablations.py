@@ -185,14 +185,14 @@ class Cut:
 
     def __call__(self, view, plan):
         plan.stop_on_arrival()
-        for tuned in view.jobs:
-            if tuned.phase != "backward":
-                plan.train(tuned)
+        for trained in view.jobs:
+            if trained.phase != "backward":
+                plan.train(trained)
                 continue
-            some = plan.backward(tuned, self.layers)
+            some = plan.backward(trained, self.layers)
             self.taken.append((some, plan.why))
             if not some:
-                plan.backward(tuned)
+                plan.backward(trained)
 
     def __deepcopy__(self, memo):
         return self

@@ -9,6 +9,7 @@ from workbench.policies.chunked import ChunkedPrefill
 from workbench.policies.clairvoyant import Clairvoyant
 from workbench.policies.coserving import LatencyBudget, TemporalSharing, TokenCoserving
 from workbench.policies.deadline import EDF, LeastSlack, SoftAdmission
+from workbench.policies.eviction import LFU, LRU, CostAware
 from workbench.policies.fair import FairCounters
 from workbench.policies.fcfs import FCFS
 from workbench.policies.loquetier import LoquetierScalable, LoquetierStatic
@@ -50,10 +51,13 @@ __all__ = [
     "CATALOGUE",
     "EDF",
     "FCFS",
+    "LFU",
+    "LRU",
     "AdapterCycling",
     "AffinityCluster",
     "ChunkedPrefill",
     "Clairvoyant",
+    "CostAware",
     "CreditMerge",
     "Drain",
     "EarlyAbort",
