@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 # Now, not when first used: each function shares its name with its module, which would take the name once anything imports it.
 from workbench.replay import ReplayError, replay
 from workbench.search import Capacity, search
+from workbench.serve import serve
 from workbench.sweep import Sweep, sweep
 
 _NAMES = {
