@@ -45,6 +45,9 @@ _NAMES = {
     "Replay": "workbench.replay_result:Replay",
     "load_replay": "workbench.replay_result:load_replay",
     "import_replay": "workbench.imports:import_replay",
+    "replay_server": "workbench.server_replay:replay_server",
+    "ServerReplay": "workbench.server_result:ServerReplay",
+    "Server": "workbench.serve:Server",
     "Recorded": "workbench.recorded:Recorded",
     "LatencyModel": "workbench.latency:LatencyModel",
     "UpperBound": "workbench.bound:UpperBound",
@@ -74,6 +77,9 @@ if TYPE_CHECKING:
     from workbench.runtime.engine import Engine, OutOfMemory
     from workbench.runtime.peft_baseline import PeftBaseline
     from workbench.runtime.virtual import VirtualModule
+    from workbench.serve import Server
+    from workbench.server_replay import replay_server
+    from workbench.server_result import ServerReplay
     from workbench.statistics import Difference
     from workbench.trace import Trace
 

@@ -13,7 +13,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m workbench.serve", description=__doc__)
     made.add_argument("--model", required=True, help="a Hugging Face directory (config.json and safetensors)")
-    made.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="a PEFT directory, served as the model NAME; repeatable")
+    made.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", help="a PEFT directory, served as the model NAME; repeatable"
+    )
     made.add_argument("--served-model-name", help="what the base is called (default: the directory's name)")
     made.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     made.add_argument("--port", type=int, default=8000, help="port, 0 for a free one (default: %(default)s)")
