@@ -55,7 +55,7 @@ class Comparison:
 
     @classmethod
     def of(cls, replays: Mapping[str, Any]) -> "Comparison":
-        """Replays made one by one, by label, side by side: of an engine, a model, a server, ... Each a Replay, or one for each seed in order.
+        """Replays that were made one by one, side by side: of an engine, a model, a server. By label a Replay, or one for each seed.
 
         Raises ValueError for labels with different numbers of replays, or replays of different traces (a pair must have seen the same).
         """

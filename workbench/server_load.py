@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
 from workbench.config import UnknownAdapterError, did_you_mean, require
@@ -97,9 +97,9 @@ class Load:
     async def _run(self) -> None:
         import httpx
 
-        # our own timeout is the only one: httpx's would cut what is merely slow
+        # our own timeout is the only one: httpx's would cut what is merely slow; and no proxy of the environment stands in between
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(base_url=self.url, headers=self.headers, timeout=None, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=self.url, headers=self.headers, timeout=None, limits=limits, trust_env=False) as client:
             self.info = await self._describe(client)
             names = {adapter: self._model(adapter, self.info) for adapter in {r.adapter for r in self.requests}}
             self.client, self.models = client, names

@@ -176,8 +176,9 @@ def read_piece(data: str, before: int | None) -> Piece:
         inner = choice.get("delta") or {}
         text = choice.get("text") or inner.get("content") or inner.get("reasoning_content") or inner.get("reasoning") or ""
         ids = choice.get("token_ids")
-        prompt, done = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        tokens = len(ids) if ids is not None else None if None in (done, before) or not choices else max(0, done - before)
+        prompt, done = (None if usage.get(name) is None else int(usage[name]) for name in ("prompt_tokens", "completion_tokens"))
+        tokens = None if done is None or before is None or not choices else max(0, done - before)
+        tokens = tokens if ids is None else len(ids)
         return Piece(str(text), tokens, None if ids is None else tuple(map(int, ids)), choice.get("finish_reason"), prompt, done)
     except (TypeError, AttributeError, ValueError, KeyError) as error:
         raise BrokenStream(f"malformed event: {error}: {shortened(data)}") from error

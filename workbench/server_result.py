@@ -166,7 +166,8 @@ class ServerReplay(Replay):
     def loaded(cls, folder: Path, **values: Any) -> "ServerReplay":
         """What `save` wrote, from the values that `load_replay` read."""
         record = values.pop("executor")
-        replay = cls(executor=ServerInfo(**(record | {"models": tuple(record["models"])})), **values)
+        info: Any = ServerInfo(**(record | {"models": tuple(record["models"])}))
+        replay = cls(executor=info, **values)
         replay.texts = json.loads((folder / TEXTS_FILE).read_text(encoding="utf-8"))
         return replay
 
