@@ -6,13 +6,14 @@ import signal
 import subprocess
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 import workbench as wb
 from workbench.config import RandomTokens
@@ -40,14 +41,31 @@ def save_tokenizer(folder: Path, words: int) -> None:
     fast.save_pretrained(folder)
 
 
+CONFIG = wb.EngineConfig(max_model_len=192, num_blocks=64, num_slots=4, max_jobs=3, activation_tokens=512, warm_up=False)
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    from tests.runtime.references import VOCAB, make_adapter, make_base
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer: its directory."""
+    from workbench.runtime.weights import random_base
 
     folder = tmp_path_factory.mktemp("served")
-    base = make_base(folder / "tiny", "llama")
-    save_tokenizer(base, VOCAB)
-    return {"base": base, "a": make_adapter(folder / "a", base, rank=4, seed=1), "b": make_adapter(folder / "b", base, rank=9, seed=2)}
+    base = random_base("tiny-llama", seed=3)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(8)
+    base.save_pretrained(folder / "tiny")
+    save_tokenizer(folder / "tiny", base.config.vocab_size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    """An engine over it, whose two adapters lie beside it."""
+    made = wb.Engine.from_pretrained(folder / "tiny", device="cpu", config=CONFIG)
+    for name in made.add_random_adapters([4, 9], std=0.2):
+        made.save_adapter(name, folder / name)
+    return made
 
 
 # What `python -m workbench.serve` does, in a process that has imported torch already.
@@ -62,10 +80,10 @@ runpy.run_module("workbench.serve", run_name="__main__", alter_sys=True)
 class Process:
     """A server in a process of its own: `url`, `record` (where it will write its replay), `stop()`."""
 
-    def __init__(self, with_torch, folders, folder: Path) -> None:
+    def __init__(self, with_torch, folder: Path) -> None:
         self.record, log = folder / "replay", folder / "log"
-        options = ["--model", folders["base"], "--port", 0, "--device", "cpu", "--record", self.record, "--max-model-len", 192]
-        options += ["--adapter", f"a={folders['a']}", "--adapter", f"b={folders['b']}", log]
+        options = ["--model", folder / "tiny", "--port", 0, "--device", "cpu", "--record", self.record, "--max-model-len", 192]
+        options += ["--adapter", f"adapter-0={folder / 'adapter-0'}", "--adapter", f"adapter-1={folder / 'adapter-1'}", log]
         self.ends: list[subprocess.CompletedProcess[str]] = []
         call = lambda: self.ends.append(with_torch.run(SERVE, *options, path=(ROOT,), cwd=ROOT))
         self.thread = threading.Thread(target=call)
@@ -74,7 +92,7 @@ class Process:
             assert not self.ends, self.ends
             time.sleep(0.05)
         pid, line = said.splitlines()[:2]
-        assert "serves tiny, a, b at http://127.0.0.1:" in line
+        assert "serves tiny, adapter-0, adapter-1 at http://127.0.0.1:" in line
         self.pid, self.url = int(pid), line.split()[-1]
 
     def stop(self) -> subprocess.CompletedProcess[str]:
@@ -85,17 +103,10 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def process(folders, with_torch, tmp_path_factory):
-    running = Process(with_torch, folders, tmp_path_factory.mktemp("record"))
+def process(folder, engine, with_torch):
+    running = Process(with_torch, folder)
     yield running
     running.stop()
-
-
-@pytest.fixture(scope="module")
-def engine(folders):
-    from tests.runtime.references import SMALL
-
-    return wb.Engine.from_pretrained(folders["base"], {"a": folders["a"], "b": folders["b"]}, device="cpu", config=SMALL)
 
 
 def post(url: str, path: str = "/v1/completions", **body: Any) -> httpx.Response:
@@ -109,8 +120,8 @@ def events_of(answer: httpx.Response) -> list[Any]:
 
 
 def test_a_completion_is_the_engines_own_text_streamed_or_not(process, engine):
-    prompt, options = "w5 w6 w70 w8", {"model": "a", "max_tokens": 8, "temperature": 0}
-    own = engine.generate([prompt], "a", 8)[0]
+    prompt, options = "w5 w6 w70 w8", {"model": "adapter-0", "max_tokens": 8, "temperature": 0}
+    own = engine.generate([prompt], "adapter-0", 8)[0]
     whole = post(process.url, prompt=prompt, return_token_ids=True, **options).json()
     assert whole["choices"][0] == {
         "index": 0, "logprobs": None, "finish_reason": own.finish_reason, "text": own.text, "token_ids": list(own.token_ids)
@@ -136,13 +147,15 @@ def test_a_chat_goes_through_the_models_template(process, engine):
 
 def test_a_trace_through_the_process_gives_the_engines_own_greedy_tokens_and_both_sides_tell_one_story(process, engine):
     trace = wb.traces.poisson(rate=30, duration_s=0.5, seed=1).with_lengths("w3-5rps", seed=1, clip=(40, 8))
-    trace = trace.assign_adapters(["a", "b"], popularity=wb.uniform(), seed=0)
+    trace = trace.assign_adapters(2, popularity=wb.uniform(), seed=0)
     options = {"vocab_size": engine.fused.dims.vocab_size, "slo": SLO, "max_lag_s": 1e9, "progress": False}
     result = wb.replay_server(trace, url=process.url, **options)
     assert result.requests["outcome"].eq("finished").all() and len(result.requests) == len(trace) > 8
     with engine.uncalibrated():
         own = wb.replay(trace, executor=engine, policy=FCFS(), slo=SLO, progress=False)
+        plain = wb.replay([replace(r, adapter=None) for r in trace.requests], executor=engine, policy=FCFS(), progress=False)
     assert result.outputs == own.outputs, "the same tokens, whatever the batches were"
+    assert all(plain.outputs[name] != tokens for name, tokens in own.outputs.items()), "the adapters say something else than the base"
     both = wb.Comparison.of({"virtual clock": own, "server": result})
     assert both.table()["requests"].tolist() == [len(trace)] * 2 and "serving tiny" in both.caption
     ended = process.stop()
