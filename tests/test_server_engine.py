@@ -208,6 +208,10 @@ def test_what_is_not_understood_is_refused_and_named():
         accepted = post(server.url, **(good | {"n": 1, "ignore_eos": True, "return_token_ids": True, "user": "me"}))
         assert accepted.json()["choices"][0]["token_ids"] == [10, 11, 12, 13]
         assert httpx.get(server.url + "/health").status_code == 200
+    busy = stand_in()
+    busy.begin = lambda jobs, seed: (_ for _ in ()).throw(RuntimeError("begin needs an idle engine"))
+    with pytest.raises(RuntimeError, match="begin needs an idle engine"):
+        wb.serve(busy, policy=FCFS())
     with pytest.raises(ValueError, match="the base must not have the name of an adapter, got 'a'"):
         wb.serve(stand_in(), policy=FCFS(), name="a")
 

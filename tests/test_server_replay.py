@@ -18,6 +18,7 @@ from workbench.core import Request, Sampling
 from workbench.policies import FCFS
 from workbench.server_protocol import EventDecoder
 from workbench.testing import FixedCost
+from workbench.verify import verify
 
 SLO = wb.SLO(ttft_s=5.0)
 NEVER = 1e9  # a busy test machine is late, and that is no claim here
@@ -71,7 +72,7 @@ def test_a_refused_connection_is_an_outcome_once_the_load_runs():
     with ScriptedServer(leaves=True) as running:
         result = sent(running, ask("good-0", 0.2), ask("good-1", 0.3))
     assert result.requests["outcome"].tolist() == ["rejected"] * 2
-    assert result.requests["reason"].str.startswith("connection refused").all() and result.summary()["attainment"] == 0
+    assert result.requests["reason"].str.startswith("no connection: ").all() and result.summary()["attainment"] == 0
 
 
 @pytest.mark.parametrize("name", ["ids", "counted", "total", "ending"])
@@ -202,7 +203,7 @@ def test_a_saved_replay_of_a_server_gives_the_same_numbers_and_nan_for_what_nobo
         result.attribution()
 
 
-def test_a_server_stands_beside_an_executor_and_the_caption_says_how_each_was_measured(server):
+def test_a_server_stands_beside_an_executor_and_the_caption_says_how_each_was_measured(server, tmp_path):
     requests = [ask("good-0"), ask("good-1", 0.1)]
     ours = wb.replay(requests, executor=FixedCost(), policy=FCFS(), slo=SLO, planning=0.0)
     theirs = sent(server, *requests)
@@ -210,6 +211,7 @@ def test_a_server_stands_beside_an_executor_and_the_caption_says_how_each_was_me
     assert both.table()["attainment"].tolist() == [1.0, 1.0] and both.table()["ttft_p50_s"].gt(0).all()
     assert "FCFS: simulated by FixedCost" in both.caption and "over HTTP, in wall-clock time" in both.caption
     assert both.plot() is not None
+    assert [check for check in verify(both.bundle(tmp_path / "bundle")) if check.problem] == []
     other = sent(server, ask("good-0"))
     with pytest.raises(ValueError, match="replays of one seed must be of the same trace"):
         wb.Comparison.of({"a": ours, "b": other})

@@ -81,6 +81,8 @@ class Load:
             worker.join()
         except KeyboardInterrupt:
             interrupted = True
+            while not started and worker.is_alive():
+                time.sleep(0.001)
             for loop, task in started:
                 with contextlib.suppress(RuntimeError):  # the loop has just ended
                     loop.call_soon_threadsafe(task.cancel)
@@ -232,7 +234,7 @@ class Load:
         except BrokenStream as error:
             return "aborted", str(error)
         except httpx.ConnectError as error:
-            return "rejected", f"connection refused: {error}"
+            return "rejected", f"no connection: {error}"
         except httpx.TransportError as error:
             return "aborted", f"connection cut after {len(heard.pieces)} pieces: {type(error).__name__}: {error}"
         except Exception as error:  # one request's trouble is its own: the others go on

@@ -1,7 +1,7 @@
 """`replay_server`: a trace against an OpenAI-compatible server (vLLM, SGLang, ...), streamed, on the wall clock.
 
 Open loop: a request is sent at its own time whatever the server does, and its latency counts from that time, also where the client was
-late (coordinated omission; METHOD). How late it was stands beside every result.
+late (no coordinated omission: docs/method.md). How late it was stands beside every result.
 """
 
 import hashlib
@@ -73,12 +73,11 @@ def replay_server(
     heard = sorted(load.heard.values(), key=lambda h: h.due_s)
     client = _lag_of(heard, load.pauses)
     notes = [*notes_of(heard), *_warn_of_lag(client, max_lag_s, max_connections)]
-    checksum = getattr(trace, "checksum", None) or hashlib.blake2b(repr(requests).encode(), digest_size=8).hexdigest()
     settings = {
         "clock": "wall, of the client",
         "endpoint": PATHS[endpoint],
         "lengths": lengths,
-        "loop": "closed" if any(r.parent_id is not None for r in requests) else "open",
+        "loop": "closed" if load.children else "open",
         "timeout_s": timeout_s,
         "max_connections": max_connections,
         "extra": sorted(form.extra),
@@ -88,28 +87,29 @@ def replay_server(
         "redrawn": list(getattr(trace, "redrawn", ())),
     }
     info: Any = load.info
+    provenance = Provenance(
+        commit=commit_of_code(),
+        versions=dict(versions_of_code()) | {"server": info.version or "not reported"},
+        device=info.device,
+        seed=seed,
+        policy=label or info.name,
+        trace_checksum=getattr(trace, "checksum", None) or hashlib.blake2b(repr(requests).encode(), digest_size=8).hexdigest(),
+    )
+    origin = {"executor": info, "provenance": provenance, "settings": settings}
+    return _replay(requests, load.heard, heard, origin | {"slo": slo, "measure": measure, "interrupted": interrupted})
+
+
+def _replay(requests: tuple[Request, ...], by_name: Mapping[str, Heard], heard: list[Heard], rest: Mapping[str, Any]) -> ServerReplay:
     replay = ServerReplay(
         events=rows_to_frame([row for h in heard for row in h.rows()], EVENT_COLUMNS),
         steps=rows_to_frame([], STEP_COLUMNS),
         work=rows_to_frame([], WORK_COLUMNS),
         results=(),
         outputs={h.request.request_id: tuple(h.token_ids) for h in heard if h.token_ids},
-        trace_requests=[_resolved(r, load.heard.get(r.request_id)) for r in requests],
+        trace_requests=[_resolved(r, by_name.get(r.request_id)) for r in requests],
         finetune_jobs=(),
-        executor=info,
-        provenance=Provenance(
-            commit=commit_of_code(),
-            versions=dict(versions_of_code()) | {"server": info.version or "not reported"},
-            device=info.device,
-            seed=seed,
-            policy=label or info.name,
-            trace_checksum=checksum,
-        ),
-        settings=settings,
         tape=Tape(),
-        slo=slo,
-        measure=measure,
-        interrupted=interrupted,
+        **rest,
     )
     replay.texts = {h.request.request_id: "".join(h.text) for h in heard if h.pieces}
     return replay

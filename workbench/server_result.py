@@ -146,7 +146,8 @@ class ServerReplay(Replay):
         start, end = row["measure_start_s"], row["measure_end_s"]
         lag = self.requests.loc[self.requests["arrival_s"].between(start, end), "send_lag_s"]
         row |= {f"send_lag_p{p}_s": metrics.quantile_interval(lag.to_numpy(float), p / 100).value for p in (50, 99)}
-        return row | {"send_lag_max_s": float(lag.max()), "client_pause_p99_s": self.settings["client"]["pause_p99_s"]}
+        pause_s = self.settings["client"]["pause_p99_s"]
+        return row | {"send_lag_max_s": float(lag.max()), "client_pause_p99_s": np.nan if pause_s is None else pause_s}
 
     def attribution(self, of: Any = "ttft") -> NoReturn:
         """Not for a server: its steps cannot be seen from outside. Raises ValueError."""

@@ -30,6 +30,9 @@ class Server:
         self._http.start()
         require(self._is_listening.wait(START_S), f"the socket must listen within {START_S:g} s", self.url)
         self._loop.start()
+        self._run.has_begun.wait()
+        if self._error is not None:
+            self.stop()
 
     def _serve(self) -> None:
         try:
@@ -119,7 +122,8 @@ def serve(
     requests through ledger and plan beside the fine-tune `jobs`, as in `replay(clock="wall")`. `port=0` takes a free one. `record=True`
     keeps events and steps, which `stop()` gives as a Replay: the server's own side of what its clients measured. There is no
     authentication: serve to others behind a proxy that has it.
-    Raises ValueError for a base named as one of its adapters, OSError for a port that is taken.
+    Returns once requests can come. Raises ValueError for a base named as one of its adapters, OSError for a port that is taken,
+    RuntimeError for an engine that is busy.
     """
     from importlib.metadata import PackageNotFoundError, version
 

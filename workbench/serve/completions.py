@@ -46,7 +46,7 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """What requests are read against: the base's name, its adapters' names, the tokenizer if there is one, and the context's length."""
+    """What requests are read against: the base's name, its adapters' names, and the tokenizer if there is one."""
 
     name: str
     adapters: Collection[str]

@@ -51,6 +51,7 @@ class LiveRun(_Run):
         self.deliver, self.keep = deliver, keep
         self.known_adapters = dict(executor.adapter_infos)
         self.received: list[Request] = []
+        self.has_begun = threading.Event()
         self._changed = threading.Condition()
         self._arrived: list[tuple[Request, float]] = []
         self._cancelled: list[str] = []
@@ -100,6 +101,7 @@ class LiveRun(_Run):
             reason = str(error)
             raise
         finally:
+            self.has_begun.set()
             with self._changed:
                 self._is_closed = True
                 left = list(self._open)
@@ -109,6 +111,7 @@ class LiveRun(_Run):
 
     def _poll(self, now: float) -> None:
         super()._poll(now)
+        self.has_begun.set()
         with self._changed:
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, []
