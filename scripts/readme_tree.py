@@ -23,6 +23,7 @@ FOLDERS = {
     "workbench/bench/": "the whole-engine bench: workload -> rows -> check, table, plot",
     "workbench/policies/": "the shipped policies",
     "workbench/runtime/": "models, adapters and the engine: everything that needs torch",
+    "workbench/serve/": "the engine behind OpenAI's HTTP interface",
     "workbench/widgets/": "what moves in a notebook",
     "kernels/": "one file per fused operator: equation, reference, Triton kernels, autograd, public op",
     "benchmarks/": "the bench's rows, one CSV a workload: every number with GPU, versions, commit and date",

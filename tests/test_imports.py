@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH_FREE = ("core", "config", "features", "data", "traces", "policy", "policies", "ledger", "replay", "latency", "metrics", "experiment")
-HEAVY = ("torch", "transformers", "peft", "triton", "matplotlib", "IPython", "ipywidgets")
+HEAVY = ("torch", "transformers", "peft", "triton", "matplotlib", "IPython", "ipywidgets", "httpx", "tornado", "tokenizers")
 # pandas and pyarrow are most of it; the rest is a margin for a busy machine.
 MAX_IMPORT_CPU_S = 4.0
 

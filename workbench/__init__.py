@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 # Now, not when first used: each function shares its name with its module, which would take the name once anything imports it.
 from workbench.replay import ReplayError, replay
 from workbench.search import Capacity, search
+from workbench.serve import serve
 from workbench.sweep import Sweep, sweep
 
 _NAMES = {
@@ -47,6 +48,9 @@ _NAMES = {
     "Replay": "workbench.replay_result:Replay",
     "load_replay": "workbench.replay_result:load_replay",
     "import_replay": "workbench.imports:import_replay",
+    "replay_server": "workbench.server_replay:replay_server",
+    "ServerReplay": "workbench.server_result:ServerReplay",
+    "Server": "workbench.serve:Server",
     "Recorded": "workbench.recorded:Recorded",
     "LatencyModel": "workbench.latency:LatencyModel",
     "UpperBound": "workbench.bound:UpperBound",
@@ -76,6 +80,9 @@ if TYPE_CHECKING:
     from workbench.runtime.engine import Engine, OutOfMemory
     from workbench.runtime.peft_baseline import PeftBaseline
     from workbench.runtime.virtual import VirtualModule
+    from workbench.serve import Server
+    from workbench.server_replay import replay_server
+    from workbench.server_result import ServerReplay
     from workbench.statistics import Difference
     from workbench.tiers import AdapterSpec
     from workbench.trace import Trace

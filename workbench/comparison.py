@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from workbench import metrics
-from workbench.config import did_you_mean
+from workbench.config import did_you_mean, require
 from workbench.statistics import RESAMPLES, Difference
 
 COMPARISON_FILE = "comparison.json"
@@ -52,6 +52,31 @@ class Comparison:
     redrawn: tuple[str, ...]
     notes: tuple[str, ...] = ()
     order: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, replays: Mapping[str, Any]) -> "Comparison":
+        """Replays that were made one by one, side by side: of an engine, a model, a server. By label a Replay, or one for each seed.
+
+        Raises ValueError for labels with different numbers of replays, or replays of different traces (a pair must have seen the same).
+        """
+        rows = {label: tuple(given) if isinstance(given, Sequence) else (given,) for label, given in replays.items()}
+        sizes = {label: len(row) for label, row in rows.items()}
+        require(len(set(sizes.values())) == 1 and min(sizes.values()) > 0, "every label must have as many replays as the others", sizes)
+        columns = list(zip(*rows.values(), strict=True))
+        for column in columns:
+            checksums = {
+                label: one.provenance.trace_checksum for label, one in zip(rows, column, strict=True) if hasattr(one, "provenance")
+            }
+            require(len(set(checksums.values())) <= 1, "replays of one seed must be of the same trace", checksums)
+        settings = [getattr(one, "settings", {}) for column in columns for one in column]
+        return cls(
+            labels=tuple(rows),
+            seeds=tuple(range(len(columns))),
+            replays={(label, seed): one for label, row in rows.items() for seed, one in enumerate(row)},
+            trace_name=next((s["trace"] for s in settings if "trace" in s), "trace"),
+            redrawn=tuple(dict.fromkeys(n for s in settings for n in s.get("redrawn", ()))) if len(columns) > 1 else (),
+            notes=tuple(dict.fromkeys(note for s in settings for note in s.get("notes", ()))),
+        )
 
     @property
     def executor(self) -> Any:
@@ -144,15 +169,17 @@ class Comparison:
     @property
     def caption(self) -> str:
         """What a figure of this comparison has to say: n, seeds and what they redraw, executor, device, simulated or not, window."""
-        runs, info = self.runs, self.executor
+        runs = self.runs
         low, high = int(runs["requests"].min()), int(runs["requests"].max())
         n = f"{low}" if low == high else f"{low}–{high}"
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}"
         drawn = f" (redrawn: {', '.join(self.redrawn) or 'nothing'}; bars and bands: range)" if len(self.seeds) > 1 else ""
         window = f"{runs['measure_start_s'].min():.0f}–{runs['measure_end_s'].max():.0f} s"
-        how = f"simulated by {info.name} fitted on" if info.simulated else f"measured on {info.name},"
+        firsts = {label: self.replays[label, seed].executor for label, seed in reversed(self._keys())}
+        hows = {label: _how(firsts[label]) for label in self.labels if label in firsts}
+        how = "; ".join(f"{label}: {said}" for label, said in hows.items()) if len(set(hows.values())) > 1 else _how(self.executor)
         flag = "; saturated" if runs["saturated"].any() else ""
-        text = f"{self.trace_name}: n = {n} requests a run, {seeds}{drawn}, window {window}{flag}; {how} {info.device}"
+        text = f"{self.trace_name}: n = {n} requests a run, {seeds}{drawn}, window {window}{flag}; {how}"
         return "; ".join([text, *self.notes])
 
     def plot(self) -> Any:
@@ -257,3 +284,8 @@ class Comparison:
         replays = {key: load_replay(folder / run["folder"]) for key, run in zip(order, record["runs"], strict=True)}
         values = {name: tuple(record[name]) for name in ("labels", "seeds", "redrawn", "notes")}
         return cls(replays=replays, trace_name=record["trace_name"], order=order, **values)
+
+
+def _how(info: Any) -> str:
+    """How an executor's numbers came about, for a caption."""
+    return f"simulated by {info.name} fitted on {info.device}" if info.simulated else f"measured on {info.name}, {info.device}"

@@ -169,7 +169,11 @@ def _identity(requests: Iterable[Request] | pd.DataFrame) -> pd.DataFrame:
 
 
 class _Tokens(NamedTuple):
-    """Token times per request: count, first, last [R]; gaps sorted by (request, gap) with each request's offset [R + 1]."""
+    """Token times per request: count, first, last [R]; gaps sorted by (request, gap) with each request's offset [R + 1].
+
+    A row (codes, times, `before`: the request's tokens before it [E]) is one arrival of tokens. It is one token, except where a server
+    merged several in one piece: then the row's index is the last one's, and there is one gap, since nobody saw the others.
+    """
 
     count: np.ndarray
     first: np.ndarray
@@ -178,21 +182,24 @@ class _Tokens(NamedTuple):
     offsets: np.ndarray
     codes: np.ndarray
     times: np.ndarray
+    before: np.ndarray
 
     @classmethod
     def of(cls, code: np.ndarray, time: np.ndarray, index: np.ndarray, num: int) -> "_Tokens":
         order = np.lexsort((index, time, code))
-        code, time = code[order], time[order]
-        count = np.bincount(code, minlength=num)
-        ends = np.cumsum(count)
-        has = count > 0
-        first, last = np.full(num, np.nan), np.full(num, np.nan)
-        first[has], last[has] = time[(ends - count)[has]], time[ends[has] - 1]
+        code, time, index = code[order], time[order], index[order]
+        rows = np.bincount(code, minlength=num)
+        ends = np.cumsum(rows)
+        has = rows > 0
+        first, last, count = np.full(num, np.nan), np.full(num, np.nan), np.zeros(num, int)
+        first[has], last[has], count[has] = time[(ends - rows)[has]], time[ends[has] - 1], index[ends[has] - 1]
         same = code[1:] == code[:-1]
+        before = np.zeros(len(code))
+        before[1:][same] = index[:-1][same]
         gaps, owner = np.diff(time)[same], code[1:][same]
         gaps = gaps[np.lexsort((gaps, owner))]
         offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=num))]).astype(int)
-        return cls(count, first, last, gaps, offsets, code, time)
+        return cls(count, first, last, gaps, offsets, code, time, before)
 
     def gap_quantile(self, quantile: np.ndarray) -> np.ndarray:
         """The ceil(q * n)-th smallest of each request's n gaps; nan without gaps."""
@@ -204,8 +211,7 @@ class _Tokens(NamedTuple):
 
     def worst_lateness(self, pace_s: np.ndarray) -> np.ndarray:
         """max over a request's tokens i = 0, 1 ... of time_i - (first + i * pace): at most 0 when it never fell behind its pace."""
-        position = np.arange(len(self.codes)) - (np.cumsum(self.count) - self.count)[self.codes]
-        late = self.times - self.first[self.codes] - position * pace_s[self.codes]
+        late = self.times - self.first[self.codes] - self.before * pace_s[self.codes]
         out = np.full(len(self.count), -inf)
         np.maximum.at(out, self.codes, late)
         return out
@@ -384,10 +390,13 @@ def _latency(requests: pd.DataFrame, events: pd.DataFrame, start: float, end: fl
 
 
 def _rates(inside: pd.DataFrame, span_s: float) -> dict[str, float]:
-    """Tokens per second of the window. `decode` counts every output token, also the first, which a prefill gives."""
+    """Tokens per second of the window. `decode` counts every output token, also the first, which a prefill gives.
+
+    A `token` row is one token; a `merged` row beside it says how many more a server sent in the same piece.
+    """
     total = inside.groupby("kind", observed=True)["value"].sum() if len(inside) else {}
     tokens = {
-        "decode": float((inside["kind"] == "token").sum()),
+        "decode": float((inside["kind"] == "token").sum() + total.get("merged", 0.0)),
         "prefill": float(total.get("prefill", 0.0)),
         "finetune": float(total.get("committed", 0.0)),
     }

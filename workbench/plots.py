@@ -158,8 +158,9 @@ def timeline(events: pd.DataFrame, *, bin_s: float | None = None, axes: Sequence
     seeds = events["seed"] if "seed" in events else pd.Series(0, index=events.index)
     for ax, (kind, name) in zip(axes, kinds, strict=True):
         for label, style in styles(list(dict.fromkeys(events["policy"]))).items():
-            rows = events[(events["kind"] == kind) & (events["policy"] == label)]
-            weights = rows["value"] if kind == "committed" else pd.Series(1.0, index=rows.index)
+            shown = (kind, "merged") if kind == "token" else (kind,)
+            rows = events[events["kind"].isin(shown) & (events["policy"] == label)]
+            weights = rows["value"].where(rows["kind"].isin(("committed", "merged")), 1.0)
             chosen = [rows.index[seeds[rows.index] == seed] for seed in seeds[events["policy"] == label].unique()]
             rates = np.array([np.histogram(rows["time_s"][i], edges, weights=weights[i])[0] for i in chosen]) / width
             ax.stairs(rates.mean(axis=0), edges, color=style.colour, linestyle=style.line, label=label, linewidth=1.4)

@@ -191,7 +191,7 @@ class Replay:
             "format": 1,
             "outputs": {name: list(ids) for name, ids in self.outputs.items()},
             "jobs": [_job_record(job) for job in self.finetune_jobs],
-            "executor": asdict(self.executor) | {"can": sorted(self.executor.can), "eos_token_ids": sorted(self.executor.eos_token_ids)},
+            "executor": {name: sorted(v) if isinstance(v, frozenset) else v for name, v in asdict(self.executor).items()},
             "provenance": asdict(self.provenance) | {"versions": dict(self.provenance.versions)},
             "settings": self.settings,
             "tape": self.tape.to_record(),
@@ -210,9 +210,8 @@ def load_replay(folder: str | Path) -> Replay:
     if not (folder / RECORD_FILE).is_file():
         raise FileNotFoundError(f"a replay folder must hold {RECORD_FILE}, got {str(folder)!r}. Pass the folder given to save().")
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    executor = record["executor"] | {name: frozenset(record["executor"][name]) for name in ("can", "eos_token_ids")}
     frames = {name: _objects(pd.read_parquet(folder / f"{name}.parquet")) for name in ("events", "steps", "work")}
-    return Replay(
+    values: dict[str, Any] = dict(
         events=frames["events"],
         steps=frames["steps"],
         work=frames["work"],
@@ -220,7 +219,6 @@ def load_replay(folder: str | Path) -> Replay:
         outputs={name: tuple(ids) for name, ids in record["outputs"].items()},
         trace_requests=[_request_of(row) for row in _objects(pd.read_parquet(folder / "requests.parquet")).to_dict("records")],
         finetune_jobs=[_job_of(job) for job in record["jobs"]],
-        executor=ExecutorInfo(**executor),
         provenance=Provenance(**record["provenance"]),
         settings=record["settings"],
         tape=Tape.from_record(record["tape"]),
@@ -229,6 +227,13 @@ def load_replay(folder: str | Path) -> Replay:
         interrupted=record["interrupted"],
         error=record["error"],
     )
+    executor = record["executor"]
+    if "url" in executor:
+        from workbench.server_result import ServerReplay
+
+        return ServerReplay.loaded(folder, executor=executor, **values)
+    executor |= {name: frozenset(executor[name]) for name in ("can", "eos_token_ids")}
+    return Replay(executor=ExecutorInfo(**executor), **values)
 
 
 def rows_to_frame(rows: Sequence[tuple[Any, ...]], columns: Sequence[str]) -> pd.DataFrame:

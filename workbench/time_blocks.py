@@ -59,8 +59,11 @@ def _rows(replay: Any, metric: str, bins: int) -> tuple[np.ndarray, np.ndarray, 
 
     if metric in TOKENS:
         kind, time = replay.events["kind"].to_numpy(), replay.events["time_s"].to_numpy(float)
-        mask = (kind == TOKENS[metric]) & (time >= start) & (time <= end)
-        value = replay.events["value"].to_numpy(float)[mask] if metric != "decode_tokens_per_s" else np.ones(int(mask.sum()))
+        is_decode = metric == "decode_tokens_per_s"
+        mask = ((kind == TOKENS[metric]) | (is_decode & (kind == "merged"))) & (time >= start) & (time <= end)
+        value = replay.events["value"].to_numpy(float)[mask]
+        if is_decode:
+            value = np.where(kind[mask] == "token", 1.0, value)
         return value, np.ones(len(value)), places(time[mask]), width
     requests = replay.requests[replay.requests["arrival_s"].between(start, end)]
     if metric == "attainment_admission_wait":
