@@ -118,17 +118,20 @@ def rms_norm_backward(
     weight: Float[torch.Tensor, " H"],
     eps: float,
     above: Float[torch.Tensor, "T H"] | None = None,
+    *,
+    out: Float[torch.Tensor, "T H"] | None = None,
 ) -> Float[torch.Tensor, "T H"]:
-    """d loss / d x [T, H] in x's dtype from d loss / d h, plus `above`, what reaches x past the norm.
+    """d loss / d x [T, H] in x's dtype from d loss / d h, plus `above`, what reaches x past the norm; in `out` where it is given.
 
     Raises ValueError as `add_rms_norm`.
     """
-    _check(weight, x=x, dh=dh, above=above)
+    _check(weight, x=x, dh=dh, above=above, out=out)
     if not uses_triton(x):
         count("rms_norm_backward", "reference", x.device.type)
-        return rms_norm_backward_reference(dh, x, weight, eps, above)
+        dx = rms_norm_backward_reference(dh, x, weight, eps, above)
+        return dx if out is None else out.copy_(dx)
     count("rms_norm_backward", "triton", x.device.type)
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x) if out is None else out
     if x.shape[0]:
         other = x if above is None else above
         launch = _launch(x)

@@ -96,6 +96,33 @@ def test_a_recorded_backward_gives_the_gradients_of_the_eager_one(tmp_path, acti
         assert float((a - b).norm()) <= 2e-2 * float(b.norm()) and float(b.norm()) > 0
 
 
+@pytest.mark.parametrize("slices", [(1, 2), (2, 1), (1, 1, 1), (3,)])
+def test_a_recorded_backward_whose_steps_fail_goes_on_where_it_was(tmp_path, monkeypatch, slices):
+    base, mine = make_base(tmp_path / "base", "llama"), job("mine", accumulation=3)
+    found = []
+    for fails in (False, True):
+        engine = wb.Engine.from_pretrained(base, device="cuda", dtype=torch.bfloat16, config=SMALL)
+        with Driver(engine, [mine]) as driver:
+            shake(engine, mine.id)
+            for _ in range(2):
+                driver.finetune(mine.id)
+                driver.step()
+                for layers in slices:
+                    driver.backward(mine.id, layers)
+                    batch = driver.take()
+                    if fails:
+                        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="after the graphs"):
+                            patch.setattr(engine, "_commit", lambda *_: (_ for _ in ()).throw(RuntimeError("after the graphs")))
+                            engine.step(batch)
+                    engine.step(batch)
+            graphs = engine._backward_graphs
+            assert graphs is not None
+            assert graphs.recorded
+            assert engine._states[mine.id].micro_batches_done == 2
+            found.append([g.clone() for g in engine._states[mine.id].accumulated])
+    assert all(torch.equal(a, b) and b.any() for a, b in zip(*found, strict=True))
+
+
 @pytest.fixture(scope="module")
 def llama():
     config = wb.EngineConfig(max_model_len=2048, max_batch_tokens=2048, activation_tokens=4096)

@@ -44,8 +44,16 @@ class BackwardPass:
         """d loss / d (output of the last layer) [T, H]."""
         return top_gradient(self.fused, arena, self.rows)
 
-    def layer(self, index: int, arena: Arena, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """d loss / d (input of layer `index`) [T, H] (None at layer 0), and fp32 gradients by parameter index."""
+    def resume(self, layers_left: int, num_layers: int, arena: Arena) -> Tensor:
+        """d loss / d (output of layer `layers_left` - 1) [T, H], for a slice of `num_layers` that goes on below a committed one."""
+        return arena.grad[self.arena_rows]
+
+    def keep(self, layers_left: int, grad: Tensor, arena: Arena) -> None:
+        """Commit a slice that has left `grad` at the boundary with `layers_left` layers below it."""
+        arena.grad[self.arena_rows] = grad
+
+    def layer(self, index: int, arena: Arena, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """d loss / d (input of layer `index`) [T, H] (None at layer 0; in `out` if given), and fp32 gradients by parameter index."""
         w, eps, tokens = self.fused.layers[index], self.dims.norm_eps, self.rows.tokens
         found: dict[int, Tensor] = {}
         x = arena.x[index, self.arena_rows]
@@ -72,7 +80,7 @@ class BackwardPass:
             self._lora_gradients(index, "qkv", d_qkv, h, None, found)
             return None, found
         d_h = self._through(index, "qkv", d_qkv, h, w.qkv, found)
-        return rms_norm_backward(d_h, x, w.input_norm, eps, above=d_middle), found
+        return rms_norm_backward(d_h, x, w.input_norm, eps, above=d_middle, out=out), found
 
     def _attention(self, w: LayerWeights, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(q, k, v, output [T, Nq, D]): leaves of a small graph around attention alone, whose own backward PyTorch has."""

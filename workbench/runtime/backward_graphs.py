@@ -36,40 +36,64 @@ class BackwardKey:
 
 @dataclass(slots=True)
 class _Kind:
-    """The layers of one key: they read the angles, the documents' bounds, the layout and `grad` [tokens, H]; they write `grad` and what
-    `found` names.
+    """The layers of one key: they read the angles, the documents' bounds and the layout; layer i reads grads[i % 2] [tokens, H], and writes
+    the other one and what `found` names.
     """
 
     cos: Tensor
     sin: Tensor
     bounds: Tensor
     layout: SegmentLayout
-    grad: Tensor
+    grads: tuple[Tensor, Tensor]
     graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
     found: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
 
 class RecordedPass:
-    """The backward of one micro-batch through recorded layers; the same calls as `BackwardPass`."""
+    """The backward of one micro-batch through recorded layers; the same calls as `BackwardPass`.
+
+    Between two slices the gradient stays where the graph left it. A slice of one layer writes elsewhere, so that it can be done again if
+    its step fails; before a longer one the gradient is copied to the arena.
+    """
 
     def __init__(self, fused: FusedWeights, kind: _Kind, rows: TrainRows) -> None:
         self.fused, self.kind, self.rows = fused, kind, rows
+        self._held: int | None = None  # layers left below the gradient that the graphs' own buffer holds
 
     def top(self, arena: Arena) -> Tensor:
         """d loss / d (output of the last layer) [T, H]."""
+        self._held = None
         return top_gradient(self.fused, arena, self.rows)
 
+    def resume(self, layers_left: int, num_layers: int, arena: Arena) -> Tensor:
+        """As `BackwardPass.resume`."""
+        kept = arena.grad[self.rows.arena : self.rows.arena + self.rows.tokens]
+        if self._held != layers_left:
+            return kept
+        grad = self._input(layers_left - 1)
+        if num_layers > 1:
+            kept.copy_(grad)
+            self._held = None
+        return grad
+
+    def keep(self, layers_left: int, grad: Tensor, arena: Arena) -> None:
+        """As `BackwardPass.keep`."""
+        self._held = layers_left
+
+    def _input(self, index: int) -> Tensor:
+        return self.kind.grads[index % 2][: self.rows.tokens]
+
     def layer(self, index: int, arena: Arena, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
-        """d loss / d (input of layer `index`) [T, H] (None at layer 0; valid until the next call), and fp32 gradients by parameter.
+        """d loss / d (input of layer `index`) [T, H] (None at layer 0), and fp32 gradients by parameter.
 
         The gradients are valid until a micro-batch at the same arena rows comes to this layer: by then this one has been committed or
         given up.
         """
-        kind, tokens = self.kind, self.rows.tokens
-        if grad.data_ptr() != kind.grad.data_ptr():
-            kind.grad[:tokens] = grad
-        kind.graphs[index].replay()
-        return kind.grad[:tokens] if index else None, kind.found[index]
+        here = self._input(index)
+        if grad.data_ptr() != here.data_ptr():
+            here.copy_(grad)
+        self.kind.graphs[index].replay()
+        return self._input(index - 1) if index else None, self.kind.found[index]
 
 
 class BackwardGraphs:
@@ -125,12 +149,12 @@ class BackwardGraphs:
         rows = TrainRows("", True, 0, 0, tokens, 0, key.arena, key.arena, bounds, bounds, tokens, tokens, nothing, nothing, 1.0)
         cos, sin = self.cos[:1].repeat(tokens, 1), self.sin[:1].repeat(tokens, 1)
         work = BackwardPass(self.fused, self.table, state, rows, cos, sin)
-        kind = _Kind(cos, sin, bounds, work.layout, torch.zeros_like(arena.grad[:tokens]))
+        kind = _Kind(cos, sin, bounds, work.layout, (torch.zeros_like(arena.grad[:tokens]), torch.zeros_like(arena.grad[:tokens])))
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # compiles what is not compiled yet
-            work.layer(self.fused.dims.num_layers - 1, arena, kind.grad)
-            work.layer(0, arena, kind.grad)
+            work.layer(self.fused.dims.num_layers - 1, arena, kind.grads[0])
+            work.layer(0, arena, kind.grads[0])
         torch.cuda.current_stream(device).wait_stream(stream)
         place = (key.arena, key.rank, key.targets)
         if place not in self._gradients:
@@ -139,12 +163,10 @@ class BackwardGraphs:
         for index in range(self.fused.dims.num_layers):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.memory):
-                below, found = work.layer(index, arena, kind.grad)
+                _, found = work.layer(index, arena, kind.grads[index % 2], out=kind.grads[(index + 1) % 2])
                 kind.found[index] = {i: gradients[i] for i in found}
                 if found:  # none with EngineConfig(lora="off")
                     torch._foreach_copy_(list(kind.found[index].values()), list(found.values()))  # pyright: ignore[reportPrivateImportUsage]
-                if below is not None:
-                    kind.grad.copy_(below)
             self.memory = self.memory or graph.pool()
             kind.graphs[index] = graph
         return kind

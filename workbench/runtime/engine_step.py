@@ -297,7 +297,7 @@ class EngineStep(EngineAdapters):
             return
         if state.layers_left:
             assert done.grad is not None
-            arena.grad[work.rows : work.rows + work.tokens] = done.grad
+            self._trainers[work.owner].keep(state.layers_left, done.grad, arena)
             return
         self._trainers.pop(work.owner, None)
         state.commit_micro_batch(work.ends_window)

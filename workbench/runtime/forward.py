@@ -188,13 +188,13 @@ class Runner:
     def backward(self, work: Backward, trainer: BackwardPass | RecordedPass, should_stop: Callable[[], bool]) -> BackwardOutput:
         """`work.num_layers` layers downwards from `work.top_layer`, fewer if `should_stop` says so between two layers."""
         assert self.arena is not None
-        rows = slice(trainer.rows.arena, trainer.rows.arena + trainer.rows.tokens)
         grad: Tensor | None = None
         gradients: dict[int, Tensor] = {}
         done = 0
         while done < work.num_layers and not should_stop():
             if done == 0:  # not before: a slice that is stopped at once must leave the gradient where it was
-                grad = trainer.top(self.arena) if work.top_layer == self.fused.dims.num_layers else self.arena.grad[rows]
+                is_top = work.top_layer == self.fused.dims.num_layers
+                grad = trainer.top(self.arena) if is_top else trainer.resume(work.top_layer, work.num_layers, self.arena)
             assert grad is not None
             with self.parts("backward layer"):
                 grad, found = trainer.layer(work.top_layer - 1 - done, self.arena, grad)
