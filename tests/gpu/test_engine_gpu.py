@@ -96,6 +96,10 @@ def test_a_recorded_backward_gives_the_gradients_of_the_eager_one(tmp_path, acti
         assert float((a - b).norm()) <= 2e-2 * float(b.norm()) and float(b.norm()) > 0
 
 
+def fail(*_arguments):
+    raise RuntimeError("after the graphs")
+
+
 @pytest.mark.parametrize("slices", [(1, 2), (2, 1), (1, 1, 1), (3,)])
 def test_a_recorded_backward_whose_steps_fail_goes_on_where_it_was(tmp_path, monkeypatch, slices):
     base, mine = make_base(tmp_path / "base", "llama"), job("mine", accumulation=3)
@@ -111,9 +115,10 @@ def test_a_recorded_backward_whose_steps_fail_goes_on_where_it_was(tmp_path, mon
                     driver.backward(mine.id, layers)
                     batch = driver.take()
                     if fails:
-                        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="after the graphs"):
-                            patch.setattr(engine, "_commit", lambda *_: (_ for _ in ()).throw(RuntimeError("after the graphs")))
-                            engine.step(batch)
+                        with monkeypatch.context() as patch:
+                            patch.setattr(engine, "_commit", fail)
+                            with pytest.raises(RuntimeError, match="after the graphs"):
+                                engine.step(batch)
                     engine.step(batch)
             graphs = engine._backward_graphs
             assert graphs is not None
