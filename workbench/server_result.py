@@ -19,7 +19,8 @@ TEXTS_FILE = "texts.json"
 UNSEEN_OF_REQUEST = ("queue_s", "cached_tokens", "preemptions")
 UNSEEN = (
     *("steps", "busy_share", "planning_share", "kv_occupancy_mean", "kv_occupancy_max", "attainment_admission_wait", "queue_mean_s"),
-    *("preemptions", "adapter_loads", "optimizer_steps", "finetune_tokens_per_s", "prefill_tokens_per_s", "prefix_hit_share"),
+    *("preemptions", "optimizer_steps", "finetune_tokens_per_s", "prefill_tokens_per_s", "prefix_hit_share", "jobs_finished"),
+    *("adapter_loads", "adapter_load_bytes", "adapter_reads", "adapter_read_bytes", "adapter_evictions"),
 )
 
 
@@ -153,7 +154,7 @@ class ServerReplay(Replay):
         """Not for a server: its steps cannot be seen from outside. Raises ValueError."""
         raise ValueError(f"attribution needs the steps of a replay, got one of a server ({self.server.url}). Use wb.serve(record=True).")
 
-    def save_trace(self, path: str | Path) -> NoReturn:
+    def save_trace(self, path: str | Path, predicted: Any = None) -> NoReturn:
         """Not for a server: its steps cannot be seen from outside. Raises ValueError."""
         raise ValueError(f"save_trace needs the steps of a replay, got one of a server ({self.server.url}). Use wb.serve(record=True).")
 

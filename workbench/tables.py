@@ -101,7 +101,7 @@ def _row(requests: pd.DataFrame, gaps: np.ndarray, slo: metrics.SLOs, span_s: fl
     for name in ("ttft", "tpot", "e2e"):
         row |= {f"{name}_p{p}_s": quantile(requests[f"{name}_s"], p / 100) for p in metrics.PERCENTILES}
     row |= {f"itl_p{p}_s": quantile(gaps, p / 100) for p in metrics.PERCENTILES}
-    row["preemptions"] = int(requests["preemptions"].sum())
+    row["preemptions"] = requests["preemptions"].sum(skipna=False)
     due = requests["deadline_s"].notna()
     late = requests["tardiness_s"]
     row["deadlines"] = int(due.sum())

@@ -145,10 +145,9 @@ def serve(
         release = version("loquetier-workbench")
     except PackageNotFoundError:
         release = "uninstalled"
-    sockets = bind_sockets(port, host)
     # the default asks for no prediction: a policy of one's own may, and the engine measures itself first
     with engine.uncalibrated() if policy is None else contextlib.nullcontext():
         run = LiveRun(engine, chosen, jobs, slo, seed, deliver=lambda deliveries: desk.deliver(deliveries), keep=record)
     about = {"version": f"loquetier-workbench {release}", "engine": info.name, "device": info.device, "policy": policy_label(chosen)}
     desk = Desk(run, lambda: Model(base, tuple(run.known_adapters), tokenizer, vocab_size, info.eos_token_ids), about)
-    return Server(run, desk, sockets, host)
+    return Server(run, desk, bind_sockets(port, host), host)

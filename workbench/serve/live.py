@@ -47,7 +47,21 @@ class LiveRun(_Run):
         deliver: Callable[[Mapping[str, Delivery]], None],
         keep: bool,
     ) -> None:
-        super().__init__((), executor, policy, jobs, slo, seed, "wall", "measured", "max", None, False, None)
+        super().__init__(
+            trace=(),
+            executor=executor,
+            policy=policy,
+            jobs=jobs,
+            slo=slo,
+            seed=seed,
+            clock="wall",
+            planning="measured",
+            lengths="max",
+            measure=None,
+            overlap=False,
+            until=None,
+            evict=None,
+        )
         self.deliver, self.keep = deliver, keep
         self.known_adapters = dict(executor.adapter_infos)
         self.received: list[Request] = []
