@@ -3,7 +3,7 @@
     duration = sum over terms of cost * term(work),  cost >= 0
 
 The terms (`term_names`) are: one per step; the sixteen sums of `features.NAMES`; a constant for each kind of work that is present (its
-kernel launches); and hinges max(0, tokens - knee) on the packed tokens of the forward and on the tokens of each backward layer, so
+kernel launches) and one for a forward of whatever kind (the weights are read once); and hinges max(0, tokens - knee) on the packed tokens of the forward and on the tokens of each backward layer, so
 that the cost of a token may rise once a matrix product leaves the memory-bound regime. Costs are seconds per unit, found by
 non-negative least squares on *relative* errors, so that a 10 ms decode step matters as much as a 300 ms training step.
 """
@@ -23,6 +23,7 @@ FORWARD_KNEES = (32, 64, 128, 256, 512, 1024)
 BACKWARD_KNEES = (128, 256, 512, 1024)
 PRESENT = ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens", "backward_layers")
 TOKENS = ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens")
+FORWARD = "has a forward"
 CLASSES = ("train", "prefill", "decode")  # a step's class is the first of these kinds of work that it holds
 HELD_OUT_BLOCK, HELD_OUT_EVERY = 10, 5  # one block of 10 consecutive steps in 5 is held out: neighbours are correlated
 REWEIGHTINGS = 4
@@ -32,7 +33,7 @@ _CONTEXT = INDEX["decode_context"]
 def term_names() -> tuple[str, ...]:
     """The model's terms, in the order of its costs."""
     hinges = [f"tokens above {knee}" for knee in FORWARD_KNEES] + [f"backward token-layers above {knee} tokens" for knee in BACKWARD_KNEES]
-    return ("step", *NAMES, *(f"has {name}" for name in PRESENT), *hinges)
+    return ("step", *NAMES, *(f"has {name}" for name in PRESENT), FORWARD, *hinges)
 
 
 def design(values: np.ndarray) -> np.ndarray:
@@ -41,6 +42,7 @@ def design(values: np.ndarray) -> np.ndarray:
     layers, token_layers = values[:, INDEX["backward_layers"]], values[:, INDEX["backward_token_layers"]]
     columns = [np.ones(len(values)), *values.T]
     columns += [(values[:, INDEX[name]] > 0).astype(float) for name in PRESENT]
+    columns += [(tokens > 0).astype(float)]
     columns += [np.maximum(0.0, tokens - knee) for knee in FORWARD_KNEES]
     columns += [np.maximum(0.0, token_layers - knee * layers) for knee in BACKWARD_KNEES]
     return np.column_stack(columns)
@@ -60,6 +62,7 @@ class CostModel:
     _linear: tuple[float, ...] = field(init=False, repr=False, compare=False)
     _values: Callable[[Sequence[float]], tuple[float, ...]] = field(init=False, repr=False, compare=False)
     _context: float = field(init=False, repr=False, compare=False)
+    _any_forward: float = field(init=False, repr=False, compare=False)
     _present: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
     _forward: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
     _backward: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
@@ -70,7 +73,7 @@ class CostModel:
         costs = [float(c) for c in self.costs]
         first = 1 + len(NAMES)
         present = costs[first : first + len(PRESENT)]
-        hinges = costs[first + len(PRESENT) :]
+        hinges = costs[first + len(PRESENT) + 1 :]
         forward, backward = hinges[: len(FORWARD_KNEES)], hinges[len(FORWARD_KNEES) :]
         object.__setattr__(self, "costs", tuple(costs))
         # those that cost nothing are left out; two at least, or the getter would give a single value
@@ -78,6 +81,7 @@ class CostModel:
         object.__setattr__(self, "_linear", tuple(linear.values()))
         object.__setattr__(self, "_values", itemgetter(*linear))
         object.__setattr__(self, "_context", costs[1 + _CONTEXT])
+        object.__setattr__(self, "_any_forward", costs[first + len(PRESENT)])
         object.__setattr__(self, "_present", tuple((INDEX[n], c) for n, c in zip(PRESENT, present, strict=True) if c))
         object.__setattr__(self, "_forward", tuple((k, c) for k, c in zip(FORWARD_KNEES, forward, strict=True) if c))
         object.__setattr__(self, "_backward", tuple((k, c) for k, c in zip(BACKWARD_KNEES, backward, strict=True) if c))
@@ -98,8 +102,9 @@ class CostModel:
         for index, cost in self._present:
             if v[index]:
                 total += cost
-        if self._forward:
-            tokens = v[0] + v[1] + v[2] + v[3]
+        tokens = v[0] + v[1] + v[2] + v[3]
+        if tokens:
+            total += self._any_forward
             for knee, cost in self._forward:
                 if tokens > knee:
                     total += cost * (tokens - knee)

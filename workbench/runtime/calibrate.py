@@ -88,7 +88,7 @@ class _Mixer:
                     self._arrive()
         ready = self._ready()
         unfinished = [r for r in driver.runs if r not in ready]
-        budget = self._size(mix.max_chunk_tokens)
+        budget = self._size(min(mix.max_chunk_tokens, driver.info.max_batch_tokens - len(ready)))
         for request_id in unfinished:
             if budget > 0:
                 run = driver.runs[request_id]
@@ -117,8 +117,11 @@ class _Mixer:
         if state.layers_left:
             driver.backward(self.job_id, self.draw.choice((layers, layers, max(1, layers // 2), max(1, layers // 4))))
         else:
-            left = driver.shapes[self.job_id].micro_batch(state.index).tokens - state.offset
-            driver.finetune(self.job_id, left if self.draw.random() < 0.5 else self._size(left))
+            # no step is measured that no plan could ask for
+            room = driver.info.max_batch_tokens - driver.num_tokens
+            left = min(driver.shapes[self.job_id].micro_batch(state.index).tokens - state.offset, room)
+            if left > 0:
+                driver.finetune(self.job_id, left if self.draw.random() < 0.5 else self._size(left))
 
 
 def measure(

@@ -185,6 +185,11 @@ class Driver:
             )
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step that is being collected."""
+        return sum(segment.tokens for segment in self._segments)
+
     def take(self) -> Batch:
         """The collected work as a batch, which `step` would run."""
         segments = sorted(self._segments, key=lambda s: (ORDER[s.kind], s.adapter or "" if ORDER[s.kind] > 1 else s.owner, s.version))
