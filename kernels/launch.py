@@ -1,4 +1,4 @@
-"""How one kernel is launched, and the class of shapes that shares one measured choice. No torch at import of a plan file."""
+"""How one kernel is launched, and the class of shapes that shares one measured choice."""
 
 from dataclasses import dataclass
 

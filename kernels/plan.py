@@ -83,12 +83,14 @@ def default_launch(
 @lru_cache(maxsize=4096)
 def _settled(
     op: str, rows: int, length: int, programs: int, processors: int, itemsize: int, rank: int, head_size: int, device: torch.device | None
-) -> tuple[Launch, ShapeClass]:
+) -> tuple[Launch, Launch, ShapeClass]:
+    """(what is launched, what would be by default, the class of shapes)."""
     sizes = {"rows": rows, "length": length, "programs": programs, "itemsize": itemsize, "rank": rank, "head_size": head_size}
     shape = ShapeClass.of(op, **sizes)
     found = None if device is None else tuned.of_device(device)
     measured = None if found is None else found.launch(shape)
-    return measured or default_launch(op, processors=processors, **sizes), shape
+    default = default_launch(op, processors=processors, **sizes)
+    return measured or default, default, shape
 
 
 def plan(
@@ -109,14 +111,14 @@ def plan(
     there are before splitting, `itemsize` the bytes of an element, `op` one of OPS. With a CUDA `device`, what was measured on such a GPU
     comes before the heuristic.
     """
-    launch, shape = _settled(op, rows, length, programs, processors, itemsize, rank, head_size, device)
+    launch, default, shape = _settled(op, rows, length, programs, processors, itemsize, rank, head_size, device)
     choose = _choose.get()
-    return launch if choose is None else choose(shape, launch)
+    return launch if choose is None else choose(shape, default)
 
 
 @contextmanager
 def overridden(choose: Choose) -> Iterator[None]:
-    """Within this, in this thread, `choose(shape class, the launch that would be)` has the last word: for tuning and for tests."""
+    """Within this, in this thread, `choose(shape class, the default launch)` has the last word: for tuning and for tests."""
     token = _choose.set(choose)
     try:
         yield

@@ -150,7 +150,8 @@ class Tuner:
         )
         for candidates in rounds:
             untried = [launch for launch in candidates(_ranked(trials)[0].launch) if launch not in trials]
-            self._compile(shape, untried, instances[0])
+            if self.clock() < end:
+                self._compile(shape, untried, instances[0])
             for launch in untried:
                 if self.clock() < end:
                     trials[launch] = self._try(shape, launch, instances)

@@ -217,6 +217,13 @@ def test_a_measured_launch_comes_before_the_default_and_for_the_cpu_there_is_non
     assert launch_of(device=a_gpu, programs=128).block == launch_of(device=a_gpu, rank=16).block == default.block
 
 
+def test_the_default_beside_a_measurement_is_the_heuristics_even_where_a_plan_is_in_force(a_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    plan_of(entry()).save(tmp_path)
+    tuner, _ = tuned_with(lambda launch: 1.0, device=a_gpu)
+    assert launch_of(device=a_gpu).block == 64 and tuner.chosen[SHAPE].default == default_launch("shrink", processors=132, **SIZES)
+
+
 def test_choices_stay_while_the_process_lives_whatever_becomes_of_the_file(a_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
     path = plan_of(entry()).save(tmp_path)
