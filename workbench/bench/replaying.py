@@ -16,7 +16,7 @@ from workbench.replay import replay
 
 SECONDS = 90.0
 TRACE, PROFILE = "azure-conv", "h100-llama3-8b"
-PROBE_REQUESTS = 100  # a first replay of so many tells how many more there is time for
+PROBE_REQUESTS = 200  # a first replay of so many tells how many more there is time for
 LONGEST_CONTEXT = 16_384
 
 
@@ -40,11 +40,12 @@ def run(session: Session) -> bool:
         "1 replica, repeat(), no fine-tuning": (True, False),
     }
     wanted = {cell: options for cell, options in cells.items() if session.wants(cell)}
+    example = FinetuneJob.example("tuned")
     executor = LatencyModel.load(PROFILE).with_limits(max_model_len=LONGEST_CONTEXT)
     for left, (cell, (repeats, trains)) in zip(range(len(wanted), 0, -1), wanted.items(), strict=True):
-        seconds = session.left_s / left
-        job = [FinetuneJob.example("tuned")] if trains else []
-        probe = timed_replay(session, executor, Repeating(repeats), job, PROBE_REQUESTS)
+        seconds, job = session.left_s / left, [example] if trains else []
+        for _ in range(2):  # the first one prepares the job's data
+            probe = timed_replay(session, executor, Repeating(repeats), job, PROBE_REQUESTS)
         most = max(PROBE_REQUESTS, int(0.8 * probe.num_requests / probe.wall_s * seconds))
         found = timed_replay(session, executor, Repeating(repeats), job, most)
         note = f"{executor.info.name}; the trace's first {found.num_requests} requests in {found.num_steps} steps"
