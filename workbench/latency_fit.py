@@ -3,9 +3,10 @@
     duration = sum over terms of cost * term(work),  cost >= 0
 
 The terms (`term_names`) are: one per step; the sixteen sums of `features.NAMES`; a constant for each kind of work that is present (its
-kernel launches) and one for a forward of whatever kind (the weights are read once); and hinges max(0, tokens - knee) on the packed tokens of the forward and on the tokens of each backward layer, so
-that the cost of a token may rise once a matrix product leaves the memory-bound regime. Costs are seconds per unit, found by
-non-negative least squares on *relative* errors, so that a 10 ms decode step matters as much as a 300 ms training step.
+kernel launches) and one for a forward of whatever kind (the weights are read once); and hinges max(0, tokens - knee) on the packed
+tokens of the forward and on the tokens of each backward layer, so that the cost of a token may rise once a matrix product leaves the
+memory-bound regime. Costs are seconds per unit, found by non-negative least squares on *relative* errors, so that a 10 ms decode step
+matters as much as a 300 ms training step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
