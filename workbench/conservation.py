@@ -4,6 +4,7 @@ The events (what happened), the work rows (what the batches held) and the counts
 different places. A disagreement is a bug, in the product or in an executor, never a result.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,8 +34,12 @@ class _Rows(NamedTuple):
 def check_conservation(replay: Any) -> None:
     """Raise ConservationError with the law and its numbers if a replay breaks one: time, work, tokens, requests, Little's law.
 
-    Of a server's replay only the requests can be checked: its steps are not seen. Cost is linear in the number of rows.
+    A fleet's replay must conserve on every replica, and give each request to one. Of a server's replay only the requests can be checked:
+    its steps are not seen. Cost is linear in the number of rows.
     """
+    if hasattr(replay, "replicas"):
+        check_fleet(replay)
+        return
     names = pd.Index([r.request_id for r in replay.trace_requests])
     events = _by_kind(replay.events, names)
     if isinstance(replay.executor, ServerInfo):
@@ -46,6 +51,26 @@ def check_conservation(replay: Any) -> None:
     check_littles_law(events, replay.steps, names)
     check_tokens(events, replay, names)
     check_jobs(replay)
+
+
+def check_fleet(replay: Any) -> None:
+    """Every replica conserves; each request and job of the trace is on one of them at most, and nothing else is."""
+    for number, part in enumerate(replay.replicas):
+        try:
+            check_conservation(part)
+        except ConservationError as error:
+            raise ConservationError(f"replica {number}: {error}") from error
+    rows = (
+        ("requests", [r.request_id for r in replay.trace_requests], [r.request_id for p in replay.replicas for r in p.trace_requests]),
+        ("jobs", [j.id for j in replay.finetune_jobs], [j.id for p in replay.replicas for j in p.finetune_jobs]),
+    )
+    for what, known, given in rows:
+        twice = next((name for name, num in Counter(given).items() if num > 1), None)
+        if twice is not None:
+            _fail(f"{what} must be given to one replica each", f"{twice!r} on several")
+        strange = set(given) - set(known)
+        if strange:
+            _fail(f"replicas must have {what} of the trace only", f"{sorted(strange)[0]!r}")
 
 
 def _by_kind(events: pd.DataFrame, names: pd.Index) -> Mapping[str, _Rows]:

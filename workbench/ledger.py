@@ -35,7 +35,10 @@ EventRow = tuple[float, int, str, str, str | None, float | None, str]
 
 
 class Ledger:
-    """State of one replay on one executor. A policy sees it through `View`; only `replay` calls its methods."""
+    """State of one replay on one executor. A policy sees it through `View`; only `replay` calls its methods.
+
+    `away` holds adapters that are not in this replica's host memory, and when they will be (inf: not on their way); see `fleet.Fleet`.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Ledger:
         self.fresh: dict[str, RequestState] = {}
         self.jobs: dict[str, JobState] = {}
         self.uses: dict[str, tuple[int, float]] = {}
+        self.away: dict[str, float] = {}
         self.released: list[str] = []
         self.refused: dict[str, str] = {}
         self.events: list[EventRow] = []

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workbench import traces
-from workbench.bench import machine
+from workbench.bench import fleet_replaying, machine
 from workbench.bench.session import Session
 from workbench.config import FinetuneJob
 from workbench.latency import PROFILES, LatencyModel
@@ -37,12 +37,13 @@ def run(session: Session) -> bool:
     policies = {"1 replica, a policy at every step": ServeFirst(), "1 replica, repeat()": Repeating()}
     wanted = {cell: policy for cell, policy in policies.items() if session.wants(cell)}
     for left, (cell, policy) in zip(range(len(wanted), 0, -1), wanted.items(), strict=True):
-        seconds = session.left_s / left
+        seconds = session.left_s / (left + 1)
         probe = timed_replay(session, policy, PROBE_REQUESTS)
         found = timed_replay(session, policy, max(PROBE_REQUESTS, int(0.8 * probe.num_requests / probe.wall_s * seconds)))
         note = f"{found.executor}; the trace's first {found.num_requests} requests in {found.num_steps} steps"
         rate = found.num_requests / found.cpu_s
         session.record(cell, "requests", [rate], "per CPU-s", n=found.num_requests, device=machine.cpu_name(), note=note)
+    fleet_replaying.run(session, session.left_s)
     return True
 
 
@@ -83,10 +84,10 @@ def simulator() -> Any:
     )
 
 
-def timed_replay(session: Session, policy: Any, most: int) -> Timed:
-    """A replay of the trace's first `most` requests."""
+def timed_replay(session: Session, policy: Any, most: int, executor: Any = None) -> Timed:
+    """A replay of the trace's first `most` requests, on `simulator()` unless an executor is given."""
     trace = traces.load(TRACE).head(most).assign_adapters(4, popularity=traces.zipf(1.0), seed=session.seed)
-    executor = simulator()
+    executor = executor or simulator()
     cpu_s, wall_s = time.process_time(), time.perf_counter()
     result = replay(
         trace, executor=executor, policy=policy, jobs=[FinetuneJob.example("tuned")], planning=0.0, seed=session.seed, progress=False
