@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from workbench.config import FinetuneJob, RandomTokens
-from workbench.conservation import ConservationError, _Rows, check_conservation, check_littles_law
+from workbench.conservation import ConservationError, check_conservation, check_littles_law
 from workbench.core import Request
+from workbench.facts import Rows
 from workbench.policies import FCFS, LoquetierStatic, PeftSequential, ServeFirst
 from workbench.replay import Replay, ReplayError, replay
 from workbench.testing import FixedCost, fixed_info
@@ -145,9 +146,9 @@ def test_littles_law_is_broken_by_an_end_before_its_arrival():
     names = pd.Index(["a", "b"])
     steps = pd.DataFrame({"start_s": [1.5], "end_s": [4.0], "waiting": [0], "running": [2]})
 
-    def rows(kind: str, *moments: tuple[float, int]) -> dict[str, _Rows]:
+    def rows(kind: str, *moments: tuple[float, int]) -> dict[str, Rows]:
         time, owner = (np.array(x) for x in zip(*moments, strict=True)) if moments else (np.zeros(0), np.zeros(0, int))
-        return {kind: _Rows(time, np.zeros(len(time)), owner.astype(int), np.full(len(time), np.nan))}
+        return {kind: Rows(time, np.zeros(len(time)), owner.astype(int), np.full(len(time), np.nan))}
 
     events = rows("rejected") | rows("aborted") | rows("arrived", (0.0, 0), (1.0, 1))
     check_littles_law(events | rows("finished", (2.0, 0), (3.0, 1)), steps, names)

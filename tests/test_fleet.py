@@ -467,3 +467,16 @@ def test_ctrl_c_ends_all_replicas_and_gives_what_there_is():
     result = run(requests(60), wb.Fleet(executors, router=RoundRobin()), policy)
     assert result.interrupted and 0 < len(result.requests) < 60
     assert [e.num_open for e in executors] == [0, 0]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda r: type(r).__name__)
+def test_a_fleet_that_makes_runs_of_steps_at_one_go_gives_the_frames_of_one_that_does_not(small_model, router):
+    def stepwise(view, plan):
+        FCFS()(view, plan)
+        plan.repeat(0)
+
+    where = {"homes": {"a": 0, "b": (0, 1)}, "migration_s": 0.03}
+    trace = requests(40, rate=30.0)
+    first, second = (run(trace, wb.Fleet(small_model, 3, router=router, **where), policy) for policy in (FCFS(), stepwise))
+    for name in FRAMES:
+        pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), check_exact=True)

@@ -190,7 +190,7 @@ def test_a_preempted_request_finds_its_own_prompt_again_but_not_its_generated_to
 
 
 def _frame(rows):
-    from workbench.replay_result import EVENT_COLUMNS, rows_to_frame
+    from workbench.frames import EVENT_COLUMNS, rows_to_frame
 
     return rows_to_frame(rows, EVENT_COLUMNS)
 
@@ -319,7 +319,7 @@ def test_a_trace_without_prefixes_is_served_the_same_with_and_without_the_cache(
         for is_on in (True, False)
     )
     assert (on.events["kind"] == "preempted").any()
-    assert on.steps["digest"].tolist() == off.steps["digest"].tolist()
+    assert on.digests == off.digests
     assert on.events.equals(off.events)
 
 

@@ -41,6 +41,11 @@ def job(adapter="t", **more):
     return FinetuneJob(**{"adapter": adapter, "data": RandomTokens(examples=4, tokens=64), "steps": 3, "batch_size": 2} | more)
 
 
+def asked(policy=FCFS()):
+    """The policy, but asked at every step."""
+    return lambda view, plan: (policy(view, plan), plan.repeat(0))
+
+
 def run(trace, policy=None, executor=None, **options):
     options.setdefault("planning", 0.0)
     return replay(trace, executor=executor or FixedCost(), policy=policy or FCFS(), progress=False, **options)
@@ -110,18 +115,18 @@ def test_requests_that_can_never_run_count_as_missed_and_are_said_aloud():
 
 
 def test_recorded_gives_back_measured_planning_times_and_names_the_first_difference():
-    trace, slow = requests(12), lambda view, plan: (time.sleep(0.001), FCFS()(view, plan))
+    trace, slow = requests(12), asked(lambda view, plan: (time.sleep(0.001), FCFS()(view, plan)))
     first = run(trace, slow, planning="measured")
-    again = run(trace, FCFS(), Recorded(first), planning="measured")
+    again = run(trace, asked(), Recorded(first), planning="measured")
     pd.testing.assert_frame_equal(first.events, again.events, check_exact=True)
     assert (again.steps["plan_s"] >= 0.001).all()
     with pytest.raises(ReplayError, match=r"step 0 differs from the recording: recorded prefill of 'r0' .* planned prefill of 'r0'"):
         run(trace, FCFS(budget_tokens=3), Recorded(first))
     with pytest.raises(ReplayError, match="a request must be part of the recording, got 'more'"):
-        run([*trace, one("more", 9.0)], FCFS(), Recorded(first), planning="recorded")
-    short = run(trace, FCFS(), until=float(first.steps["end_s"].iloc[-1]) / 2)
+        run([*trace, one("more", 9.0)], asked(), Recorded(first), planning="recorded")
+    short = run(trace, asked(), until=float(first.steps["end_s"].iloc[-1]) / 2)
     with pytest.raises(ReplayError, match=f"the recording ends after {len(short.steps)} steps"):
-        run(trace, FCFS(), Recorded(short))
+        run(trace, asked(), Recorded(short))
 
 
 def test_work_is_conserved_under_every_policy():
@@ -163,7 +168,7 @@ def test_more_load_does_not_shorten_the_mean_wait(seed):
 
 
 def test_step_rows_add_up_and_time_never_goes_back():
-    result = run(requests(30), ServeFirst(), jobs=[job()], planning=0.003)
+    result = run(requests(30), asked(ServeFirst()), jobs=[job()], planning=0.003)
     steps = result.steps
     assert (steps["plan_s"] == 0.003).all()
     assert steps["end_s"].to_numpy() == pytest.approx((steps["start_s"] + steps["plan_s"] + steps["duration_s"]).to_numpy())
@@ -207,7 +212,7 @@ def test_a_predicted_step_takes_its_time_on_the_wall_clock():
 def test_planning_time_delays_the_clock_and_overlap_hides_it_behind_the_step():
     trace = [one("x", 0.0, 20, 30)]
     free, dear, hidden = (
-        run(trace, planning=p, overlap=o).steps["end_s"].iloc[-1] for p, o in ((0.0, False), (0.003, False), (0.003, True))
+        run(trace, asked(), planning=p, overlap=o).steps["end_s"].iloc[-1] for p, o in ((0.0, False), (0.003, False), (0.003, True))
     )
     assert dear == pytest.approx(free + 30 * 0.003)
     assert free < hidden < free + 5 * 0.003
@@ -333,7 +338,7 @@ def test_an_adapter_replaced_during_the_replay_is_used_by_later_requests_only():
     executor = FixedCost()
 
     def replaces(view, plan):
-        FCFS()(view, plan)
+        asked()(view, plan)
         if view.step == 3:
             executor.adapter_infos["a"] = AdapterInfo(name="a", version=2, rank=8, bytes=10)
 

@@ -263,7 +263,8 @@ def test_stopping_lets_requests_end_and_a_server_that_does_not_record_keeps_noth
     client.join()
     assert answers[0].json()["usage"]["completion_tokens"] == 10
     run = server._run
-    assert not any((run.ledger.events, run.step_rows, run.work_rows, run.results, run.outputs, run.resolved, run.received, run._names))
+    rows = run.ledger.history
+    assert not any((run.ledger.events, rows.size, rows.results, rows.digests, run.outputs, run.resolved, run.received, run._names))
     with pytest.raises(httpx.ConnectError):
         post(server.url, prompt=[1])
 

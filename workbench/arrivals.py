@@ -21,7 +21,7 @@ class Arrivals:
 
     def __init__(self, env: simpy.Environment, requests: Sequence[Request], jobs: Sequence[FinetuneJob]) -> None:
         self.env = env
-        self.num_requests, self.jobs = len(requests), tuple(jobs)
+        self.num_requests, self.jobs = len(requests), sorted(jobs, key=lambda j: j.arrival_s)
         self.open = sorted((r for r in requests if r.parent_id is None), key=lambda r: r.arrival_s)
         self.children: dict[str, list[Request]] = {}
         for request in requests:
@@ -45,7 +45,7 @@ class Arrivals:
             deliver(request, request.arrival_s)
 
     def bring_jobs(self, start: Callable[[FinetuneJob], None]) -> Generator[simpy.Event, Any, None]:
-        for job in sorted(self.jobs, key=lambda j: j.arrival_s):
+        for job in self.jobs:
             if job.arrival_s > self.env.now:
                 yield self.env.timeout(job.arrival_s - self.env.now)
             self.num_jobs_arrived += 1
@@ -70,6 +70,11 @@ class Arrivals:
         """When the next request arrives, as far as it is known; inf for none."""
         opened = self.open[self.num_opened].arrival_s if self.num_opened < len(self.open) else math.inf
         return min(opened, self.thinking[0][0] if self.thinking else math.inf)
+
+    @property
+    def next_job_s(self) -> float:
+        """When the next job arrives; inf for none."""
+        return self.jobs[self.num_jobs_arrived].arrival_s if self.num_jobs_arrived < len(self.jobs) else math.inf
 
     @property
     def is_pending(self) -> bool:

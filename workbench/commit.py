@@ -15,7 +15,7 @@ def log_refused(ledger: "Ledger", plan: "Plan", start_s: float) -> None:
     if not plan.refused and not ledger.refused:
         return
     old, requests = ledger.refused, ledger.requests
-    new = {name: why for name, why in plan.refused.items() if name not in plan.named and name in requests}
+    new = {name: why for name, why in plan.refused.items() if name in requests and not plan.is_named(name)}
     for name in old:
         if name not in new and name in requests:
             ledger.log(start_s, "refused", name, requests[name].adapter)
@@ -25,38 +25,64 @@ def log_refused(ledger: "Ledger", plan: "Plan", start_s: float) -> None:
     ledger.refused = new
 
 
-def commit_requests(ledger: "Ledger", batch: Batch, result: StepResult, start_s: float, now_s: float) -> None:
-    """Tokens arrive at the step's end; a request ends at its limit, or at an end-of-sequence token when the text decides."""
-    requests, events, step = ledger.requests, ledger.events, ledger.step
-    tokens, eos = result.tokens, ledger.info.eos_token_ids
+def commit_prefills(ledger: "Ledger", batch: Batch, result: StepResult, start_s: float, now_s: float) -> None:
+    """Prefill chunks arrive at the step's end; the last chunk of a request brings a token with it."""
+    requests, rows, step = ledger.requests, ledger.rows, ledger.step
     for segment in batch.segments:
-        kind = segment.kind
-        if kind != "decode" and kind != "prefill":
+        if segment.kind == "decode":
+            break
+        if segment.kind != "prefill":
             continue
         s = requests[segment.owner]
-        if kind == "prefill":
-            if s.id not in ledger.begun:
-                _begin(ledger, s, segment.start, start_s)
-            s.prefilled = segment.end
-            ledger.share(s, segment)
-            events.append((now_s, step, "prefill", s.id, s.adapter, float(segment.tokens), ""))
-            if not segment.samples:
-                continue
+        if s.id not in ledger.begun:
+            _begin(ledger, s, segment.start, start_s)
+        s.prefilled = segment.end
+        ledger.share(s, segment)
+        rows.append((now_s, step, "prefill", s.id, s.adapter, float(segment.tokens), ""))
+        if segment.samples:
             s.phase = "running"
+            s.add_token(now_s)
             ledger.enter_queue(s, ledger.running)
-        s.generated += 1
-        s.context += 1
-        if s.first_token_s is None:
-            s.first_token_s = now_s
-        s.last_token_s = now_s
-        events.append((now_s, step, "token", s.id, s.adapter, float(s.generated), ""))
-        ends = s.generated >= s.limit
-        if tokens:
-            token = tokens[s.id]
-            s.outputs.append(token)
-            ends = ends or (s.request.output_tokens is None and token in eos)
-        if ends:
+            rows.append((now_s, step, "token", s.id, s.adapter, float(s.own_generated), ""))
+            if _is_last(ledger, s, result):
+                ledger.end(s, "finished", now_s)
+
+
+def commit_together(ledger: "Ledger", batch: Batch, result: StepResult, ended: "list[RequestState]", now_s: float) -> None:
+    """A token for every request that ran when the step was planned: counted before, not written. `ended`: those at their limit."""
+    ledger.history.decoded(ledger.step, (now_s,))
+    if result.tokens:
+        ended = [s for segment in batch.of("decode") if _is_last(ledger, s := ledger.requests[segment.owner], result)]
+    end_together(ledger, ended, now_s)
+
+
+def end_together(ledger: "Ledger", ended: "list[RequestState]", now_s: float) -> None:
+    """The requests end that have reached their limit with a step in which all decoded, in the order of its rows."""
+    if len(ended) > 1:
+        ended = sorted(ended, key=lambda s: s.stint.row)  # type: ignore[union-attr]
+    for s in ended:
+        ledger.end(s, "finished", now_s)
+
+
+def commit_decodes(ledger: "Ledger", batch: Batch, result: StepResult, now_s: float) -> None:
+    """A token for some of the running requests: written for each."""
+    decoded = [ledger.requests[segment.owner] for segment in batch.of("decode")]
+    for s in decoded:
+        s.add_token(now_s)
+        ledger.rows.append((now_s, ledger.step, "token", s.id, s.adapter, float(s.own_generated), ""))
+    for s in decoded:
+        if _is_last(ledger, s, result):
             ledger.end(s, "finished", now_s)
+
+
+def _is_last(ledger: "Ledger", s: "RequestState", result: StepResult) -> bool:
+    """Keep the sampled token; whether the request ends with it: at its limit, or at an end-of-sequence token when the text decides."""
+    ends = s.generated >= s.limit
+    if result.tokens:
+        token = result.tokens[s.id]
+        s.outputs.append(token)
+        ends = ends or (s.request.output_tokens is None and token in ledger.info.eos_token_ids)
+    return ends
 
 
 def _begin(ledger: "Ledger", s: "RequestState", cached_tokens: int, start_s: float) -> None:

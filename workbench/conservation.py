@@ -6,51 +6,53 @@ different places. A disagreement is a bug, in the product or in an executor, nev
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from workbench.metrics import ENDS
+from workbench.facts import TOKEN_KINDS, Facts, Rows, Tokens, facts_of_frames, facts_of_history, joined_facts
+from workbench.history import History
+from workbench.metrics import ENDS, job_frame
 from workbench.server_protocol import ServerInfo
+from workbench.stream import Stream
 
 CLOCK_S = 1e-6  # sums of a day's floating-point seconds agree far better than this
-TOKEN_KINDS = ("finetune", "evaluate", "prefill", "decode")
 
 
 class ConservationError(RuntimeError):
     """A replay whose rows contradict one another."""
 
 
-class _Rows(NamedTuple):
-    """Columns of the rows of some kinds, owners as positions in a common index."""
-
-    time: np.ndarray
-    step: np.ndarray
-    owner: np.ndarray
-    value: np.ndarray
-
-
 def check_conservation(replay: Any) -> None:
     """Raise ConservationError with the law and its numbers if a replay breaks one: time, work, tokens, requests, Little's law.
 
     A fleet's replay must conserve on every replica, and give each request to one. Of a server's replay only the requests can be checked:
-    its steps are not seen. Cost is linear in the number of rows.
+    its steps are not seen. From the frames, or from the history that they are made from while none is made yet. Cost is linear in the
+    number of rows.
     """
     if hasattr(replay, "replicas"):
         check_fleet(replay)
         return
-    names = pd.Index([r.request_id for r in replay.trace_requests])
-    events = _by_kind(replay.events, names)
+    names = pd.Index([r.request_id for r in replay.trace_requests], dtype=object)
+    is_new = not {"events", "steps", "work", "jobs"} & replay.__dict__.keys()
+    if is_new and isinstance(replay.history, Stream):
+        parts = replay.history.parts
+    elif is_new and isinstance(replay.history, History):
+        parts = [facts_of_history(replay.history, names)]
+    else:
+        parts = [facts_of_frames(replay, names)]
+    facts = parts[0] if len(parts) == 1 else joined_facts(parts)
     if isinstance(replay.executor, ServerInfo):
-        check_requests(events, names)
+        check_requests(facts.events, facts.tokens, names)
         return
-    check_time(replay.steps)
-    check_work(replay.steps, replay.work)
-    check_requests(events, names)
-    check_littles_law(events, replay.steps, names)
-    check_tokens(events, replay, names)
-    check_jobs(replay)
+    for part in parts:
+        check_work(part)
+    check_time(facts.steps)
+    check_requests(facts.events, facts.tokens, names)
+    check_littles_law(facts.events, facts.steps, names)
+    check_tokens(facts, replay, names)
+    check_jobs(facts, replay)
 
 
 def check_fleet(replay: Any) -> None:
@@ -73,17 +75,6 @@ def check_fleet(replay: Any) -> None:
             _fail(f"replicas must have {what} of the trace only", f"{sorted(strange)[0]!r}")
 
 
-def _by_kind(events: pd.DataFrame, names: pd.Index) -> Mapping[str, _Rows]:
-    owner = names.get_indexer(pd.Index(events["owner"].to_numpy(object)))
-    kind, kinds = pd.factorize(events["kind"].to_numpy(object))
-    columns = [events["time_s"].to_numpy(float), events["step"].to_numpy(), owner, events["value"].to_numpy(float)]
-    out = {}
-    for name in ("arrived", *ENDS, "token", "prefill", "preempted"):
-        mask = kind == (list(kinds).index(name) if name in kinds else -2)
-        out[name] = _Rows(*(c[mask] for c in columns))
-    return out
-
-
 def _fail(law: str, numbers: str) -> None:
     raise ConservationError(f"{law}, got {numbers}. This is a bug in the runtime or in an executor: keep the replay and report it.")
 
@@ -104,24 +95,20 @@ def check_time(steps: pd.DataFrame) -> None:
         )
 
 
-def check_work(steps: pd.DataFrame, work: pd.DataFrame) -> None:
+def check_work(facts: Facts) -> None:
     """The tokens of a step's work rows are the tokens that its features say, kind by kind."""
-    kind, step, tokens = work["kind"].to_numpy(), work["step"].to_numpy(), work["tokens"].to_numpy(float)
-    at = pd.Index(steps["step"].to_numpy()).get_indexer(step)
-    if (at < 0).any():
-        _fail("every row of work must belong to a step", f"one of step {step[at < 0][0]}")
-    for name in TOKEN_KINDS:
-        mask = kind == name
-        done, said = np.bincount(at[mask], tokens[mask], len(steps)), steps[f"{name}_tokens"].to_numpy(float)
+    if facts.stray is not None:
+        _fail("every row of work must belong to a step", f"one of step {facts.stray}")
+    for name, done in zip(TOKEN_KINDS, facts.done.T, strict=True):
+        said = facts.steps[f"{name}_tokens"].to_numpy(float)
         wrong = np.flatnonzero(np.abs(done - said) > 0.5)
         if len(wrong):
             k = int(wrong[0])
-            _fail(
-                f"a step's {name} tokens must be those of its batch", f"{said[k]:.0f} beside {done[k]:.0f} in step {steps['step'].iloc[k]}"
-            )
+            step = facts.steps["step"].iloc[k]
+            _fail(f"a step's {name} tokens must be those of its batch", f"{said[k]:.0f} beside {done[k]:.0f} in step {step}")
 
 
-def check_requests(events: Mapping[str, _Rows], names: pd.Index) -> None:
+def check_requests(events: Mapping[str, Rows], tokens: Tokens, names: pd.Index) -> None:
     """A request arrives once, ends at most once, not before it arrives, and does nothing after its end."""
     num = len(names)
     arrived = np.bincount(events["arrived"].owner, minlength=num)
@@ -133,19 +120,19 @@ def check_requests(events: Mapping[str, _Rows], names: pd.Index) -> None:
     if (ended > arrived).any():
         _fail("a request must arrive before it ends", f"an end without an arrival for {names[int(np.argmax(ended > arrived))]!r}")
     begin, end = _moments(events, num)
-    for kind in ("token", "prefill", "preempted"):
-        rows = events[kind]
-        wrong = (rows.time > end[rows.owner] + CLOCK_S) | ~(rows.time >= begin[rows.owner] - CLOCK_S)
+    seen = [("token", tokens.owner, tokens.first_s, tokens.last_s)]
+    seen += [(kind, rows.owner, rows.time, rows.time) for kind, rows in events.items() if kind in ("prefill", "preempted")]
+    for kind, owner, first_s, last_s in seen:
+        late = last_s > end[owner] + CLOCK_S
+        wrong = late | ~(first_s >= begin[owner] - CLOCK_S)
         if wrong.any():
             k = int(np.argmax(wrong))
-            span = f"{begin[rows.owner[k]]:.6f} to {end[rows.owner[k]]:.6f} s"
-            _fail(
-                f"a request must see its {kind} between arrival and end",
-                f"{names[rows.owner[k]]!r} at {rows.time[k]:.6f} s, there from {span}",
-            )
+            span = f"{begin[owner[k]]:.6f} to {end[owner[k]]:.6f} s"
+            at = last_s[k] if late[k] else first_s[k]
+            _fail(f"a request must see its {kind} between arrival and end", f"{names[owner[k]]!r} at {at:.6f} s, there from {span}")
 
 
-def _moments(events: Mapping[str, _Rows], num: int) -> tuple[np.ndarray, np.ndarray]:
+def _moments(events: Mapping[str, Rows], num: int) -> tuple[np.ndarray, np.ndarray]:
     """When each request arrived (nan: never) and ended (inf: not yet)."""
     begin, end = np.full(num, np.nan), np.full(num, np.inf)
     begin[events["arrived"].owner] = events["arrived"].time
@@ -154,7 +141,7 @@ def _moments(events: Mapping[str, _Rows], num: int) -> tuple[np.ndarray, np.ndar
     return begin, end
 
 
-def check_littles_law(events: Mapping[str, _Rows], steps: pd.DataFrame, names: pd.Index) -> None:
+def check_littles_law(events: Mapping[str, Rows], steps: pd.DataFrame, names: pd.Index) -> None:
     """L = lambda W, as the identity that it is on one sample path (Stidham, Operations Research 22, 1974), and the ledger's own count.
 
     The integral of the number in the system must be the sum of the times that requests spent there; and at the start of every step,
@@ -191,24 +178,23 @@ def check_littles_law(events: Mapping[str, _Rows], steps: pd.DataFrame, names: p
         _fail("the ledger's count must be arrivals less ends", f"{counted[k]} beside {least[k]} to {most[k]} at {start[k]:.6f} s")
 
 
-def check_tokens(events: Mapping[str, _Rows], replay: Any, names: pd.Index) -> None:
+def check_tokens(facts: Facts, replay: Any, names: pd.Index) -> None:
     """Every output token is one row of work at its own position, every finished request has the tokens that its trace asks for.
 
     A request that was never preempted prefills each prompt token at most once and up to the last, then decodes one position a token.
     """
-    num, tokens = len(names), events["token"]
+    num, events, tokens, decodes = len(names), facts.events, facts.tokens, facts.decodes
     if (tokens.owner < 0).any() or (events["prefill"].owner < 0).any():
         _fail("tokens must belong to requests of the trace", "another owner")
-    count, total = np.bincount(tokens.owner, minlength=num), np.bincount(tokens.owner, tokens.value, num)
+    count, total = np.bincount(tokens.owner, tokens.count, num), np.bincount(tokens.owner, tokens.total, num)
     wrong = total != count * (count + 1) / 2
     if wrong.any():
         k = int(np.argmax(wrong))
-        _fail("a request's tokens must be numbered 1, 2, ... each once", f"{count[k]} tokens that sum to {total[k]:.0f} for {names[k]!r}")
-    work = replay.work
-    owner, kind = names.get_indexer(pd.Index(work["owner"].to_numpy(object))), work["kind"].to_numpy()
-    first, length = work["start"].to_numpy(float), work["tokens"].to_numpy(float)
-    prefill, decode = (kind == "prefill") & (owner >= 0), (kind == "decode") & (owner >= 0)
-    done = np.bincount(owner[prefill], length[prefill], num)
+        _fail(
+            "a request's tokens must be numbered 1, 2, ... each once", f"{count[k]:.0f} tokens that sum to {total[k]:.0f} for {names[k]!r}"
+        )
+    owner, first, length = facts.prefills
+    done = np.bincount(owner, length, num)
     said = np.bincount(events["prefill"].owner, events["prefill"].value, num)
     if (done != said).any():
         k = int(np.argmax(done != said))
@@ -216,14 +202,14 @@ def check_tokens(events: Mapping[str, _Rows], replay: Any, names: pd.Index) -> N
     prompt = np.array([r.prompt_tokens for r in replay.trace_requests], float)
     preempted = np.bincount(events["preempted"].owner, minlength=num)
     steady = (preempted == 0) & (count > 0)
-    decodes, places = np.bincount(owner[decode], minlength=num), np.bincount(owner[decode], first[decode], num)
+    rows, places = np.bincount(decodes.owner, decodes.count, num), np.bincount(decodes.owner, decodes.places, num)
     low, high = np.full(num, np.inf), np.zeros(num)
-    np.minimum.at(low, owner[prefill], first[prefill])
-    np.maximum.at(high, owner[prefill], (first + length)[prefill])
+    np.minimum.at(low, owner, first)
+    np.maximum.at(high, owner, first + length)
     laws = (
         ("each prompt token must be prefilled once", done, high - low),
         ("the prefill must reach the end of the prompt", high, prompt),
-        ("every token after the first must be one decode row", decodes, count - 1),
+        ("every token after the first must be one decode row", rows, count - 1),
         ("decode rows must stand at consecutive positions", places, (count - 1) * prompt + (count - 1) * (count - 2) / 2),
     )
     for law, have, want in laws:
@@ -231,7 +217,7 @@ def check_tokens(events: Mapping[str, _Rows], replay: Any, names: pd.Index) -> N
         if wrong.any():
             k = int(np.argmax(wrong))
             _fail(law, f"{have[k]:.0f} beside {want[k]:.0f} for {names[k]!r}")
-    _check_lengths(events["finished"].owner, count, replay.trace_requests)
+    _check_lengths(events["finished"].owner, count.astype(int), replay.trace_requests)
 
 
 def _check_lengths(finished: np.ndarray, count: np.ndarray, requests: Any) -> None:
@@ -245,21 +231,20 @@ def _check_lengths(finished: np.ndarray, count: np.ndarray, requests: Any) -> No
             )
 
 
-def check_jobs(replay: Any) -> None:
+def check_jobs(facts: Facts, replay: Any) -> None:
     """Fine-tune tokens: what was committed went forward before, and through every layer backward; nothing is committed twice."""
-    jobs, work, events = replay.jobs, replay.work, replay.events
-    if not len(jobs):
+    if not replay.finetune_jobs:
         return
-    kind, owner = work["kind"].to_numpy(), work["owner"].to_numpy()
-    passes = events.loc[events["kind"].to_numpy() == "committed", "owner"].value_counts()
-    for name, row in jobs.iterrows():
+    (owner, kind, length), num_layers = facts.work, replay.executor.num_layers
+    passes = facts.job_events.loc[facts.job_events["kind"].to_numpy() == "committed", "owner"].value_counts().to_dict()
+    for name, row in job_frame(replay.finetune_jobs, facts.job_events).iterrows():
         mine = owner == name
-        tokens = work["tokens"].to_numpy()[mine]
+        tokens = length[mine]
         forward, layers = float(tokens[kind[mine] == "finetune"].sum()), int(tokens[kind[mine] == "backward"].sum())
         if forward != row["forward_tokens"]:
             _fail("forward tokens must be those of the batches", f"{row['forward_tokens']:.0f} beside {forward:.0f} for {name!r}")
         if row["committed_tokens"] > forward:
             _fail("committed tokens must have gone forward", f"{row['committed_tokens']:.0f} of {forward:.0f} for {name!r}")
-        needed = int(passes.get(name, 0)) * replay.executor.num_layers
-        if not needed <= layers < needed + max(replay.executor.num_layers, 1):
+        needed = int(passes.get(str(name), 0)) * num_layers
+        if not needed <= layers < needed + max(num_layers, 1):
             _fail("every committed micro-batch must go backward through each layer once", f"{layers} layers beside {needed} for {name!r}")

@@ -194,6 +194,10 @@ class StepResult:
     published: Mapping[str, int] = field(default_factory=dict)
 
 
+NOTHING = StepResult(duration_s=0.0)
+"""What a step reported that reported nothing but how long it took."""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One row of a replay's record. `kind` names what happened; `owner` is a request or job id; `value` depends on the kind."""

@@ -83,6 +83,10 @@ class Work:
         v[12] += b.num_layers
         v[13] += b.is_last and b.ends_window
 
+    def drop_backwards(self) -> None:
+        """Leave the backward slices and their optimiser steps out."""
+        self.values[10:14] = [0.0] * 4
+
     def add_load(self, size_bytes: int, read_s: float = 0.0) -> None:
         self.values[14] += 1
         self.values[15] += size_bytes

@@ -27,7 +27,7 @@ class FleetReplay(Replay):
     def __init__(
         self, replicas: Sequence[Replay], *, requests: Sequence[Request], jobs: Sequence[FinetuneJob], executor: ExecutorInfo, router: str
     ) -> None:
-        self.replicas = tuple(replicas)
+        self.replicas, self.history = tuple(replicas), {}
         first = self.replicas[0]
         resolved = {r.request_id: r for part in self.replicas for r in part.trace_requests}
         self.trace_requests = tuple(resolved.get(r.request_id, r) for r in requests)
@@ -87,6 +87,16 @@ class FleetReplay(Replay):
         """The results of all steps, in their order."""
         results = [result for part in self.replicas for result in part.results]
         return tuple([results[place] for place in self._order[1]])
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """The digests of all steps' batches, as their replicas had them, in the order of the steps."""
+        digests = [digest for part in self.replicas for digest in part.digests]
+        return tuple([digests[place] for place in self._order[1]])
+
+    @property
+    def num_steps(self) -> int:
+        return sum(part.num_steps for part in self.replicas)
 
     @cached_property
     def requests(self) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from simpy.core import EmptySchedule
 
 from workbench import routers
 from workbench.arrivals import Arrivals
+from workbench.clock import Clock
 from workbench.config import SLO, FinetuneJob, UnknownAdapterError, did_you_mean, require
 from workbench.conservation import ConservationError, check_conservation
 from workbench.core import AdapterInfo, Executor, Request, StepResult
@@ -89,6 +90,13 @@ class ReplicaRun(_Run):
     def _is_pending(self) -> bool:
         return super()._is_pending() or any(ready < math.inf for ready in self.ledger.away.values())
 
+    def _horizon_s(self) -> float:
+        """Before this time nothing reaches the ledger from outside: the steps of other replicas do not, where no session waits for them."""
+        if self.arrivals.is_closed_loop:
+            return super()._horizon_s()
+        until_s = self.until if isinstance(self.until, (int, float)) else math.inf
+        return min(self.arrivals.next_s, self.arrivals.next_job_s, until_s, *self.ledger.away.values())
+
     def check_arrivals(self) -> None:
         """Raise ConservationError unless every request that was given to this replica arrived here."""
         if self.ledger.num_arrived != self.book.num_routed:
@@ -119,8 +127,10 @@ class FleetRun:
         measure: tuple[float, float] | None,
         overlap: bool,
         until: str | float | None,
-        evict: Any,
+        evict: Any = None,
+        events: Any = None,
     ) -> None:
+        require(events is None, "events= writes the rows of one executor; on a fleet it must be None", events)
         self.trace, self.fleet, self.jobs, self.slo = trace, fleet, tuple(jobs), slo
         self.requests = checked_requests(trace)
         check_slo(slo, self.requests)
@@ -128,7 +138,7 @@ class FleetRun:
         real = [e.info.name for e in executors if not e.info.simulated]
         rule = "clock='wall' needs at most one replica that really runs steps, for they run one after another"
         require(clock != "wall" or len(real) <= 1, rule, real, "Use clock='virtual'.")
-        self.env = simpy.rt.RealtimeEnvironment(strict=False) if clock == "wall" else simpy.Environment()
+        self.env = simpy.rt.RealtimeEnvironment(strict=False) if clock == "wall" else Clock()
         self.arrivals = Arrivals(self.env, self.requests, self.jobs)
         self.until = until if until is not None else "requests" if self.requests else "jobs"
         self.lengths = length_predictor(lengths, seed)

@@ -21,7 +21,7 @@ import pandas as pd
 
 from workbench import metrics
 from workbench.config import SLO, did_you_mean, require
-from workbench.replay_result import EVENT_COLUMNS, STEP_COLUMNS, WORK_COLUMNS, rows_to_frame
+from workbench.frames import EVENT_COLUMNS, STEP_COLUMNS, WORK_COLUMNS, rows_to_frame
 
 FORMATS = ("vllm", "sglang", "loquetier")
 DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "errors")

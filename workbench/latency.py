@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class LatencyModel:
         self._adapters = dict(self._declared)
         self._prepared: dict[int, tuple[FinetuneJob, data.PreparedJob]] = {}
         self._jobs: dict[str, tuple[FinetuneJob, data.PreparedJob]] = {}
-        self._draw: Callable[[int], float] | None = None
+        self._draw: _Stream | None = None
 
     # Making one
 
@@ -361,35 +362,66 @@ class LatencyModel:
         if self._draw is None:
             raise RuntimeError("step() needs begin() first: pass the model as executor= to replay().")
         work = features.of_batch(batch)
-        factor = 1.0 + self._draw(_class_of(work))
+        result = self.simulate(work, batch)
+        return result if isinstance(result, StepResult) else StepResult(duration_s=result, gpu_s=result)
+
+    def simulate(self, work: Work, batch: Batch, predicted_s: float | None = None) -> StepResult | float:
+        """`step` for a batch whose work is summed up already: its prefill and decode rows are not read and may lack.
+
+        `predicted_s`: what `predict` says, if it was asked. A number is the duration of a step with nothing else to report.
+        """
+        if self._draw is None:
+            raise RuntimeError("simulate() needs begin() first: pass the model as executor= to replay().")
+        factor = self._draw(_class_of(work))
+        duration = factor * (self.predict(work) if predicted_s is None else predicted_s)
+        if not batch.backwards:
+            return duration
         planned = done = {b.owner: b.num_layers for b in batch.backwards}
-        duration = factor * self.predict(work)
-        if batch.stop_after_s is not None and planned and duration > batch.stop_after_s:
-            batch, done = self._cut(batch, factor)
-            duration = factor * self.predict(features.of_batch(batch))
+        if batch.stop_after_s is not None and duration > batch.stop_after_s:
+            work, done = self._cut(work, batch, factor)
+            duration = factor * self.predict(work)
         return StepResult(
-            duration_s=duration, gpu_s=duration, layers_done=done, stopped_early=done != planned, published=self._commit(batch)
+            duration_s=duration, gpu_s=duration, layers_done=done, stopped_early=done != planned, published=self._commit(batch, done)
         )
 
-    def _cut(self, batch: Batch, factor: float) -> tuple[Batch, dict[str, int]]:
-        """The batch as it really runs when its backward stops at the first layer boundary after `stop_after_s`, and the layers done."""
+    def preview(self, work: Work, num_steps: int) -> tuple[list[float], list[float]]:
+        """Durations of the next steps, as policies predict them and as drawn, if each decodes the rows of `work`, which are all there is.
+
+        Exactly what `predictor` and `simulate` would give step by step. Nothing is drawn for good before `skip` says how many were made.
+        """
+        if self._draw is None:
+            raise RuntimeError("preview() needs begin() first: pass the model as executor= to replay().")
+        means = self.costs.predict_decodes(work, num_steps)
+        drawn = list(map(mul, self._draw.preview(_class_of(work), num_steps), means))
+        return means if self._seen is None else self._seen.predict_decodes(work, num_steps), drawn
+
+    def skip(self, num_steps: int) -> None:
+        """So many of the steps of the last `preview` were made."""
+        assert self._draw is not None
+        self._draw.skip(num_steps)
+
+    def _cut(self, work: Work, batch: Batch, factor: float) -> tuple[Work, dict[str, int]]:
+        """What is really done when the backward stops at the first layer boundary after `stop_after_s`, and the layers done."""
         assert batch.stop_after_s is not None
         done = {b.owner: 0 for b in batch.backwards}
-        ran = replace(batch, backwards=())
-        for position, backward in enumerate(batch.backwards):
+        kept = work.copy()
+        kept.drop_backwards()
+        ran = kept
+        for backward in batch.backwards:
             for layers in range(backward.num_layers):
-                if factor * self.predict(features.of_batch(ran)) >= batch.stop_after_s:
+                if factor * self.predict(ran) >= batch.stop_after_s:
                     return ran, done
-                kept = batch.backwards[:position]
-                ran = replace(batch, backwards=(*kept, replace(backward, num_layers=layers + 1)))
+                ran = kept.copy()
+                ran.add_backward(replace(backward, num_layers=layers + 1))
                 done[backward.owner] = layers + 1
+            kept = ran
         return ran, done
 
-    def _commit(self, batch: Batch) -> dict[str, int]:
+    def _commit(self, batch: Batch, done: Mapping[str, int]) -> dict[str, int]:
         """Which adapters this step publishes, as an engine would: after each optimiser step, or after the job's last one."""
         published: dict[str, int] = {}
         for backward in batch.backwards:
-            if not (backward.is_last and backward.ends_window):
+            if not (backward.is_last and backward.ends_window and done[backward.owner] == backward.num_layers):
                 continue
             job, prepared = self._jobs[backward.owner]
             last = backward.micro_batch == prepared.num_micro_batches - 1
@@ -439,24 +471,51 @@ class _Residuals:
         self._standard: list[float] = (centred / np.maximum(scale[kinds], 1e-12)).tolist()
         self._scale: list[float] = scale.tolist()
 
-    def stream(self, seed: int, noise: float = 0.0) -> Callable[[int], float]:
-        """A function: class of the next step -> its relative residual, above -0.9. Equal seeds give equal streams.
+    def stream(self, seed: int, noise: float = 0.0) -> "_Stream":
+        """The residuals of one replay, with independent noise of that standard deviation on top. Equal seeds give equal streams."""
+        return _Stream(self._standard, self._scale, seed, noise)
 
-        `noise` is the standard deviation of independent noise on top.
-        """
-        rng, standard, scale = random.Random(f"residuals:{seed}"), self._standard, self._scale
-        extra = random.Random(f"noise:{seed}")
-        position, left = 0, 0
 
-        def draw(kind: int) -> float:
-            nonlocal position, left
-            if left == 0:
-                position, left = rng.randrange(len(standard)), RESIDUAL_BLOCK
-            value = standard[position] * scale[kind] + (extra.gauss(0.0, noise) if noise else 0.0)
-            position, left = (position + 1) % len(standard), left - 1
-            return max(value, -0.9)
+class _Stream:
+    """Draws 1 + the relative residual of the next step, at least 0.1, given its class; or of the next ones, to be made or not."""
 
-        return draw
+    def __init__(self, standard: list[float], scale: list[float], seed: int, noise: float) -> None:
+        self._standard, self._scale, self._noise = standard, scale, noise
+        self._rng, self._extra_rng = random.Random(f"residuals:{seed}"), random.Random(f"noise:{seed}")
+        self._coming: list[float] = []
+        self._extra: list[float] = []
+        self._at = 0
+
+    def __call__(self, kind: int) -> float:
+        value = self.preview(kind, 1)[0]
+        self._at += 1
+        return value
+
+    def preview(self, kind: int, num: int) -> list[float]:
+        """What the next `num` calls would give."""
+        if self._at + num > len(self._coming):
+            self._fill(num)
+        first, last, scale = self._at, self._at + num, self._scale[kind]
+        if self._noise:
+            pairs = zip(self._coming[first:last], self._extra[first:last], strict=True)
+            return [1.0 + max(value * scale + extra, -0.9) for value, extra in pairs]
+        return [1.0 + (r if (r := value * scale) > -0.9 else -0.9) for value in self._coming[first:last]]
+
+    def skip(self, num: int) -> None:
+        self._at += num
+
+    def _fill(self, num: int) -> None:
+        """Let at least `num` residuals be at hand: whole blocks, from the recording's end on to its beginning."""
+        del self._coming[: self._at], self._extra[: self._at]
+        self._at = 0
+        standard, coming = self._standard, self._coming
+        while len(coming) < num:
+            first = self._rng.randrange(len(standard))
+            coming += standard[first : first + RESIDUAL_BLOCK]
+            for k in range(first + RESIDUAL_BLOCK - len(standard)):
+                coming.append(standard[k % len(standard)])
+        if self._noise:
+            self._extra += [self._extra_rng.gauss(0.0, self._noise) for _ in range(len(coming) - len(self._extra))]
 
 
 def _class_of(work: Work) -> int:

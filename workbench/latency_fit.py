@@ -8,9 +8,9 @@ that the cost of a token may rise once a matrix product leaves the memory-bound 
 non-negative least squares on *relative* errors, so that a 10 ms decode step matters as much as a 300 ms training step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import mul
+from operator import itemgetter, mul
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ TOKENS = ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens
 CLASSES = ("train", "prefill", "decode")  # a step's class is the first of these kinds of work that it holds
 HELD_OUT_BLOCK, HELD_OUT_EVERY = 10, 5  # one block of 10 consecutive steps in 5 is held out: neighbours are correlated
 REWEIGHTINGS = 4
+_CONTEXT = INDEX["decode_context"]
 
 
 def term_names() -> tuple[str, ...]:
@@ -57,6 +58,8 @@ class CostModel:
 
     costs: tuple[float, ...]
     _linear: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    _values: Callable[[Sequence[float]], tuple[float, ...]] = field(init=False, repr=False, compare=False)
+    _context: float = field(init=False, repr=False, compare=False)
     _present: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
     _forward: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
     _backward: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
@@ -70,15 +73,28 @@ class CostModel:
         hinges = costs[first + len(PRESENT) :]
         forward, backward = hinges[: len(FORWARD_KNEES)], hinges[len(FORWARD_KNEES) :]
         object.__setattr__(self, "costs", tuple(costs))
-        object.__setattr__(self, "_linear", tuple(costs[1:first]))
+        # those that cost nothing are left out; two at least, or the getter would give a single value
+        linear = {k: c for k, c in enumerate(costs[1:first]) if (c or k < 2) and k != _CONTEXT}
+        object.__setattr__(self, "_linear", tuple(linear.values()))
+        object.__setattr__(self, "_values", itemgetter(*linear))
+        object.__setattr__(self, "_context", costs[1 + _CONTEXT])
         object.__setattr__(self, "_present", tuple((INDEX[n], c) for n, c in zip(PRESENT, present, strict=True) if c))
         object.__setattr__(self, "_forward", tuple((k, c) for k, c in zip(FORWARD_KNEES, forward, strict=True) if c))
         object.__setattr__(self, "_backward", tuple((k, c) for k, c in zip(BACKWARD_KNEES, backward, strict=True) if c))
 
     def predict(self, work: Work) -> float:
         """Mean duration in seconds of a step that does `work`."""
+        return self._without_context(work) + self._context * work.values[_CONTEXT]
+
+    def predict_decodes(self, work: Work, num_steps: int) -> list[float]:
+        """`predict`, bit for bit, of the next steps that decode the same rows: each reads one token more a row."""
+        fixed, cost = self._without_context(work), self._context
+        context, rows = work.values[_CONTEXT], work.values[INDEX["decode_tokens"]]
+        return [fixed + cost * (context + k * rows) for k in range(num_steps)]
+
+    def _without_context(self, work: Work) -> float:
         v = work.values
-        total = self.costs[0] + sum(map(mul, self._linear, v))
+        total = self.costs[0] + sum(map(mul, self._linear, self._values(v)))
         for index, cost in self._present:
             if v[index]:
                 total += cost

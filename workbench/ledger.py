@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from random import Random
 from typing import Any
 
-from workbench.commit import commit_jobs, commit_requests, log_refused
+from workbench.commit import commit_decodes, commit_jobs, commit_prefills, commit_together, log_refused
 from workbench.config import SLO, FinetuneJob
 from workbench.core import (
     AdapterInfo,
@@ -23,6 +23,8 @@ from workbench.core import (
     Segment,
     StepResult,
 )
+from workbench.decoding import Decoding
+from workbench.history import EventRow, History
 from workbench.plan import Plan
 from workbench.pools import Arena, BlockPool, SlotTable, Version
 from workbench.prefix_cache import PrefixCache, prompt_keys
@@ -30,14 +32,13 @@ from workbench.states import JobState, RequestState, check_job
 from workbench.tiers import HostMemory, Rule, bring_to_host, choose
 from workbench.views import JobView, RequestView, Room, StepView, View
 
-EventRow = tuple[float, int, str, str, str | None, float | None, str]
-"""time_s, step, kind, owner, adapter, value, note: the columns of a replay's `events`."""
-
 
 class Ledger:
     """State of one replay on one executor. A policy sees it through `View`; only `replay` calls its methods.
 
     `away` holds adapters that are not in this replica's host memory, and when they will be (inf: not on their way); see `fleet.Fleet`.
+    `rows` holds the event rows that were written out; the tokens of steps in which all running requests decoded are in `decoding`.
+    Without `needs_rows` a batch leaves those decode rows out: for an executor that only wants the sums.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Ledger:
         self.arena = Arena(info.activation_tokens)
         self.requests: dict[str, RequestState] = {}
         self.running: dict[str, RequestState] = {}
+        self.decoding = Decoding(info.block_tokens)
+        self.needs_rows = True
         self.begun: dict[str, RequestState] = {}
         self.preempted: dict[str, RequestState] = {}
         self.fresh: dict[str, RequestState] = {}
@@ -73,10 +76,12 @@ class Ledger:
         self.away: dict[str, float] = {}
         self.released: list[str] = []
         self.refused: dict[str, str] = {}
-        self.events: list[EventRow] = []
+        self.history = History(self.decoding)
+        self.rows: list[EventRow] = self.history.events
         self.ended: list[RequestState] = []
         self.num_arrived = 0
-        self.last: tuple[Batch, StepResult, float, float, float] | None = None
+        self.last: tuple[Batch, StepResult | float, float, float, float] | None = None
+        self.last_plan: Plan | None = None
         self.limits = Room(
             tokens=info.max_batch_tokens,
             requests=info.max_requests,
@@ -96,6 +101,22 @@ class Ledger:
         self._finished: list[RequestView] = []
 
     # reading
+
+    @property
+    def events(self) -> list[EventRow]:
+        """All event rows so far, in their order within each step, tokens included. Made anew at every call."""
+        return self.history.event_rows()
+
+    def together(self) -> Decoding:
+        """The running requests as a group that decodes together."""
+        if not self.decoding.is_open:
+            self.decoding.open(self.running.values())
+        return self.decoding
+
+    def apart(self) -> None:
+        """From now on each running request counts for itself."""
+        if self.decoding.is_open:
+            self.decoding.close(self.running.values())
 
     @property
     def num_resident(self) -> int:
@@ -140,7 +161,11 @@ class Ledger:
         if self.last is None:
             return None
         batch, result, start_s, predicted_s, plan_s = self.last
-        work = [(s.owner, s.kind, s.tokens) for s in batch.segments]
+        if not isinstance(result, StepResult):
+            result = StepResult(duration_s=result, gpu_s=result)
+        work: list[tuple[str, str, int]] = [(s.owner, s.kind, s.tokens) for s in batch.segments]
+        if not self.needs_rows and self.last_plan is not None and self.last_plan.decodes_all:
+            work += [(s.id, "decode", 1) for s in sorted(self.last_plan.decodes, key=_by_version)]
         work += [(b.owner, "backward", result.layers_done.get(b.owner, b.num_layers)) for b in batch.backwards]
         return StepView(start_s, result.duration_s, predicted_s, plan_s, result.stopped_early, tuple(work))
 
@@ -191,14 +216,14 @@ class Ledger:
             "requests": [(*(getattr(s, f) for f in fields), tuple(s.blocks), tuple(s.outputs)) for s in self.requests.values()],
             "jobs": [tuple(getattr(j, f) for f in job_fields) for j in self.jobs.values()],
             "released": list(self.released),
-            "num_events": len(self.events),
+            "num_events": len(self.rows),
             "step": self.step,
         }
 
     # what happens outside steps
 
     def log(self, time_s: float, kind: str, owner: str, adapter: str | None = None, value: float | None = None, note: str = "") -> None:
-        self.events.append((time_s, self.step, kind, owner, adapter, value, note))
+        self.rows.append((time_s, self.step, kind, owner, adapter, value, note))
 
     def arrive(self, request: Request, now_s: float) -> bool:
         """A request (resolved by `executor.admissible`) joins the queue; False when it could never run, and is rejected."""
@@ -352,16 +377,21 @@ class Ledger:
         for queue in (self.running, self.begun, self.preempted, self.fresh):
             if queue.pop(s.id, None) is not None:
                 break
+        if s.stint is not None:
+            self.decoding.leave(s)
         self._running_views = self._waiting_views = None
 
     def enter_queue(self, s: RequestState, queue: dict[str, RequestState]) -> None:
         self.leave_queues(s)
         queue[s.id] = s
+        if queue is self.running:
+            self.decoding.join(s)
 
     def close(self, time_s: float) -> None:
         """The replay ends: everything that is held is given back; requests still there stay unfinished."""
         if self._plan is not None:
             self.rollback(None)
+        self.apart()
         for s in list(self.requests.values()):
             self.free(s)
             s.phase = "aborted"
@@ -423,16 +453,22 @@ class Ledger:
         for s in plan.preempted.values():
             self._release(s, undo)
             self._at_start.append(("preempted", s.id, s.adapter, None, ""))
-        loads = self._swap_slots(plan, undo)
+        loads = self._swap_slots(plan, undo) if plan.loads or plan.evicted else ()
         segments = [self._training_segment(plan, s, n, "finetune", undo) for s, n in plan.finetunes]
         segments += [self._training_segment(plan, s, n, "evaluate", undo) for s, n in plan.evaluates]
         # all of them before any block is taken, which may evict what another one has found
         for owner, found in plan.found.items():
             self._hold_found(self.requests[owner], found, undo)
-        prefills = [self._prefill_segment(s, n, info, undo) for s, n, info in plan.prefills]
-        decodes = [self._decode_segment(s, undo) for s in plan.decodes]
-        segments += sorted(prefills, key=_by_adapter)
-        segments += sorted(decodes, key=_by_adapter)
+        if plan.prefills:
+            segments += sorted([self._prefill_segment(s, n, info, undo) for s, n, info in plan.prefills], key=_by_adapter)
+        if plan.decodes_all:
+            for s in self.decoding.need_block():
+                assert s.capacity < s.context, (s.id, s.capacity, s.context)
+                self.grow(s, undo)
+        elif plan.decodes:
+            self.apart()
+        if not plan.decodes_all or self.needs_rows:
+            segments += sorted([self._decode_segment(s, undo) for s in plan.decodes], key=_by_adapter)
         released: tuple[str, ...] = ()
         if not plan.empty:
             released = tuple(self.released)
@@ -463,8 +499,6 @@ class Ledger:
         s.blocks, s.table, s.capacity, s.prefilled = blocks, (), capacity, prefilled
 
     def _swap_slots(self, plan: Plan, undo: list[Any]) -> tuple[AdapterLoad, ...]:
-        if not plan.loads and not plan.evicted:
-            return ()
         for key in sorted(plan.evicted):
             self._evict(key, undo)
         loads: list[AdapterLoad] = []
@@ -517,12 +551,17 @@ class Ledger:
         self.cache.unhold(found, places)
         s.blocks, s.prefilled, s.cached = [], 0, cached
 
+    def grow(self, s: RequestState, undo: list[Any] | None = None) -> None:
+        """One more block for a request whose next decode needs it."""
+        s.blocks += self.blocks.take(1)
+        s.capacity += self.info.block_tokens
+        s.table = ()
+        if undo is not None:
+            undo.append((self._ungrow, (s,)))
+
     def _decode_segment(self, s: RequestState, undo: list[Any]) -> Segment:
         if s.capacity < s.context:
-            s.blocks += self.blocks.take(1)
-            s.capacity += self.info.block_tokens
-            s.table = ()
-            undo.append((self._ungrow, (s,)))
+            self.grow(s, undo)
         if not s.table:
             s.table = tuple(s.blocks)
         version = 0 if s.key is None else s.key[1]
@@ -566,8 +605,8 @@ class Ledger:
         self._plan = self._undo = None
         self._at_start = []
 
-    def commit(self, batch: Batch, result: StepResult, now_s: float, *, accepted_s: float | None = None) -> list[EventRow]:
-        """The step is done: queues, jobs and outputs move on. Gives the step's event rows, which are also appended to `events`.
+    def commit(self, batch: Batch, result: StepResult, now_s: float, *, accepted_s: float | None = None) -> None:
+        """The step is done: queues, jobs and outputs move on, and its events are written.
 
         `accepted_s` is when the plan was accepted: the time of what happened at the step's start.
         Raises RuntimeError when the executor reports tokens, but not for every sampled row; roll back then.
@@ -579,7 +618,6 @@ class Ledger:
             if missing:
                 raise RuntimeError(f"an executor that reports tokens must report one for each sampled row, missing {missing}")
         self._plan = self._undo = None
-        first = len(self.events)
         start_s = now_s if accepted_s is None else accepted_s
         rejected = {f: s for f, (s, _) in plan.rejected.items()}
         for kind, owner, adapter, value, note in self._at_start:
@@ -596,14 +634,23 @@ class Ledger:
         for owner, paused in plan.held.items():
             self.set_paused(self.jobs[owner], paused, start_s)
         log_refused(self, plan, start_s)
-        commit_requests(self, batch, result, start_s, now_s)
+        # before anybody joins them
+        ended = self.decoding.advance(1, now_s) if plan.decodes_all else None
+        commit_prefills(self, batch, result, start_s, now_s)
+        if ended is not None:
+            commit_together(self, batch, result, ended, now_s)
+        elif plan.decodes:
+            commit_decodes(self, batch, result, now_s)
         commit_jobs(self, batch, result, now_s)
         if not self.num_resident:
             self.slots.unprotect()
         self.step += not plan.empty
         self._at_start = []
-        return self.events[first:]
 
 
 def _by_adapter(segment: Segment) -> tuple[str, int]:
     return (segment.adapter or "", segment.version)
+
+
+def _by_version(s: RequestState) -> Version:
+    return s.key or ("", 0)

@@ -42,7 +42,11 @@ class Plan(Accounts):
         self.why = ""
         if not self._is_kind("decode"):
             return ()
-        named, versions, max_versions = self.named, self.versions, self._ledger.info.max_batch_adapters
+        running = self._ledger._running_views
+        if requests is running and running and self._decode_all(running):
+            return running
+        self._decodes, self._named, self._all = self.decodes, self.named, None
+        named, versions, max_versions = self._named, self.versions, self._ledger.info.max_batch_adapters
         taken: list[RequestView] = []
         context = 0
         for view in (requests,) if isinstance(requests, RequestView) else requests:
@@ -71,7 +75,7 @@ class Plan(Accounts):
                 self.work.adapters.add(s.key)
             self._tokens -= 1
             named.add(s.id)
-            self.decodes.append(s)
+            self._decodes.append(s)
             taken.append(view)
             context += s.context
         if taken:
@@ -83,6 +87,30 @@ class Plan(Accounts):
             v[9] = len(self.work.adapters)
             self._took("decode")
         return tuple(taken)
+
+    def _decode_all(self, views: tuple[RequestView, ...]) -> bool:
+        """Decode everything that runs, from the sums of the group; False where one of them might not fit or stands out."""
+        ledger = self._ledger
+        if self._all is not None or self._decodes or self.preempted or self.rejected or self._tokens < len(views):
+            return False
+        group = ledger.together()
+        versions = self.versions | group.versions.keys() if self.versions else set(group.versions)
+        num_growing = len(group.need_block())
+        if len(versions) > ledger.info.max_batch_adapters or num_growing > self._blocks:
+            return False
+        n = group.num
+        self._all, self.versions = views, versions
+        self._tokens -= n
+        self._blocks -= num_growing
+        v = self.work.values
+        self.work.adapters.update(group.versions)
+        v[3] += n
+        v[6] += group.context
+        v[7] += n
+        v[8] += n
+        v[9] = len(self.work.adapters)
+        self._took("decode")
+        return True
 
     def prefill(
         self,
@@ -176,7 +204,7 @@ class Plan(Accounts):
                 assert adapter is not None
                 self._load(key, adapter)
             self._use(key)
-        self.named.add(s.id)
+        self._named.add(s.id)
         self.prefills.append((s, n, adapter))
         self._took("prefill")
         return n, "" if n == left else "tokens" if n == most else "within_s"
@@ -209,11 +237,12 @@ class Plan(Accounts):
         if not self._may_train(s, "backward", "backward", "cut_backward", most < left):
             return 0
         micro_batch = s.current
-        pairs = causal_pairs(micro_batch.documents, 0, micro_batch.tokens)
+        num_tokens = micro_batch.tokens
+        pairs = causal_pairs(micro_batch.documents, 0, num_tokens)
 
         def add(work: Work, n: int) -> None:
             v = work.values
-            v[10] += micro_batch.tokens * n
+            v[10] += num_tokens * n
             v[11] += pairs * n
             v[12] += n
             v[13] += micro_batch.ends_window and n == left
@@ -223,7 +252,7 @@ class Plan(Accounts):
             self.why = "within_s"
         if n:
             add(self.work, n)
-            self.named.add(s.id)
+            self._named.add(s.id)
             self.backwards.append((s, n))
             self._took("backward")
         return n
@@ -262,7 +291,7 @@ class Plan(Accounts):
         if n:
             add(self.work, n)
             self._tokens -= n
-            self.named.add(s.id)
+            self._named.add(s.id)
             chunks.append((s, n))
             self._took(kind)
         elif s.rows is None:

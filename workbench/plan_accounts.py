@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from workbench.core import AdapterInfo
 from workbench.features import Work
 from workbench.pools import Arena, Version
-from workbench.views import Room
+from workbench.views import RequestView, Room
 
 if TYPE_CHECKING:
     from workbench.ledger import Ledger
@@ -19,6 +19,10 @@ Why = Literal[
 Self = TypeVar("Self", bound="Accounts")
 
 
+MAX_AIMS = 4
+"""How often the search for the largest amount aims along a straight line before it bisects."""
+
+
 class PlanError(ValueError):
     """A verb was misused: a request named twice, one that has ended, an unknown job, a negative amount."""
 
@@ -26,23 +30,27 @@ class PlanError(ValueError):
 class Accounts:
     """The content of a plan and the limits that it leaves. Nothing here touches the ledger.
 
-    `named` holds the owners with work in this plan, `versions` the serving versions that its rows need, `dropped` how many residents
+    `decodes` holds the requests that decode, `named` the owners with work in this plan; where all running requests decode, the plan only
+    says so (`decodes_all`). `versions` holds the serving versions that its rows need, `dropped` how many residents
     it takes off each version, `loads` the versions that it copies to the device, `found` the cached blocks that a prefill begins with.
     `refused` holds why a serving verb left a request out altogether, `queue_why` why prefill stopped before the end of its queue.
     """
 
     __slots__ = (
+        "_all",
         "_arena",
         "_blocks",
+        "_decodes",
+        "_found_s",
         "_kind",
         "_ledger",
+        "_named",
         "_predicted_s",
         "_refs",
         "_requests",
         "_slots",
         "_tokens",
         "backwards",
-        "decodes",
         "dropped",
         "evaluates",
         "evicted",
@@ -50,7 +58,6 @@ class Accounts:
         "found",
         "held",
         "loads",
-        "named",
         "preempted",
         "prefills",
         "queue_why",
@@ -74,13 +81,15 @@ class Accounts:
         self._arena: Arena | None = None
         self._kind = ""
         self._predicted_s: float | None = 0.0
+        self._found_s: float | None = None  # predicted with what `_largest` found, where it knows
         self.why: Why = ""
         self.queue_why: Why = ""
         self.refused: dict[str, Why] = {}
         self.work = Work()
-        self.named: set[str] = set()
+        self._named: set[str] = set()
         self.versions: set[Version] = set()
-        self.decodes: list[RequestState] = []
+        self._decodes: list[RequestState] = []
+        self._all: tuple[RequestView, ...] | None = None
         self.prefills: list[tuple[RequestState, int, AdapterInfo | None]] = []
         self.finetunes: list[tuple[JobState, int]] = []
         self.evaluates: list[tuple[JobState, int]] = []
@@ -105,6 +114,29 @@ class Accounts:
         return other
 
     @property
+    def decodes_all(self) -> bool:
+        """Whether it decodes everything that ran when it was made, in that order, with no other decode beside."""
+        return self._all is not None
+
+    def decodes_all_of(self, running: tuple[RequestView, ...] | None) -> bool:
+        """Whether it decodes all running requests, and these very ones."""
+        return self._all is not None and self._all is running
+
+    @property
+    def decodes(self) -> "list[RequestState]":
+        """The requests that decode, in the order of the verbs."""
+        return self._decodes if self._all is None else [view._state for view in self._all]
+
+    @property
+    def named(self) -> set[str]:
+        """The owners with work in this plan."""
+        return self._named if self._all is None else self._named | {view._state.id for view in self._all}
+
+    def is_named(self, name: str) -> bool:
+        """Whether an owner has work in this plan; asked before the plan is committed."""
+        return name in self._named or (self._all is not None and name in self._ledger.running)
+
+    @property
     def left(self) -> Room:
         """What the verbs so far leave of every limit."""
         arena = self._arena or self._ledger.arena
@@ -120,7 +152,7 @@ class Accounts:
     @property
     def empty(self) -> bool:
         """Whether the executor would have nothing to do (rejecting, preempting, evicting and holding are no work)."""
-        return not (self.decodes or self.prefills or self.finetunes or self.evaluates or self.backwards or self.loads)
+        return not (self._all or self._decodes or self.prefills or self.finetunes or self.evaluates or self.backwards or self.loads)
 
     @property
     def changes(self) -> bool:
@@ -161,7 +193,7 @@ class Accounts:
             )
 
     def _check_named(self, name: str) -> None:
-        if name in self.named:
+        if self.is_named(name):
             raise PlanError(f"a request or job may be named once in a plan, got {name!r} twice")
 
     # counting
@@ -175,7 +207,7 @@ class Accounts:
 
     def _took(self, kind: str) -> None:
         self._kind = kind
-        self._predicted_s = None
+        self._predicted_s, self._found_s = self._found_s, None
 
     def _is_idle_slot(self, key: Version) -> bool:
         """Whether the slot of `key` would be free to evict after what this plan takes off it."""
@@ -232,7 +264,7 @@ class Accounts:
         victims = [
             s
             for s in self._ledger.resident_states()
-            if s is not keep and s.id not in self.named and s.id not in self.preempted and s.id not in self.rejected
+            if s is not keep and not self.is_named(s.id) and s.id not in self.preempted and s.id not in self.rejected
             if any(self._holders(block) == 1 for block in reversed(s.blocks))
         ]
         if not victims:
@@ -243,21 +275,49 @@ class Accounts:
         return True
 
     def _largest(self, most: int, add: Callable[[Work, int], None], within_s: float, *, whole: bool = False) -> int:
-        """The largest amount up to `most` with which the plan is predicted to last at most `within_s`; 0 if none. By bisection."""
+        """The largest amount up to `most` with which the plan is predicted to last at most `within_s`; 0 if none.
+
+        Durations must not fall with the amount. By the secant, then by bisection.
+        """
+        self._found_s = None
         if within_s == inf or most == 0:
             return most
         predictor = self._ledger.predictor
         assert predictor is not None
+        trial, values = self.work.copy(), self.work.values
 
-        def fits(amount: int) -> bool:
-            work = self.work.copy()
-            add(work, amount)
-            return predictor.predict(work) <= within_s
+        def seconds(amount: int) -> float:
+            trial.values[:] = values
+            trial.read_s = self.work.read_s
+            add(trial, amount)
+            return predictor.predict(trial)
 
-        if fits(most):
+        high_s = seconds(most)
+        if high_s <= within_s:
+            self._found_s = high_s
             return most
-        low, high = 0, most
-        while high - low > 1 and not whole:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+        if whole or most == 1:
+            return 0
+        low_s = seconds(1)
+        if low_s > within_s:
+            return 0
+        low, high = 1, most
+        for turn in range(most):
+            if high - low == 1:
+                break
+            # costs are nearly straight lines: aim where the line meets the bound, else halve, so that no shape takes long
+            part = (within_s - low_s) / (high_s - low_s) if turn < MAX_AIMS else 0.5
+            middle = min(max(low + int((high - low) * part), low + 1), high - 1)
+            middle_s = seconds(middle)
+            if middle_s <= within_s:
+                low, low_s = middle, middle_s
+                # most likely it is the largest: the next one tells
+                if turn < MAX_AIMS and middle + 1 < high:
+                    next_s = seconds(middle + 1)
+                    if next_s > within_s:
+                        break
+                    low, low_s = middle + 1, next_s
+            else:
+                high, high_s = middle, middle_s
+        self._found_s = low_s
         return low

@@ -22,7 +22,7 @@ class Recorded:
         self.recording = recording
         self.info: ExecutorInfo = replace(recording.executor, name=f"Recorded({recording.executor.name})", simulated=True)
         self.predictor = predictor or recording.predictor
-        self.digests: list[str] = recording.steps["digest"].tolist()
+        self.digests: list[str] = list(recording.digests)
         self.known = {r.request_id: r for r in recording.trace_requests}
         self.adapter_infos: dict[str, AdapterInfo] = {}
         self._num_polls = 0

@@ -23,7 +23,8 @@ def redo(old: Plan, ledger: "Ledger") -> Plan:
     for owner, paused in old.held.items():
         if owner in ledger.jobs:
             new.hold(ledger.jobs[owner].view, paused)
-    new.decode([s.view for s in old.decodes if s.phase == "running"], when_full="skip")
+    running = ledger.running_views
+    new.decode(running if old.decodes_all_of(running) else [s.view for s in old.decodes if s.phase == "running"], when_full="skip")
     for s, n, _ in old.prefills:
         if s.phase == "waiting":
             new.prefill(s.view, n)
@@ -48,7 +49,7 @@ def redo(old: Plan, ledger: "Ledger") -> Plan:
 def is_same_work(old: Plan, new: Plan) -> bool:
     """Whether `new` does to the same owners exactly as much, and nothing else."""
     return (
-        new.decodes == old.decodes
+        (new.decodes_all_of(old._all) or new.decodes == old.decodes)
         and [(s, n) for s, n, _ in new.prefills] == [(s, n) for s, n, _ in old.prefills]
         and new.finetunes == old.finetunes
         and new.evaluates == old.evaluates

@@ -1,48 +1,45 @@
 """The one serving loop: SimPy processes that bring arrivals to a ledger and its plans to an executor."""
 
 import copy
+import gc
 import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+import pandas as pd
 import simpy
 import simpy.rt
 
 from workbench.arrivals import Arrivals
+from workbench.clock import Clock
 from workbench.config import SLO, FinetuneJob, Provenance, UnknownAdapterError, require
 from workbench.conservation import ConservationError, check_conservation
-from workbench.core import AdapterInfo, Batch, Executor, JobShape, Request, StepResult
+from workbench.core import NOTHING, AdapterInfo, Batch, Executor, JobShape, Request, StepResult
 from workbench.expected import length_predictor
-from workbench.features import Work, of_batch
+from workbench.features import Work
 from workbench.fleet import Fleet
+from workbench.jump import is_alone, jump
 from workbench.ledger import Ledger
 from workbench.plan import Plan
 from workbench.policy import Evict, Policy, policy_label
 from workbench.progress import progress_bar
 from workbench.redo import is_same_work, redo
-from workbench.replay_checks import check_options, check_result, check_slo, checked_requests, warn_of_refusals, warn_of_ties
-from workbench.replay_result import (
-    EVENT_COLUMNS,
-    STEP_COLUMNS,
-    WORK_COLUMNS,
-    Replay,
-    commit_of_code,
-    load_replay,
-    rows_to_frame,
-    versions_of_code,
-)
+from workbench.replay_checks import check_duration, check_options, check_slo, checked_requests, warn_of_refusals, warn_of_ties
+from workbench.replay_result import Replay, commit_of_code, load_replay, versions_of_code
 from workbench.states import RequestState
-from workbench.step_parts import step_parts
+from workbench.stream import Stream
 from workbench.tape import Tape
 from workbench.tiers import eviction_rules
 from workbench.views import Oracle, View
 
 __all__ = ["Replay", "ReplayError", "load_replay", "replay"]
 
+GARBAGE_THRESHOLD = 20_000
 MAX_IDLE_TRIES = 100
 """How often a policy may plan nothing in a row while there is work and nothing else will ever happen."""
 
@@ -71,6 +68,7 @@ def replay(
     overlap: bool = False,
     until: Literal["requests", "jobs"] | float | None = None,
     evict: Evict | Mapping[str, Evict] | None = None,
+    events: str | Path | None = None,
 ) -> Replay:
     """Serve `trace` (a Trace, or a sequence of Request) beside `jobs` on `executor` under `policy`.
 
@@ -81,6 +79,8 @@ def replay(
     (the default without requests), a number at that second. Within `measure=(start_s, end_s)` tokens and requests count for `summary()`;
     None is the whole replay. `evict` chooses the adapter that makes room for another in a device slot or in host memory: a rule for
     both, or {"gpu": rule, "host": rule} (`workbench.tiers`); None: the least recently used.
+    `events`: a folder into which the rows are written as parquet files while the replay runs, so that a long one needs little memory; the
+    result then reads its frames from there, and keeps neither `results` nor what `Recorded` needs.
     `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`. On a `Fleet` every replica
     runs a copy of the policy of its own, and the result is a `FleetReplay`.
     Raises ValueError or TypeError for bad input before anything runs, ReplayError (with the partial result) when policy or executor
@@ -91,13 +91,16 @@ def replay(
         from workbench.fleet_run import FleetRun as kind
     elif hasattr(policy, "routed"):
         raise ValueError(f"{policy_label(policy)} needs several replicas, got one executor. Pass executor=wb.Fleet(executor, replicas=2).")
-    return kind(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until, evict).run(progress)
+    return kind(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until, evict, events).run(progress)
 
 
-def done_work(batch: Batch, result: StepResult) -> Work:
-    """The features of what a step that stopped early really did."""
-    layers = result.layers_done
-    return of_batch(replace(batch, backwards=tuple(replace(b, num_layers=layers.get(b.owner, b.num_layers)) for b in batch.backwards)))
+def done_work(planned: Work, batch: Batch, result: StepResult) -> Work:
+    """The features of what a step that stopped early really did: as planned, but for the layers of its backwards."""
+    work = planned.copy()
+    work.drop_backwards()
+    for backward in batch.backwards:
+        work.add_backward(replace(backward, num_layers=result.layers_done.get(backward.owner, backward.num_layers)))
+    return work
 
 
 class _Run:
@@ -118,6 +121,7 @@ class _Run:
         overlap: bool,
         until: str | float | None,
         evict: Any = None,
+        events: str | Path | None = None,
         arrivals: Arrivals | None = None,
         replica: int = 0,
     ) -> None:
@@ -135,15 +139,20 @@ class _Run:
             "until must be 'requests', 'jobs' or a time above 0 seconds",
             self.until,
         )
+        self.stream = None if events is None else Stream(events)
         self.policy: Policy = copy.deepcopy(policy)
         self.label = policy_label(policy)
+        self.where_policy = f"policy {self.label} failed"
         if arrivals is None:
-            clock_env = simpy.rt.RealtimeEnvironment(strict=False) if self.is_wall else simpy.Environment()
+            clock_env = simpy.rt.RealtimeEnvironment(strict=False) if self.is_wall else Clock()
             arrivals = Arrivals(clock_env, self.requests, self.jobs)
         self.arrivals, self.env = arrivals, arrivals.env
         self.receive: Callable[[Request, float], None] = self._arrive
         self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=slo)
         self.ledger.evict = copy.deepcopy(eviction_rules(evict))
+        self.simulate: Callable[..., StepResult | float] | None = getattr(executor, "simulate", None)
+        self.ledger.needs_rows = self.simulate is None
+        self.can_jump = hasattr(executor, "preview") and isinstance(self.env, Clock) and not overlap
         self.lengths = length_predictor(lengths, seed)
         self.ledger.expected_output = self.lengths.predict
         arrivals.ledgers.append(self.ledger)
@@ -155,14 +164,12 @@ class _Run:
         self.where = "replay"
         self.old_plan: tuple[Plan, float] | None = None
         self.repeating: tuple[Plan, int | None] | None = None
-        self.step_rows: list[tuple[Any, ...]] = []
-        self.work_rows: list[tuple[Any, ...]] = []
-        self.results: list[StepResult] = []
         self.outputs: dict[str, tuple[int, ...]] = {}
         self.resolved: dict[str, Request] = {}
         self.bar: Any = None
         self.tape = Tape()
         self.num_polls = 0
+        self.names: pd.Index | None = None
         self.known_adapters: dict[str, AdapterInfo] = {}
 
     # the outside of the loop
@@ -175,6 +182,8 @@ class _Run:
             for job in self.jobs:
                 self.ledger.check_job(job, self.shapes[job.id])
             self._check_adapters()
+            if self.stream is not None:
+                self.stream.open()
             self._open_bar(progress)
             self._drive()
         except KeyboardInterrupt:
@@ -198,6 +207,7 @@ class _Run:
         self._collect_outputs()
         try:
             self.ledger.close(float(self.env.now))
+            self._write(at_end=True)
         finally:
             self.executor.end()
 
@@ -227,8 +237,14 @@ class _Run:
         env.process(self.arrivals.bring_jobs(self._start_job))
         env.process(self.arrivals.bring_requests(self._arrive))
         server = env.process(self._guarded(self._serve()))
-        while server.is_alive and self.failure is None:
-            env.step()
+        thresholds = gc.get_threshold()
+        # a step leaves a few hundred objects and no circles: the usual threshold would look through them after every few steps
+        gc.set_threshold(max(GARBAGE_THRESHOLD, thresholds[0]) if thresholds[0] else 0, *thresholds[1:])
+        try:
+            while server.is_alive and self.failure is None:
+                env.step()
+        finally:
+            gc.set_threshold(*thresholds)
 
     def _guarded(self, process: Generator[simpy.Event, Any, None]) -> Generator[simpy.Event, Any, None]:
         """Keep an exception as it is: SimPy would raise a copy of it."""
@@ -256,7 +272,8 @@ class _Run:
             self.failure, self.where = error, "executor.admissible failed"
             return
         else:
-            self.resolved[request.request_id] = resolved
+            if self.stream is None or resolved.prompt_tokens != request.prompt_tokens:
+                self.resolved[request.request_id] = resolved
             try:
                 self.ledger.arrive(resolved, at)
             except Exception as error:
@@ -308,9 +325,12 @@ class _Run:
         while True:
             now = float(env.now)
             ledger.now_s = now
-            self._poll(now)
-            ledger.sync_adapters(now)
-            self._settle()
+            if self._poll(now) or ledger.cache is not None or not ledger.host.is_seeded:
+                ledger.sync_adapters(now)
+            if ledger.ended:
+                self._settle()
+            if self.stream is not None:
+                self._write()
             if self._is_over():
                 return
             if not ledger.is_possible:
@@ -321,7 +341,10 @@ class _Run:
             plan, plan_s = self._plan()
             if not plan.empty:
                 idle_tries = 0
-                yield from self._step(plan, plan_s)
+                if self.can_jump and self.repeating is not None and is_alone(plan):
+                    yield from self._jump(plan, plan_s)
+                else:
+                    yield from self._step(plan, plan_s)
                 continue
             # an arrival while the policy thought is seen by the next plan, not slept through
             self.wake = env.event()
@@ -354,20 +377,22 @@ class _Run:
                         "Plan some of view.running, view.waiting or view.jobs, reject what you refuse, or call plan.wait."
                     )
 
-    def _poll(self, now: float) -> None:
-        """Commands to jobs, and adapters that were loaded, published or unloaded."""
+    def _poll(self, now: float) -> bool:
+        """Commands to jobs, and adapters that were loaded, published or unloaded: whether any were."""
         for command in self.executor.poll():
             self.tape.commands.append((self.num_polls, command))
             self.ledger.command(command, now)
             self.repeating = None
         infos = self.ledger.adapter_infos = self.executor.adapter_infos
         known = self.known_adapters
-        if known != infos:
+        changed = known != infos
+        if changed:
             for name in [*infos, *(n for n in known if n not in infos)]:
                 if known.get(name) != infos.get(name):
                     self.tape.adapters.append((self.num_polls, name, infos.get(name)))
             self.known_adapters = dict(infos)
         self.num_polls += 1
+        return changed
 
     def _sleep(self, until_s: float) -> Generator[simpy.Event, Any, None]:
         """Until something arrives, or `until_s`, or the end that was asked for."""
@@ -414,7 +439,7 @@ class _Run:
 
     def _ask(self) -> tuple[Plan, float]:
         """Call the policy on the ledger as it is."""
-        self.where = f"policy {self.label} failed"
+        self.where = self.where_policy
         begin = time.perf_counter()
         plan = Plan(self.ledger)
         self.policy(self.view, plan)
@@ -443,59 +468,70 @@ class _Run:
                 batch = replace(batch, stop_after_s=max(0.0, next_s - accepted_s))
         try:
             self.where = "executor failed"
-            result = self.executor.step(batch)
-            check_result(result)
+            if self.simulate is None:
+                reported: StepResult | float = self.executor.step(batch)
+            else:
+                reported = self.simulate(plan.work, batch, predicted_s if ledger.predictor is self.executor else None)
+            result, lasted_s = (reported, reported.duration_s) if isinstance(reported, StepResult) else (NOTHING, reported)
+            check_duration(lasted_s)
         except BaseException:
             ledger.rollback(batch)
             raise
-        duration_s = plan_s + result.duration_s
+        duration_s = plan_s + lasted_s
         if isinstance(env, simpy.rt.RealtimeEnvironment):
             duration_s = max(duration_s, time.monotonic() - env.real_start - start_s)
         try:
-            yield env.timeout(duration_s)
+            if not isinstance(env, Clock):
+                yield env.timeout(duration_s)
+            elif not env.is_free(start_s + duration_s):
+                yield env.at(start_s + duration_s)
             ledger.commit(batch, result, float(env.now), accepted_s=accepted_s)
         except RuntimeError:
             ledger.rollback(batch)
             raise
         self.where = "replay"
-        self._record(batch, result, plan, (start_s, float(env.now), plan_s, predicted_s), counts)
+        self._record(batch, reported, plan, (start_s, float(env.now), plan_s, predicted_s), counts)
         self._settle()
         if ahead is not None:
-            self.old_plan = (ahead[0], max(0.0, ahead[1] - result.duration_s))
+            self.old_plan = (ahead[0], max(0.0, ahead[1] - lasted_s))
+
+    def _write(self, *, at_end: bool = False) -> None:
+        """Let the rows go to where they are wanted, once there are many."""
+        stream, history = self.stream, self.ledger.history
+        if stream is not None and (at_end or stream.is_due(history)):
+            if self.names is None:
+                self.names = pd.Index([r.request_id for r in self.requests], dtype=object)
+            stream.take(history, self.ledger.predictor, self.executor.info.num_layers, self.names)
+            if at_end:
+                stream.close()
+
+    def _jump(self, plan: Plan, plan_s: float) -> Generator[simpy.Event, Any, None]:
+        """The step of a plan that is to be repeated, and its repetitions as far as nothing happens."""
+        assert isinstance(self.env, Clock) and self.repeating is not None
+        left = self.repeating[1]
+        most = None if left is None else left + 1
+        num = yield from jump(self.ledger, self.executor, self.env, plan, plan_s, most, self._horizon_s())
+        self.repeating = (plan, None if most is None else most - num)
+        self.num_polls += num - 1
+        self._settle()
+
+    def _horizon_s(self) -> float:
+        """Before this time nothing reaches the ledger from outside."""
+        until_s = self.until if isinstance(self.until, (int, float)) else math.inf
+        return min(self.env.peek(), until_s)
 
     def _record(
-        self, batch: Batch, result: StepResult, plan: Plan, times: tuple[float, float, float, float], counts: tuple[int, int, int]
+        self, batch: Batch, result: StepResult | float, plan: Plan, times: tuple[float, float, float, float], counts: tuple[int, int, int]
     ) -> None:
-        start_s, end_s, plan_s, predicted_s = times
-        step = batch.step
-        done = done_work(batch, result).values if result.stopped_early else plan.work.values
-        read_s = sum([load.read_s for load in batch.loads])
-        self.results.append(result)
-        self.step_rows.append(
-            (
-                step,
-                start_s,
-                end_s,
-                result.duration_s,
-                result.gpu_s,
-                result.host_s,
-                plan_s,
-                predicted_s,
-                result.stopped_early,
-                batch.digest(),
-            )
-            + counts
-            + tuple(plan.work.values)
-            + (plan.queue_why,)
-            + step_parts(done, result.duration_s, self.ledger.predictor, self.executor.info.num_layers, read_s)
+        start_s, _, plan_s, predicted_s = times
+        done = None
+        if isinstance(result, StepResult) and result.stopped_early:
+            done = done_work(plan.work, batch, result).values
+        ledger = self.ledger
+        ledger.history.add_step(
+            batch, result, times, counts, plan.work.values, plan.queue_why, done=done, has_rows=ledger.needs_rows or not plan.decodes_all
         )
-        work = self.work_rows
-        for s in batch.segments:
-            work.append((step, s.owner, s.kind, s.start, s.tokens, s.adapter, s.version))
-        for b in batch.backwards:
-            layers = result.layers_done.get(b.owner, b.num_layers)
-            work.append((step, b.owner, "backward", b.top_layer, layers, b.adapter, 0))
-        self.ledger.last = (batch, result, start_s, predicted_s, plan_s)
+        ledger.last, ledger.last_plan = (batch, result, start_s, predicted_s, plan_s), plan
 
     # the result
 
@@ -520,10 +556,7 @@ class _Run:
             "redrawn": list(getattr(self.trace, "redrawn", ())),
         }
         return Replay(
-            events=rows_to_frame(self.ledger.events, EVENT_COLUMNS),
-            steps=rows_to_frame(self.step_rows, STEP_COLUMNS),
-            work=rows_to_frame(self.work_rows, WORK_COLUMNS),
-            results=self.results,
+            history=self.stream or self.ledger.history,
             outputs=self.outputs,
             trace_requests=[self.resolved.get(r.request_id, r) for r in self.requests],
             finetune_jobs=self.jobs,

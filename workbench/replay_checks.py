@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from workbench.config import SLO, FinetuneJob, did_you_mean, require
-from workbench.core import Executor, Request, StepResult
+from workbench.core import Executor, Request
 
 
 def checked_requests(trace: Any) -> tuple[Request, ...]:
@@ -69,9 +69,9 @@ def check_slo(slo: SLO | Mapping[str, SLO] | None, requests: Sequence[Request]) 
             slo_of(slo, slo_class)
 
 
-def check_result(result: StepResult) -> None:
-    if not (math.isfinite(result.duration_s) and result.duration_s >= 0):
-        raise RuntimeError(f"an executor must report a finite duration of at least 0 s, got {result.duration_s}")
+def check_duration(duration_s: float) -> None:
+    if not 0 <= duration_s < math.inf:
+        raise RuntimeError(f"an executor must report a finite duration of at least 0 s, got {duration_s}")
 
 
 def warn_of_ties(requests: Sequence[Request]) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cache, cached_property
 from importlib import metadata
@@ -14,30 +14,11 @@ import pandas as pd
 
 from workbench.config import SLO, FinetuneJob, Provenance
 from workbench.core import ExecutorInfo, Predictor, Request, Sampling, StepResult
-from workbench.features import NAMES
-from workbench.step_parts import PART_COLUMNS
+from workbench.frames import text_as_objects
+from workbench.history import History
+from workbench.stream import Stream
 from workbench.tape import Tape
 
-EVENT_COLUMNS = ("time_s", "step", "kind", "owner", "adapter", "value", "note")
-STEP_COLUMNS = (
-    "step",
-    "start_s",
-    "end_s",
-    "duration_s",
-    "gpu_s",
-    "host_s",
-    "plan_s",
-    "predicted_s",
-    "stopped_early",
-    "digest",
-    "waiting",
-    "running",
-    "free_blocks",
-    *NAMES,
-    "queue_why",
-    *PART_COLUMNS,
-)
-WORK_COLUMNS = ("step", "owner", "kind", "start", "tokens", "adapter", "version")
 RECORD_FILE = "replay.json"
 
 
@@ -46,16 +27,16 @@ class Replay:
 
     `events`, `steps` and `work` are frames of what happened; `requests` and `jobs` are derived from them by `metrics`. Times in seconds
     on the replay clock. `results` keeps every StepResult, so that `Recorded(replay)` can play it again. An `interrupted` replay, or one
-    with an `error`, holds everything up to its last complete step.
+    with an `error`, holds everything up to its last complete step. `digests` holds each step's `Batch.digest()`.
+
+    All five are made from `history` when they are first asked for. A replay read from a folder has them already (`history` maps their names
+    to them); one whose rows were written as it ran reads the frames from there as a whole, and has neither results nor digests.
     """
 
     def __init__(
         self,
         *,
-        events: pd.DataFrame,
-        steps: pd.DataFrame,
-        work: pd.DataFrame,
-        results: Sequence[StepResult],
+        history: History | Stream | Mapping[str, Any],
         outputs: Mapping[str, tuple[int, ...]],
         trace_requests: Sequence[Request],
         finetune_jobs: Sequence[FinetuneJob],
@@ -69,10 +50,7 @@ class Replay:
         error: str | None = None,
         predictor: Predictor | None = None,
     ) -> None:
-        self.events = events
-        self.steps = steps
-        self.work = work
-        self.results = tuple(results)
+        self.history = history
         self.outputs = dict(outputs)
         self.trace_requests = tuple(trace_requests)
         self.finetune_jobs = tuple(finetune_jobs)
@@ -85,6 +63,36 @@ class Replay:
         self.measure = measure
         self.interrupted = interrupted
         self.error = error
+
+    def _made(self, name: str, make: Callable[[History], Any]) -> Any:
+        return make(self.history) if isinstance(self.history, History) else self.history[name]
+
+    @cached_property
+    def events(self) -> pd.DataFrame:
+        """One row for each event, in the order of time."""
+        return self._made("events", History.events_frame)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """One row for each step."""
+        return self._made("steps", lambda history: history.steps_frame(self.predictor, self.executor.num_layers))
+
+    @cached_property
+    def work(self) -> pd.DataFrame:
+        """One row for each segment and backward slice of each step."""
+        return self._made("work", History.work_frame)
+
+    @cached_property
+    def results(self) -> tuple[StepResult, ...]:
+        return tuple(self._made("results", History.all_results))
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(self._made("digests", History.all_digests))
+
+    @property
+    def num_steps(self) -> int:
+        return self.history.num_steps if isinstance(self.history, (History, Stream)) else len(self.steps)
 
     @property
     def policy(self) -> str:
@@ -169,14 +177,15 @@ class Replay:
     def __repr__(self) -> str:
         end = f", interrupted={self.interrupted}, error={self.error!r}" if self.interrupted or self.error else ""
         loop, num = self.settings.get("loop", "open"), len(self.trace_requests)
-        return f"Replay({self.policy} on {self.executor.name}, {num} requests ({loop} loop), {len(self.steps)} steps{end})"
+        return f"Replay({self.policy} on {self.executor.name}, {num} requests ({loop} loop), {self.num_steps} steps{end})"
 
     def save(self, folder: str | Path) -> Path:
         """Write the replay as parquet and JSON files into `folder`, which is made; `load_replay` reads it back."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("events", "steps", "work"):
+        for name in ("events", "work"):
             getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
+        self.steps.assign(digest=pd.Series(self.digests, dtype=object)).to_parquet(folder / "steps.parquet", index=False)
         pd.DataFrame([_result_row(r) for r in self.results], columns=_RESULT_COLUMNS).to_parquet(folder / "results.parquet", index=False)
         write_requests(folder, self.trace_requests)
         record = {
@@ -206,12 +215,10 @@ def load_replay(folder: str | Path) -> Replay:
         from workbench.fleet_replay import FleetReplay
 
         return FleetReplay.load(folder, record)
-    frames = {name: _objects(pd.read_parquet(folder / f"{name}.parquet")) for name in ("events", "steps", "work")}
+    frames = {name: text_as_objects(pd.read_parquet(folder / f"{name}.parquet")) for name in ("events", "steps", "work")}
+    results = [_result_of(row) for row in pd.read_parquet(folder / "results.parquet").itertuples(index=False)]
     values: dict[str, Any] = dict(
-        events=frames["events"],
-        steps=frames["steps"],
-        work=frames["work"],
-        results=[_result_of(row) for row in pd.read_parquet(folder / "results.parquet").itertuples(index=False)],
+        history=frames | {"results": results, "digests": frames["steps"].pop("digest")},
         outputs={name: tuple(ids) for name, ids in record["outputs"].items()},
         trace_requests=read_requests(folder),
         finetune_jobs=[job_of(job) for job in record["jobs"]],
@@ -230,32 +237,6 @@ def load_replay(folder: str | Path) -> Replay:
         return ServerReplay.loaded(folder, executor=executor, **values)
     executor |= {name: frozenset(executor[name]) for name in ("can", "eos_token_ids")}
     return Replay(executor=ExecutorInfo(**executor), **values)
-
-
-def rows_to_frame(rows: Sequence[tuple[Any, ...]], columns: Sequence[str]) -> pd.DataFrame:
-    """A frame from row tuples, with text columns as objects whatever the rows hold."""
-    data = dict(zip(columns, zip(*rows, strict=True), strict=True)) if rows else {name: [] for name in columns}
-    frame = pd.DataFrame({name: pd.Series(data[name], dtype=_dtype(name)) for name in columns})
-    if columns[0] == "time_s" and not frame["time_s"].is_monotonic_increasing:
-        frame = frame.sort_values("time_s", kind="stable", ignore_index=True)
-    return frame
-
-
-_TEXT = ("kind", "owner", "adapter", "note", "digest", "queue_why")
-_INTEGERS = ("step", "waiting", "running", "free_blocks", "start", "tokens", "version")
-
-
-def _dtype(name: str) -> Any:
-    return object if name in _TEXT else "int64" if name in _INTEGERS else "bool" if name == "stopped_early" else "float64"
-
-
-def _objects(frame: pd.DataFrame) -> pd.DataFrame:
-    """Text columns as objects with None for what is missing, as `rows_to_frame` makes them."""
-    for name in frame.columns:
-        if isinstance(frame[name].dtype, pd.StringDtype) or frame[name].dtype == object or isinstance(frame[name].dtype, pd.Int64Dtype):
-            column = frame[name].astype(object)
-            frame[name] = column.where(column.notna(), None)
-    return frame
 
 
 _RESULT_COLUMNS = [f.name for f in fields(StepResult)]
@@ -289,7 +270,7 @@ def write_requests(folder: Path, requests: Sequence[Request]) -> None:
 
 def read_requests(folder: Path) -> list[Request]:
     """What `write_requests` wrote."""
-    return [_request_of(row) for row in _objects(pd.read_parquet(folder / "requests.parquet")).to_dict("records")]
+    return [_request_of(row) for row in text_as_objects(pd.read_parquet(folder / "requests.parquet")).to_dict("records")]
 
 
 def _request_of(row: dict[Any, Any]) -> Request:

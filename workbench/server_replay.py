@@ -14,8 +14,9 @@ import numpy as np
 
 from workbench.config import SLO, Provenance, require
 from workbench.core import Request
+from workbench.frames import EVENT_COLUMNS, STEP_COLUMNS, WORK_COLUMNS, rows_to_frame
 from workbench.replay_checks import check_slo, checked_requests, warn_of_ties
-from workbench.replay_result import EVENT_COLUMNS, STEP_COLUMNS, WORK_COLUMNS, commit_of_code, rows_to_frame, versions_of_code
+from workbench.replay_result import commit_of_code, versions_of_code
 from workbench.server_load import Load
 from workbench.server_protocol import PATHS, Endpoint, Form
 from workbench.server_result import Heard, ServerReplay, notes_of
@@ -101,10 +102,13 @@ def replay_server(
 
 def _replay(requests: tuple[Request, ...], by_name: Mapping[str, Heard], heard: list[Heard], rest: Mapping[str, Any]) -> ServerReplay:
     replay = ServerReplay(
-        events=rows_to_frame([row for h in heard for row in h.rows()], EVENT_COLUMNS),
-        steps=rows_to_frame([], STEP_COLUMNS),
-        work=rows_to_frame([], WORK_COLUMNS),
-        results=(),
+        history={
+            "events": rows_to_frame([row for h in heard for row in h.rows()], EVENT_COLUMNS),
+            "steps": rows_to_frame([], STEP_COLUMNS),
+            "work": rows_to_frame([], WORK_COLUMNS),
+            "results": (),
+            "digests": (),
+        },
         outputs={h.request.request_id: tuple(h.token_ids) for h in heard if h.token_ids},
         trace_requests=[_resolved(r, by_name.get(r.request_id)) for r in requests],
         finetune_jobs=(),

@@ -12,7 +12,8 @@ import pandas as pd
 
 from workbench import metrics
 from workbench.core import Request
-from workbench.replay_result import Replay, rows_to_frame
+from workbench.frames import rows_to_frame
+from workbench.replay_result import Replay
 from workbench.server_protocol import Piece, ServerInfo
 
 TEXTS_FILE = "texts.json"

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from workbench.config import SLO, FinetuneJob
 from workbench.core import AdapterInfo, JobShape, MicroBatch, Request
+from workbench.decoding import Stint
 from workbench.pools import Version
 from workbench.prefix_cache import BlockKey
 
@@ -14,6 +15,7 @@ JobPhase = Literal["forward", "backward", "evaluate", "finished", "stopped"]
 class RequestState:
     """One request. `context` is prompt + generated tokens: the KV tokens that its next decode needs; `capacity` is what its blocks hold.
 
+    `own_generated` and `own_last_token_s` hold outside a `stint`; within one, the group that it decodes with counts for it (`decoding`).
     `table` is `blocks` as a tuple, or empty where that has to be made anew.
     `keys` names the contents of the prompt's full blocks for the prefix cache (None before they are needed), `cached` counts the tokens
     that its latest prefill found there.
@@ -28,24 +30,25 @@ class RequestState:
         "blocks",
         "cached",
         "capacity",
-        "context",
         "expected_output",
         "first_token_s",
-        "generated",
         "id",
         "info",
         "key",
         "keys",
-        "last_token_s",
         "limit",
         "max_tokens",
         "outputs",
+        "own_generated",
+        "own_last_token_s",
         "phase",
         "preemptions",
         "prefilled",
+        "prompt",
         "request",
         "seq",
         "slo",
+        "stint",
         "table",
         "view",
     )
@@ -65,18 +68,44 @@ class RequestState:
         self.info: AdapterInfo | None = None
         self.key: Version | None = None
         self.keys: list[BlockKey] | None = None
-        self.generated = 0
+        self.prompt = request.prompt_tokens
+        self.own_generated = 0
+        self.stint: Stint | None = None
         self.prefilled = 0
         self.cached = 0
-        self.context = request.prompt_tokens
         self.capacity = 0
         self.blocks: list[int] = []
         self.table: tuple[int, ...] = ()
         self.first_token_s: float | None = None
-        self.last_token_s: float | None = None
+        self.own_last_token_s: float | None = None
         self.preemptions = 0
         self.outputs: list[int] = []
         self.view: Any = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        stint = self.stint
+        return self.own_generated if stint is None else stint.base + stint.group.count
+
+    @property
+    def context(self) -> int:
+        stint = self.stint
+        return self.prompt + (self.own_generated if stint is None else stint.base + stint.group.count)
+
+    @property
+    def last_token_s(self) -> float | None:
+        """When its latest token came; None before the first."""
+        stint = self.stint
+        return self.own_last_token_s if stint is None or stint.group.count == stint.first else stint.group.last_s
+
+    def add_token(self, time_s: float) -> None:
+        """One more token, outside a stint."""
+        assert self.stint is None, self.id
+        self.own_generated += 1
+        self.own_last_token_s = time_s
+        if self.first_token_s is None:
+            self.first_token_s = time_s
 
 
 class JobState:

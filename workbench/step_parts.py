@@ -10,6 +10,8 @@ depends on more, and it spares the predictions.
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from workbench.core import Predictor
 from workbench.features import INDEX, Work
 
@@ -49,6 +51,19 @@ def step_parts(
         scale = duration_s / max(whole, total) if total > 0 else 0.0
         parts = [part * scale for part in parts]
     return tuple(parts)
+
+
+def all_step_parts(
+    values: np.ndarray, duration_s: np.ndarray, predictor: Predictor | None, num_layers: int, read_s: np.ndarray
+) -> np.ndarray:
+    """`step_parts` of many steps [steps, len(PARTS)], given as features [steps, len(NAMES)], durations and read seconds [steps]."""
+    present = values[:, _PRESENT] > 0
+    parts = np.where(present, duration_s[:, None], 0.0)
+    mixed = (present.sum(axis=1) != 1) | present[:, _PREFILL] | (read_s > 0)
+    parts[mixed] = 0.0
+    for k in np.flatnonzero(mixed & present.any(axis=1)).tolist():
+        parts[k] = step_parts(values[k].tolist(), float(duration_s[k]), predictor, num_layers, float(read_s[k]))
+    return parts
 
 
 def _without(values: Sequence[float], part: int) -> list[float]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from workbench.policies.common import ELSEWHERE, adapters_of, begin, continue_residents, not_begun, residents
+from workbench.policies.common import ELSEWHERE, adapters_of, begin, continue_residents, not_begun, repeat_decodes, residents
 from workbench.policy import Plan, RequestView, View
 
 
@@ -30,6 +30,7 @@ class FCFSSkip:
             if plan.why and plan.why not in ELSEWHERE:
                 break
             batch = batch if plan.why else joined
+        repeat_decodes(view, plan)
 
 
 @dataclass

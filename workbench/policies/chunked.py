@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workbench.policies.common import begin_in_order, continue_residents, not_begun
+from workbench.policies.common import begin_in_order, continue_residents, not_begun, repeat_decodes
 from workbench.policy import Plan, View
 
 
@@ -19,3 +19,4 @@ class ChunkedPrefill:
     def __call__(self, view: View, plan: Plan) -> None:
         left = continue_residents(view, plan, self.budget_tokens)
         begin_in_order(view, plan, not_begun(view), left)
+        repeat_decodes(view, plan)

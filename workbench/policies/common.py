@@ -54,6 +54,12 @@ def begin_in_order(view: View, plan: Plan, requests: Iterable[RequestView], left
     return left - plan.prefill(requests, left, whole="chunk" not in view.can, skip=ELSEWHERE, within_s=bound)
 
 
+def repeat_decodes(view: View, plan: Plan) -> None:
+    """Let the plan be repeated where all that there is decodes: it would be the same until somebody arrives or ends."""
+    if not (view.waiting or view.jobs):
+        plan.repeat()
+
+
 def in_turn(view: View) -> list[JobView]:
     """The jobs that may train: the one furthest behind by committed tokens per weight first."""
     jobs = [job for job in view.jobs if job.phase != "paused"]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from workbench.policies.common import begin_in_order, continue_residents, in_turn, not_begun, train_in_turn
+from workbench.policies.common import begin_in_order, continue_residents, in_turn, not_begun, repeat_decodes, train_in_turn
 from workbench.policy import Plan, View
 
 
@@ -24,6 +24,7 @@ class TokenCoserving:
         left = continue_residents(view, plan, self.chunk_tokens)
         begin_in_order(view, plan, not_begun(view), left)
         train_in_turn(view, plan, within_s=self.tpot_s)
+        repeat_decodes(view, plan)
 
 
 @dataclass
@@ -76,6 +77,7 @@ class LatencyBudget:
         if is_idle:
             plan.stop_on_arrival()
         train_in_turn(view, plan, within_s=inf if is_idle else self.budget_s)
+        repeat_decodes(view, plan)
 
     def tuned(
         self, meets: Callable[["LatencyBudget"], bool], *, low_s: float = 0.01, high_s: float = 0.2, rounds: int = 6

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from workbench.policies.common import repeat_decodes
 from workbench.policy import Plan, View
 
 
@@ -20,3 +21,4 @@ class FCFS:
         decoded = plan.decode(view.running)
         left = None if self.budget_tokens is None else max(0, self.budget_tokens - len(decoded))
         plan.prefill(view.waiting, left, whole="chunk" not in view.can)
+        repeat_decodes(view, plan)

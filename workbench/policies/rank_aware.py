@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from workbench.policies.common import begin_in_order, continue_residents, not_begun, residents
+from workbench.policies.common import begin_in_order, continue_residents, not_begun, repeat_decodes, residents
 from workbench.policy import Plan, RequestView, View
 
 
@@ -36,6 +36,7 @@ class RankAware:
             chosen = [r for r in waiting if self.rank(view, r) <= best]
         left = continue_residents(view, plan)
         begin_in_order(view, plan, chosen, left)
+        repeat_decodes(view, plan)
 
     def rank(self, view: View, request: RequestView) -> int:
         """Its adapter's rank; 0 for the base model, and for an adapter that was unloaded while the request runs."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from workbench.policies.common import repeat_decodes
 from workbench.policy import Plan, View
 
 
@@ -21,3 +22,4 @@ class ServeFirst:
         if not view.waiting:
             for job in view.jobs:
                 plan.train(job, within_s=self.step_s)
+        repeat_decodes(view, plan)

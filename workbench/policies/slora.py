@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from workbench.policies.common import ELSEWHERE, adapters_of, begin, continue_residents, not_begun, residents
+from workbench.policies.common import ELSEWHERE, adapters_of, begin, continue_residents, not_begun, repeat_decodes, residents
 from workbench.policy import Plan, RequestView, View
 
 
@@ -45,6 +45,7 @@ class MemoryLookahead:
             if plan.why:
                 break
             admitted = candidates
+        repeat_decodes(view, plan)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class AffinityCluster:
                 break
             if not plan.why:
                 batch |= adapters_of([request])
+        repeat_decodes(view, plan)
 
 
 @dataclass

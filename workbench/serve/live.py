@@ -10,7 +10,7 @@ import simpy
 import simpy.rt
 
 from workbench.config import SLO, FinetuneJob
-from workbench.core import Executor, Request
+from workbench.core import Executor, Request, StepResult
 from workbench.policy import Policy
 from workbench.replay import Replay, _Run
 
@@ -123,8 +123,8 @@ class LiveRun(_Run):
             if left:
                 self.deliver({name: Delivery(end=("aborted", reason)) for name in left})
 
-    def _poll(self, now: float) -> None:
-        super()._poll(now)
+    def _poll(self, now: float) -> bool:
+        changed = super()._poll(now)
         self.has_begun.set()
         with self._changed:
             arrived, self._arrived = self._arrived, []
@@ -139,6 +139,7 @@ class LiveRun(_Run):
             if state is not None:
                 self.ledger.end(state, "aborted", now, "the client closed its connection")
                 self.repeating = None
+        return changed
 
     def _on_clock(self, at: float) -> float:
         assert isinstance(self.env, simpy.rt.RealtimeEnvironment)
@@ -164,7 +165,7 @@ class LiveRun(_Run):
 
     def _record(self, batch: Any, result: Any, *rest: Any) -> None:
         super()._record(batch, result, *rest)
-        for owner, token in result.tokens.items():
+        for owner, token in (result.tokens if isinstance(result, StepResult) else {}).items():
             self._deliveries.setdefault(owner, Delivery()).tokens.append(token)
 
     def _settle(self) -> None:
@@ -186,10 +187,11 @@ class LiveRun(_Run):
             self._forget()
 
     def _note_of(self, request_id: str) -> str:
-        return next((row[-1] for row in reversed(self.ledger.events) if row[3] == request_id), "")
+        return next((row[-1] for row in reversed(self.ledger.rows) if row[3] == request_id), "")
 
     def _forget(self) -> None:
-        for rows in (self.step_rows, self.work_rows, self.results, self.ledger.events, self.tape.plan_times_s, self.received):
+        self.ledger.history.forget()
+        for rows in (self.tape.plan_times_s, self.received):
             rows.clear()
         for record in (self.resolved, self.outputs, self.tape.refusals):
             record.clear()
