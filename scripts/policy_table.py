@@ -7,14 +7,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from workbench.policies import CATALOGUE  # noqa: E402  (scripts are no package)
+from workbench.routers import ROUTERS, StaticSplit  # noqa: E402
 
 TABLE = ROOT / "docs" / "policies.md"
 HEAD = """# Policies
 
 Each is a class in `workbench/policies/`, used as `wb.policies.NAME(...)`; its docstring has the rule in full. Made by `make format` from
-those docstrings. 19, a static split of replicas, needs more than one executor and is not there.
+those docstrings. 19 is `wb.StaticSplit(...)`: it needs a `wb.Fleet` of at least two replicas.
 
 | | policy | what it does | source | parameters and defaults |
+| --- | --- | --- | --- | --- |
+"""
+ROUTER_HEAD = """
+## Routers
+
+Which replica of a `wb.Fleet` a request goes to: `wb.routers.NAME(...)`, or a function `(request, fleet) -> int`.
+
+| | router | what it does | source | parameters and defaults |
 | --- | --- | --- | --- | --- |
 """
 
@@ -33,7 +42,7 @@ def parameters(policy: type) -> str:
     return ", ".join(shown) or "none"
 
 
-def row(number: int, policy: type) -> str:
+def row(number: int | str, policy: type) -> str:
     doc = policy.__doc__ or ""
     if "Source: " not in doc:
         raise ValueError(f"a policy's docstring must have a line `Source: ...`, {policy.__name__} has none")
@@ -42,7 +51,9 @@ def row(number: int, policy: type) -> str:
 
 
 def table() -> str:
-    return HEAD + "\n".join(row(number, policy) for number, chosen in CATALOGUE.items() for policy in chosen) + "\n"
+    numbered = sorted((CATALOGUE | {19: (StaticSplit,)}).items())
+    policies = [row(number, policy) for number, chosen in numbered for policy in chosen]
+    return HEAD + "\n".join(policies) + "\n" + ROUTER_HEAD + "\n".join(row("", router) for router in ROUTERS) + "\n"
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import workbench as wb
 from workbench.bench import __main__ as cli
-from workbench.bench import check, decode, finetune, floors, machine, replaying, rows, session, table, targets, unified
+from workbench.bench import check, decode, finetune, fleet_replaying, floors, machine, replaying, rows, session, table, targets, unified
 from workbench.bench.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,13 +260,14 @@ def test_peft_decodes_and_trains_on_the_same_weights(tiny):
 
 def test_the_replay_is_timed_under_a_policy_at_every_step_and_under_one_that_repeats(tmp_path, monkeypatch):
     monkeypatch.setattr(replaying, "PROBE_REQUESTS", 4)
-    made = Session(shape="", into=tmp_path, seconds=0.5)
-    made.start("replay", 0.5)
+    monkeypatch.setattr(fleet_replaying, "NUM_REPLICAS", 2)
+    made = Session(shape="", into=tmp_path, seconds=3.0)
+    made.start("replay", 3.0)
     assert replaying.run(made)
-    cells = ["1 replica, a policy at every step", "1 replica, repeat()", "1 replica, repeat(), no fine-tuning"]
+    cells = ["1 replica, a policy at every step", "1 replica, repeat()", "1 replica, repeat(), no fine-tuning", "8 replicas, repeat()"]
     assert [r.cell for r in made.rows] == cells
     assert all(r.p50 > 0 and r.device.startswith("CPU (") for r in made.rows)
-    assert all(r.must is not None for r in made.rows[:2])
+    assert all(r.must is not None for r in made.rows if r.cell != cells[2])
 
 
 # ---- no check, no number

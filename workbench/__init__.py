@@ -15,6 +15,7 @@ from workbench.sweep import Sweep, sweep
 _NAMES = {
     "traces": "workbench.traces:",
     "policies": "workbench.policies:",
+    "routers": "workbench.routers:",
     "metrics": "workbench.metrics:",
     "lengths": "workbench.lengths:",
     "attribution": "workbench.attribution:",
@@ -53,6 +54,8 @@ _NAMES = {
     "Server": "workbench.serve:Server",
     "Recorded": "workbench.recorded:Recorded",
     "LatencyModel": "workbench.latency:LatencyModel",
+    "Fleet": "workbench.fleet:Fleet",
+    "StaticSplit": "workbench.routers:StaticSplit",
     "UpperBound": "workbench.bound:UpperBound",
     "upper_bound": "workbench.bound:upper_bound",
     "compare": "workbench.experiment:compare",
@@ -65,18 +68,20 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from workbench import attribution, lengths, metrics, plots, policies, tiers, traces, widgets
+    from workbench import attribution, lengths, metrics, plots, policies, routers, tiers, traces, widgets
     from workbench.bound import UpperBound, upper_bound
     from workbench.check import check_policy
     from workbench.config import SLO, EngineConfig, FinetuneJob, RandomTokens
     from workbench.core import Batch, Request, Sampling, Segment, StepResult
     from workbench.experiment import Comparison, compare
+    from workbench.fleet import Fleet
     from workbench.imports import import_replay
     from workbench.latency import LatencyModel
     from workbench.policy import Evict, Plan, PlanError, Router, View
     from workbench.popularity import clients, geometric, per_phase, round_robin, s_lora_power, uniform, zipf
     from workbench.recorded import Recorded
     from workbench.replay_result import Replay, load_replay
+    from workbench.routers import StaticSplit
     from workbench.runtime.engine import Engine, OutOfMemory
     from workbench.runtime.peft_baseline import PeftBaseline
     from workbench.runtime.virtual import VirtualModule

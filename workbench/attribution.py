@@ -61,6 +61,9 @@ def attribution(replay: Any, of: Literal["ttft", "e2e"] = "ttft") -> pd.DataFram
     Raises ValueError for a replay whose rows lack what this needs (measured elsewhere, or saved before steps had these columns).
     """
     require(of in ("ttft", "e2e"), "of must be 'ttft' or 'e2e'", of)
+    if hasattr(replay, "replicas"):
+        # a request waits for the steps of its own replica only
+        return pd.concat([attribution(part, of) for part in replay.replicas if len(part.requests)]).loc[replay.requests.index]
     events, steps, work = replay.events, replay.steps, replay.work
     missing = [name for name in ("queue_why", *PART_COLUMNS) if name not in steps]
     require(

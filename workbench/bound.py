@@ -10,6 +10,7 @@ import numpy as np
 from workbench.config import FinetuneJob, require
 from workbench.core import Executor, ExecutorInfo, JobShape, Predictor, Request
 from workbench.features import INDEX, Work, causal_pairs
+from workbench.fleet import Fleet
 from workbench.metrics import SLOs, slo_of
 
 TOLERANCE_S = 1e-9  # what metrics forgive, too
@@ -58,6 +59,7 @@ def upper_bound(
     and a `LatencyModel` without its residuals. Raises ValueError without a predictor, for closed sessions (arrivals then depend on the
     schedule), and for requests whose length the text decides.
     """
+    require(not isinstance(executor, Fleet), "a bound is of one executor", executor.info.name, "Bound a replica on its share of the trace.")
     require(executor.predictor is not None, "a bound needs an executor with a predictor", executor.info.name, "Fit a LatencyModel first.")
     requests = list(trace.requests if hasattr(trace, "requests") else trace)
     for r in requests:

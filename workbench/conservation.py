@@ -4,6 +4,7 @@ The events (what happened), the work rows (what the batches held) and the counts
 different places. A disagreement is a bug, in the product or in an executor, never a result.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,9 +27,13 @@ class ConservationError(RuntimeError):
 def check_conservation(replay: Any) -> None:
     """Raise ConservationError with the law and its numbers if a replay breaks one: time, work, tokens, requests, Little's law.
 
-    Of a server's replay only the requests can be checked: its steps are not seen. From the frames, or from the history that they are made
-    from while none is made yet. Cost is linear in the number of rows.
+    A fleet's replay must conserve on every replica, and give each request to one. Of a server's replay only the requests can be checked:
+    its steps are not seen. From the frames, or from the history that they are made from while none is made yet. Cost is linear in the
+    number of rows.
     """
+    if hasattr(replay, "replicas"):
+        check_fleet(replay)
+        return
     names = pd.Index([r.request_id for r in replay.trace_requests], dtype=object)
     is_new = not {"events", "steps", "work", "jobs"} & replay.__dict__.keys()
     if is_new and isinstance(replay.history, Stream):
@@ -48,6 +53,26 @@ def check_conservation(replay: Any) -> None:
     check_littles_law(facts.events, facts.steps, names)
     check_tokens(facts, replay, names)
     check_jobs(facts, replay)
+
+
+def check_fleet(replay: Any) -> None:
+    """Every replica conserves; each request and job of the trace is on one of them at most, and nothing else is."""
+    for number, part in enumerate(replay.replicas):
+        try:
+            check_conservation(part)
+        except ConservationError as error:
+            raise ConservationError(f"replica {number}: {error}") from error
+    rows = (
+        ("requests", [r.request_id for r in replay.trace_requests], [r.request_id for p in replay.replicas for r in p.trace_requests]),
+        ("jobs", [j.id for j in replay.finetune_jobs], [j.id for p in replay.replicas for j in p.finetune_jobs]),
+    )
+    for what, known, given in rows:
+        twice = next((name for name, num in Counter(given).items() if num > 1), None)
+        if twice is not None:
+            _fail(f"{what} must be given to one replica each", f"{twice!r} on several")
+        strange = set(given) - set(known)
+        if strange:
+            _fail(f"replicas must have {what} of the trace only", f"{sorted(strange)[0]!r}")
 
 
 def _fail(law: str, numbers: str) -> None:

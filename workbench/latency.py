@@ -4,6 +4,7 @@ It runs the same serving loop, policies and ledger as an engine, in microseconds
 (`predict`); the clock advances by the mean times a recorded residual, so that what a policy predicts is not what happens.
 """
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -259,6 +260,10 @@ class LatencyModel:
         }
         return LatencyModel(model, self._steps.assign(duration_s=self._steps["duration_s"] * after / before), **(arguments | changes))
 
+    def replicas(self, num: int) -> "Sequence[LatencyModel]":
+        """`num` devices of this kind for a `Fleet`: the same costs and limits, and no state in common."""
+        return [copy.copy(self) for _ in range(num)]
+
     def __repr__(self) -> str:
         return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}"
 
@@ -430,6 +435,11 @@ class LatencyModel:
         info = AdapterInfo(name=job.adapter, version=old.version + 1 if old else 1, rank=job.rank, bytes=size)
         self._adapters[job.adapter] = info
         return {job.adapter: info.version}
+
+    def adopt(self, info: AdapterInfo, source: object) -> None:
+        """Serve an adapter, or a new version of one, that another replica has."""
+        old = self._adapters.get(info.name)
+        self._adapters[info.name] = replace(info, version=max(info.version, old.version + 1)) if old else info
 
     def poll(self) -> Sequence[Command]:
         """No commands: a simulated job has no user beside it."""

@@ -36,6 +36,7 @@ from workbench.views import JobView, RequestView, Room, StepView, View
 class Ledger:
     """State of one replay on one executor. A policy sees it through `View`; only `replay` calls its methods.
 
+    `away` holds adapters that are not in this replica's host memory, and when they will be (inf: not on their way); see `fleet.Fleet`.
     `rows` holds the event rows that were written out; the tokens of steps in which all running requests decoded are in `decoding`.
     Without `needs_rows` a batch leaves those decode rows out: for an executor that only wants the sums.
     """
@@ -72,6 +73,7 @@ class Ledger:
         self.fresh: dict[str, RequestState] = {}
         self.jobs: dict[str, JobState] = {}
         self.uses: dict[str, tuple[int, float]] = {}
+        self.away: dict[str, float] = {}
         self.released: list[str] = []
         self.refused: dict[str, str] = {}
         self.history = History(self.decoding)

@@ -345,7 +345,13 @@ def summary(replay: Any, slo: SLOs = None, measure: tuple[float, float] | None =
     row["preemptions"] = int((inside["kind"] == "preempted").sum())
     row |= adapter_traffic(inside)
     row["optimizer_steps"] = int((inside["kind"] == "optimizer_step").sum())
-    row |= _machine(steps, getattr(replay.executor, "num_blocks", None), start, end)
+    parts = getattr(replay, "replicas", None)
+    if parts is None:
+        row |= machine(steps, getattr(replay.executor, "num_blocks", None), start, end)
+    else:
+        from workbench.fleet_metrics import machines
+
+        row |= machines(parts, start, end)
     row |= saturation(events, start, end)
     row["interrupted"] = bool(replay.interrupted)
     return row
@@ -481,7 +487,7 @@ def _job_numbers(replay: Any, start: float, end: float) -> dict[str, Any]:
     return row
 
 
-def _machine(steps: pd.DataFrame, num_blocks: int | None, start: float, end: float) -> dict[str, Any]:
+def machine(steps: pd.DataFrame, num_blocks: int | None, start: float, end: float) -> dict[str, Any]:
     """Steps that overlap the window: how many, how busy, KV occupancy (mean weighted by duration).
 
     Occupied blocks are those that a resident request holds; what only the prefix cache keeps can be taken at any time and counts as free.

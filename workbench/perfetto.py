@@ -51,7 +51,10 @@ def save_trace(replay: Any, path: str | Path, predicted: "LatencyModel | None" =
 
 
 def trace_events(replay: Any, predicted: "LatencyModel | None" = None) -> list[dict[str, Any]]:
-    """The events: metadata first, then by time, a slice before what lies within it."""
+    """The events: metadata first, then by time, a slice before what lies within it. A fleet's replicas have processes of their own."""
+    if hasattr(replay, "replicas"):
+        events = [_of_replica(event, k) for k, part in enumerate(replay.replicas) for event in trace_events(part, predicted)]
+        return sorted(events, key=lambda event: event.get("ts", -1.0))
     writer = _Writer()
     for pid, name in PROCESSES.items():
         writer.name("process_name", pid, 0, name)
@@ -62,6 +65,11 @@ def trace_events(replay: Any, predicted: "LatencyModel | None" = None) -> list[d
     if predicted is not None:
         _predicted(writer, replay, predicted)
     return writer.sorted()
+
+
+def _of_replica(event: dict[str, Any], replica: int) -> dict[str, Any]:
+    moved = event | {"pid": event["pid"] + replica * len(PROCESSES)}
+    return moved | {"args": {"name": f"replica {replica}: {event['args']['name']}"}} if event["name"] == "process_name" else moved
 
 
 def _ns(seconds: Any) -> Any:

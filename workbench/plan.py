@@ -167,6 +167,8 @@ class Plan(Accounts):
             if key is None and s.adapter is not None:
                 adapter = self._ledger.adapter_infos[s.adapter]
                 key = (s.adapter, adapter.version)
+            if s.adapter in self._ledger.away:
+                return 0, "adapter_loading"
             if self._requests == 0 or blocks > self._blocks:
                 return 0, "requests" if self._requests == 0 else "blocks"
             if key is not None and not self._has_slot(key):
@@ -369,8 +371,8 @@ class Plan(Accounts):
             if key in self.evicted:
                 self.why = "slots"
             return not self.why
-        if self._slots == 0:
-            self.why = "slots"
+        if self._slots == 0 or adapter in self._ledger.away:
+            self.why = "adapter_loading" if adapter in self._ledger.away else "slots"
             return False
         self._load(key, info)
         self.work.add_load(info.bytes, self._ledger.host.read_s(key, info))

@@ -5,11 +5,14 @@ It may declare `needs = frozenset({"oracle"})`. It is copied for each replay.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from workbench.plan import Plan
 from workbench.plan_accounts import PlanError, Why
 from workbench.views import AdapterView, JobView, Oracle, RequestView, Room, StepView, View
+
+if TYPE_CHECKING:
+    from workbench.fleet_view import ReplicaView
 
 __all__ = [
     "AdapterView",
@@ -34,13 +37,16 @@ Evict = Callable[[AdapterView, Sequence[AdapterView], View], Sequence[str]]
 
 
 class Router(Protocol):
-    """Spreads requests and jobs over replicas."""
+    """Spreads requests and jobs over the replicas of a `Fleet`: what `workbench.routers` says of it.
 
-    def route(self, request: RequestView, fleet: Sequence[View]) -> int: ...
+    `route` and `place` give a position in `fleet`, `moves` the adapters to be copied to a replica that lacks them.
+    """
 
-    def place(self, job: JobView, fleet: Sequence[View]) -> int: ...
+    def route(self, request: RequestView, fleet: Sequence["ReplicaView"]) -> int: ...
 
-    def moves(self, fleet: Sequence[View]) -> Iterable[tuple[Literal["adapter", "job", "request"], str, int]]: ...
+    def place(self, job: JobView, fleet: Sequence["ReplicaView"]) -> int: ...
+
+    def moves(self, fleet: Sequence["ReplicaView"]) -> Iterable[tuple[Literal["adapter"], str, int]]: ...
 
 
 def policy_label(policy: Callable[..., Any]) -> str:

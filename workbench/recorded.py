@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from workbench.config import FinetuneJob, did_you_mean
+from workbench.config import FinetuneJob, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Predictor, Request, StepResult
 from workbench.replay_result import Replay
 
@@ -16,6 +16,9 @@ class Recorded:
     """
 
     def __init__(self, recording: Replay, *, predictor: Predictor | None = None) -> None:
+        parts = getattr(recording, "replicas", None)
+        step = "Pass executor=Fleet([Recorded(part) for part in replay.replicas], router=...)."
+        require(parts is None, "a recording must be of one executor", recording, step)
         self.recording = recording
         self.info: ExecutorInfo = replace(recording.executor, name=f"Recorded({recording.executor.name})", simulated=True)
         self.predictor = predictor or recording.predictor
@@ -84,6 +87,9 @@ class Recorded:
         if call >= len(times):
             raise RuntimeError(f"the recording ends after {len(times)} calls of the policy, call {call} was made")
         return times[call]
+
+    def adopt(self, info: AdapterInfo, source: object) -> None:
+        """Nothing: the recording says when its adapters change."""
 
     def poll(self) -> Sequence[Command]:
         poll, self._num_polls = self._num_polls, self._num_polls + 1

@@ -3,7 +3,6 @@
 import copy
 import gc
 import hashlib
-import heapq
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -16,12 +15,14 @@ import pandas as pd
 import simpy
 import simpy.rt
 
+from workbench.arrivals import Arrivals
 from workbench.clock import Clock
 from workbench.config import SLO, FinetuneJob, Provenance, UnknownAdapterError, require
 from workbench.conservation import ConservationError, check_conservation
 from workbench.core import NOTHING, AdapterInfo, Batch, Executor, JobShape, Request, StepResult
 from workbench.expected import length_predictor
 from workbench.features import Work
+from workbench.fleet import Fleet
 from workbench.jump import is_alone, jump
 from workbench.ledger import Ledger
 from workbench.plan import Plan
@@ -54,7 +55,7 @@ class ReplayError(RuntimeError):
 def replay(
     trace: Any,
     *,
-    executor: Executor,
+    executor: Executor | Fleet,
     policy: Policy,
     jobs: Sequence[FinetuneJob] = (),
     slo: SLO | Mapping[str, SLO] | None = None,
@@ -80,12 +81,17 @@ def replay(
     both, or {"gpu": rule, "host": rule} (`workbench.tiers`); None: the least recently used.
     `events`: a folder into which the rows are written as parquet files while the replay runs, so that a long one needs little memory; the
     result then reads its frames from there, and keeps neither `results` nor what `Recorded` needs.
-    `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`.
+    `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`. On a `Fleet` every replica
+    runs a copy of the policy of its own, and the result is a `FleetReplay`.
     Raises ValueError or TypeError for bad input before anything runs, ReplayError (with the partial result) when policy or executor
     fail, or when the rows of the result contradict one another (`conservation`: time, work, tokens, requests, Little's law).
     """
-    run = _Run(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until, evict, events)
-    return run.run(progress)
+    kind: Any = _Run
+    if isinstance(executor, Fleet):
+        from workbench.fleet_run import FleetRun as kind
+    elif hasattr(policy, "routed"):
+        raise ValueError(f"{policy_label(policy)} needs several replicas, got one executor. Pass executor=wb.Fleet(executor, replicas=2).")
+    return kind(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until, evict, events).run(progress)
 
 
 def done_work(planned: Work, batch: Batch, result: StepResult) -> Work:
@@ -114,9 +120,12 @@ class _Run:
         measure: tuple[float, float] | None,
         overlap: bool,
         until: str | float | None,
-        evict: Any,
+        evict: Any = None,
         events: str | Path | None = None,
+        arrivals: Arrivals | None = None,
+        replica: int = 0,
     ) -> None:
+        """`arrivals`: those of a fleet, which gives this replica its requests; None: the trace's own."""
         self.trace, self.executor, self.seed, self.slo, self.measure = trace, executor, seed, slo, measure
         self.requests = checked_requests(trace)
         self.jobs = tuple(jobs)
@@ -134,7 +143,11 @@ class _Run:
         self.policy: Policy = copy.deepcopy(policy)
         self.label = policy_label(policy)
         self.where_policy = f"policy {self.label} failed"
-        self.env: simpy.Environment = simpy.rt.RealtimeEnvironment(strict=False) if self.is_wall else Clock()
+        if arrivals is None:
+            clock_env = simpy.rt.RealtimeEnvironment(strict=False) if self.is_wall else Clock()
+            arrivals = Arrivals(clock_env, self.requests, self.jobs)
+        self.arrivals, self.env = arrivals, arrivals.env
+        self.receive: Callable[[Request, float], None] = self._arrive
         self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=slo)
         self.ledger.evict = copy.deepcopy(eviction_rules(evict))
         self.simulate: Callable[..., StepResult | float] | None = getattr(executor, "simulate", None)
@@ -142,18 +155,10 @@ class _Run:
         self.can_jump = hasattr(executor, "preview") and isinstance(self.env, Clock) and not overlap
         self.lengths = length_predictor(lengths, seed)
         self.ledger.expected_output = self.lengths.predict
-        self.open = sorted((r for r in self.requests if r.parent_id is None), key=lambda r: r.arrival_s)
-        self.children: dict[str, list[Request]] = {}
-        for request in self.requests:
-            if request.parent_id is not None:
-                self.children.setdefault(request.parent_id, []).append(request)
-        self.num_opened = 0
-        self.thinking: list[tuple[float, str]] = []
-        self.num_jobs_arrived = 0
-        oracle = Oracle(self._arrivals_to_come) if "oracle" in getattr(policy, "needs", ()) else None
-        self.view = View(self.ledger, Random(seed), oracle)
+        arrivals.ledgers.append(self.ledger)
+        oracle = Oracle(arrivals.to_come) if "oracle" in getattr(policy, "needs", ()) else None
+        self.view = View(self.ledger, Random(f"{seed}:{replica}" if replica else seed), oracle, replica)
         self.shapes: Mapping[str, JobShape] = {}
-        self.num_ended = 0
         self.wake: simpy.Event | None = None
         self.failure: BaseException | None = None
         self.where = "replay"
@@ -170,8 +175,8 @@ class _Run:
     # the outside of the loop
 
     def run(self, progress: bool | None) -> Replay:
-        warn_of_ties(self.open)
-        self.shapes = self.tape.shapes = self.executor.begin(self.jobs, seed=self.seed)
+        warn_of_ties(self.arrivals.open)
+        self.begin()
         interrupted = False
         try:
             for job in self.jobs:
@@ -186,12 +191,7 @@ class _Run:
         finally:
             if self.bar is not None:
                 self.bar.close()
-            self._collect_outputs()
-            try:
-                self.ledger.close(float(self.env.now))
-                self._write(at_end=True)
-            finally:
-                self.executor.end()
+            self.close()
         if isinstance(self.failure, KeyboardInterrupt):
             interrupted, self.failure = True, None
         warn_of_refusals(self.tape.refusals, len(self.requests))
@@ -199,6 +199,17 @@ class _Run:
             return self._checked(self._result(interrupted, None))
         message = f"{self.where}: {type(self.failure).__name__}: {self.failure}"
         raise ReplayError(message, self._result(False, message)) from self.failure
+
+    def begin(self) -> None:
+        self.shapes = self.tape.shapes = self.executor.begin(self.jobs, seed=self.seed)
+
+    def close(self) -> None:
+        self._collect_outputs()
+        try:
+            self.ledger.close(float(self.env.now))
+            self._write(at_end=True)
+        finally:
+            self.executor.end()
 
     def _checked(self, result: Replay) -> Replay:
         """The result, once its rows agree with one another. Ctrl-C may fall between two rows of a step: then they need not."""
@@ -223,8 +234,8 @@ class _Run:
         env = self.env
         if isinstance(env, simpy.rt.RealtimeEnvironment):
             env.sync()
-        env.process(self._bring_jobs())
-        env.process(self._bring_requests())
+        env.process(self.arrivals.bring_jobs(self._start_job))
+        env.process(self.arrivals.bring_requests(self._arrive))
         server = env.process(self._guarded(self._serve()))
         thresholds = gc.get_threshold()
         # a step leaves a few hundred objects and no circles: the usual threshold would look through them after every few steps
@@ -246,27 +257,10 @@ class _Run:
 
     # arrivals
 
-    def _bring_requests(self) -> Generator[simpy.Event, Any, None]:
-        for request in self.open:
-            if request.arrival_s > self.env.now:
-                yield self.env.timeout(request.arrival_s - self.env.now)
-            self.num_opened += 1
-            self._arrive(request, request.arrival_s)
-
-    def _bring_child(self, request: Request, at: float) -> Generator[simpy.Event, Any, None]:
-        yield self.env.timeout(request.think_s)
-        self.thinking.remove((at, request.request_id))
-        heapq.heapify(self.thinking)
-        self._arrive(request, at)
-
-    def _bring_jobs(self) -> Generator[simpy.Event, Any, None]:
-        for job in sorted(self.jobs, key=lambda j: j.arrival_s):
-            if job.arrival_s > self.env.now:
-                yield self.env.timeout(job.arrival_s - self.env.now)
-            self.num_jobs_arrived += 1
-            self.ledger.add_job(job, self.shapes[job.id], job.arrival_s)
-            self.repeating = None
-            self._wake()
+    def _start_job(self, job: FinetuneJob) -> None:
+        self.ledger.add_job(job, self.shapes[job.id], job.arrival_s)
+        self.repeating = None
+        self._wake()
 
     def _arrive(self, request: Request, at: float) -> None:
         try:
@@ -299,14 +293,10 @@ class _Run:
             return
         self.ledger.ended = []
         for s in ended:
-            self.num_ended += 1
             if s.phase == "finished":
                 self.lengths.learn(s.request, s.generated)
             self._keep_output(s)
-            for child in self.children.get(s.id, ()):
-                at = float(self.env.now) + child.think_s
-                heapq.heappush(self.thinking, (at, child.request_id))
-                self.env.process(self._bring_child(child, at))
+            self.arrivals.ended(s.id, self.receive)
         if self.bar is not None:
             self.bar.update(len(ended))
 
@@ -318,26 +308,14 @@ class _Run:
         for s in self.ledger.requests.values():
             self._keep_output(s)
 
-    def _next_arrival_s(self) -> float:
-        opened = self.open[self.num_opened].arrival_s if self.num_opened < len(self.open) else math.inf
-        return min(opened, self.thinking[0][0] if self.thinking else math.inf)
-
-    def _is_pending(self) -> bool:
-        """Whether an arrival is still to come by itself."""
-        return self.num_jobs_arrived < len(self.jobs) or self._next_arrival_s() < math.inf
-
-    def _arrivals_to_come(self) -> tuple[tuple[float, str], ...]:
-        opened = [(r.arrival_s, r.request_id) for r in self.open[self.num_opened :]]
-        return tuple(sorted(opened + self.thinking))
-
     # the serving loop
 
     def _is_over(self) -> bool:
-        if isinstance(self.until, (int, float)):
-            return self.env.now >= self.until
-        if self.num_ended < len(self.requests):
-            return False
-        return self.until == "requests" or (self.num_jobs_arrived == len(self.jobs) and not self.ledger.jobs)
+        return self.arrivals.is_over(self.until)
+
+    def _is_pending(self) -> bool:
+        """Whether an arrival is still to come by itself."""
+        return self.arrivals.is_pending
 
     def _serve(self) -> Generator[simpy.Event, Any, None]:
         env, ledger = self.env, self.ledger
@@ -485,7 +463,7 @@ class _Run:
         ahead = self._ask() if self.overlap else None
         batch = ledger.apply(plan)
         if plan.stops_on_arrival:
-            next_s = self._next_arrival_s()
+            next_s = self.arrivals.next_s
             if next_s < math.inf:
                 batch = replace(batch, stop_after_s=max(0.0, next_s - accepted_s))
         try:
@@ -572,7 +550,7 @@ class _Run:
             "lengths": self.lengths.name,
             "evict": {tier: policy_label(rule) for tier, rule in self.ledger.evict.items()},
             "until": self.until,
-            "loop": "closed" if self.children else "open",
+            "loop": "closed" if self.arrivals.is_closed_loop else "open",
             "trace": getattr(self.trace, "name", "requests"),
             "notes": list(getattr(self.trace, "notes", ())),
             "redrawn": list(getattr(self.trace, "redrawn", ())),

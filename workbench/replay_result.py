@@ -187,19 +187,11 @@ class Replay:
             getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
         self.steps.assign(digest=pd.Series(self.digests, dtype=object)).to_parquet(folder / "steps.parquet", index=False)
         pd.DataFrame([_result_row(r) for r in self.results], columns=_RESULT_COLUMNS).to_parquet(folder / "results.parquet", index=False)
-        rows = [{f.name: getattr(r, f.name) for f in fields(Request)} for r in self.trace_requests]
-        for row in rows:
-            for name in ("prompt_token_ids", "prefix_ids"):
-                row[name] = json.dumps(row[name])
-            row["sampling"] = json.dumps(asdict(row["sampling"]))
-        frame = pd.DataFrame(rows, columns=[f.name for f in fields(Request)])
-        for name in ("output_tokens", "max_tokens"):
-            frame[name] = frame[name].astype("Int64")
-        frame.to_parquet(folder / "requests.parquet", index=False)
+        write_requests(folder, self.trace_requests)
         record = {
             "format": 1,
             "outputs": {name: list(ids) for name, ids in self.outputs.items()},
-            "jobs": [_job_record(job) for job in self.finetune_jobs],
+            "jobs": [job_record(job) for job in self.finetune_jobs],
             "executor": {name: sorted(v) if isinstance(v, frozenset) else v for name, v in asdict(self.executor).items()},
             "provenance": asdict(self.provenance) | {"versions": dict(self.provenance.versions)},
             "settings": self.settings,
@@ -219,13 +211,17 @@ def load_replay(folder: str | Path) -> Replay:
     if not (folder / RECORD_FILE).is_file():
         raise FileNotFoundError(f"a replay folder must hold {RECORD_FILE}, got {str(folder)!r}. Pass the folder given to save().")
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    if "replicas" in record:
+        from workbench.fleet_replay import FleetReplay
+
+        return FleetReplay.load(folder, record)
     frames = {name: text_as_objects(pd.read_parquet(folder / f"{name}.parquet")) for name in ("events", "steps", "work")}
     results = [_result_of(row) for row in pd.read_parquet(folder / "results.parquet").itertuples(index=False)]
     values: dict[str, Any] = dict(
         history=frames | {"results": results, "digests": frames["steps"].pop("digest")},
         outputs={name: tuple(ids) for name, ids in record["outputs"].items()},
-        trace_requests=[_request_of(row) for row in text_as_objects(pd.read_parquet(folder / "requests.parquet")).to_dict("records")],
-        finetune_jobs=[_job_of(job) for job in record["jobs"]],
+        trace_requests=read_requests(folder),
+        finetune_jobs=[job_of(job) for job in record["jobs"]],
         provenance=Provenance(**record["provenance"]),
         settings=record["settings"],
         tape=Tape.from_record(record["tape"]),
@@ -259,6 +255,24 @@ def _result_of(row: Any) -> StepResult:
     return StepResult(**values)
 
 
+def write_requests(folder: Path, requests: Sequence[Request]) -> None:
+    """`requests.parquet` in a replay's folder."""
+    rows = [{f.name: getattr(r, f.name) for f in fields(Request)} for r in requests]
+    for row in rows:
+        for name in ("prompt_token_ids", "prefix_ids"):
+            row[name] = json.dumps(row[name])
+        row["sampling"] = json.dumps(asdict(row["sampling"]))
+    frame = pd.DataFrame(rows, columns=[f.name for f in fields(Request)])
+    for name in ("output_tokens", "max_tokens"):
+        frame[name] = frame[name].astype("Int64")
+    frame.to_parquet(folder / "requests.parquet", index=False)
+
+
+def read_requests(folder: Path) -> list[Request]:
+    """What `write_requests` wrote."""
+    return [_request_of(row) for row in text_as_objects(pd.read_parquet(folder / "requests.parquet")).to_dict("records")]
+
+
 def _request_of(row: dict[Any, Any]) -> Request:
     ids = json.loads(row["prompt_token_ids"])
     values = row | {
@@ -271,12 +285,12 @@ def _request_of(row: dict[Any, Any]) -> Request:
     return Request(**values)
 
 
-def _job_record(job: FinetuneJob) -> dict[str, Any]:
+def job_record(job: FinetuneJob) -> dict[str, Any]:
     values = {f.name: getattr(job, f.name) for f in fields(job) if f.name not in ("data", "evaluation", "checkpoint")}
     return values | {"data": type(job.data).__name__, "evaluation": None if job.evaluation is None else type(job.evaluation).__name__}
 
 
-def _job_of(record: dict[str, Any]) -> FinetuneJob:
+def job_of(record: dict[str, Any]) -> FinetuneJob:
     values: dict[str, Any] = record | {"targets": tuple(record["targets"]), "betas": tuple(record["betas"])}
     return FinetuneJob(**values)
 

@@ -61,9 +61,8 @@ class RunCache:
         }
         made = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=place.parent))
         try:
-            if files:
-                (made / REPLAY_FOLDER).mkdir()
             for name, content in files.items():
+                (made / REPLAY_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
                 (made / REPLAY_FOLDER / name).write_bytes(content)
             (made / ENTRY_FILE).write_text(json.dumps(record | {"checksum": _checksum(record)}, indent=1) + "\n", encoding="utf-8")
             if place.exists():

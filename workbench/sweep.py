@@ -56,6 +56,7 @@ class Sweep:
         require(run in self.files, "a replay must have been kept", run, "Call sweep(..., replays=True); cached runs are then completed.")
         with tempfile.TemporaryDirectory() as name:
             for file, content in self.files[run].items():
+                (Path(name) / file).parent.mkdir(parents=True, exist_ok=True)
                 (Path(name) / file).write_bytes(content)
             return load_replay(name)
 
@@ -261,7 +262,8 @@ def run_one(run: Run, replays: bool) -> Result:
         return run.key, row, {}
     with tempfile.TemporaryDirectory() as name:
         result.save(name)
-        return run.key, row, {file.name: file.read_bytes() for file in sorted(Path(name).iterdir())}
+        files = sorted(file for file in Path(name).rglob("*") if file.is_file())
+        return run.key, row, {file.relative_to(name).as_posix(): file.read_bytes() for file in files}
 
 
 def _bar(num: int, num_cached: int, progress: bool) -> Any:

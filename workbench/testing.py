@@ -186,6 +186,15 @@ class FixedCost:
                 published[job.adapter] = version
         return published
 
+    def replicas(self, num: int) -> "list[FixedCost]":
+        """`num` executors of the same costs and limits for a `Fleet`."""
+        return [replace(self) for _ in range(num)]
+
+    def adopt(self, info: AdapterInfo, source: object) -> None:
+        """Serve an adapter, or a new version of one, that another replica has."""
+        old = self.adapter_infos.get(info.name)
+        self.adapter_infos[info.name] = replace(info, version=max(info.version, old.version + 1)) if old else info
+
     def poll(self) -> Sequence[Command]:
         commands, self.commands = self.commands, []
         return commands

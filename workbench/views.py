@@ -247,8 +247,13 @@ class AdapterView:
         return (self._name, self._info.version)
 
     @property
-    def state(self) -> Literal["gpu", "loading", "host", "disk"]:
-        """Where its weights are; loads run inside a step, so that a policy never meets "loading"."""
+    def state(self) -> Literal["gpu", "host", "disk", "loading", "elsewhere"]:
+        """Where its weights are: on the device, in host memory, on disk, or on another replica of a fleet, perhaps under way ("loading").
+
+        Loads run inside a step, so that a policy never meets one.
+        """
+        if self._name in self._ledger.away:
+            return "loading" if self._ledger.away[self._name] < inf else "elsewhere"
         if self._key in self._ledger.slots.entries:
             return "gpu"
         return "host" if self._ledger.host.has(self._key, self._info) else "disk"
@@ -272,8 +277,9 @@ class AdapterView:
 
     @property
     def ready_s(self) -> float:
-        """When it could be used: now on the device, else now + load_s."""
-        return self._ledger.now_s + (0.0 if self.state == "gpu" else self.load_s)
+        """When it could be used: now on the device, else once it is in host memory and load_s later."""
+        here_s = max(self._ledger.now_s, self._ledger.away.get(self._name, 0.0))
+        return here_s + (0.0 if self.state == "gpu" else self.load_s)
 
     @property
     def waiting(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workbench import traces
-from workbench.bench import machine
+from workbench.bench import fleet_replaying, machine
 from workbench.bench.session import Session
 from workbench.config import FinetuneJob
 from workbench.latency import LatencyModel
@@ -43,7 +43,7 @@ def run(session: Session) -> bool:
     example = FinetuneJob.example("tuned")
     executor = LatencyModel.load(PROFILE).with_limits(max_model_len=LONGEST_CONTEXT)
     for left, (cell, (repeats, trains)) in zip(range(len(wanted), 0, -1), wanted.items(), strict=True):
-        seconds, job = session.left_s / left, [example] if trains else []
+        seconds, job = session.left_s / (left + 1), [example] if trains else []
         for _ in range(2):  # the first one prepares the job's data
             probe = timed_replay(session, executor, Repeating(repeats), job, PROBE_REQUESTS)
         most = max(PROBE_REQUESTS, int(0.8 * probe.num_requests / probe.wall_s * seconds))
@@ -51,6 +51,7 @@ def run(session: Session) -> bool:
         note = f"{executor.info.name}; the trace's first {found.num_requests} requests in {found.num_steps} steps"
         rate = found.num_requests / found.cpu_s
         session.record(cell, "requests", [rate], "per CPU-s", n=found.num_requests, device=machine.cpu_name(), note=note)
+    fleet_replaying.run(session, session.left_s)
     return True
 
 

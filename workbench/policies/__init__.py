@@ -45,7 +45,7 @@ CATALOGUE: dict[int, tuple[type, ...]] = {
     22: (InferenceOnly, FinetuneOnly),
     23: (Clairvoyant,),
 }
-"""Number -> policies. 19, a static split, and routers place work on several replicas: no policy of one executor."""
+"""Number -> policies of one executor. 19, a static split of several replicas, is `workbench.routers.StaticSplit`."""
 
 __all__ = [
     "CATALOGUE",

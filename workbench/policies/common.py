@@ -5,7 +5,7 @@ from math import inf
 
 from workbench.policy import JobView, Plan, RequestView, View, Why
 
-ELSEWHERE: tuple[Why, ...] = ("slots", "batch_adapters")
+ELSEWHERE: tuple[Why, ...] = ("slots", "batch_adapters", "adapter_loading")
 """Reasons that hold for one adapter only: a request for another one may still fit."""
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workbench.policies.common import begin, continue_residents, not_begun, residents
+from workbench.policies.common import ELSEWHERE, begin, continue_residents, not_begun, residents
 from workbench.policy import AdapterView, Plan, RequestView, View
 
 
@@ -71,7 +71,7 @@ class MultiLevelQueue:
                         break
                     self.make_room(view, plan, request)
                     left -= begin(view, plan, request, left)
-                    if plan.why in ("slots", "batch_adapters"):
+                    if plan.why in ELSEWHERE:
                         continue
                     if plan.why:
                         return

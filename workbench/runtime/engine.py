@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -35,6 +35,9 @@ from workbench.runtime.pieces import PieceGraphs
 from workbench.runtime.virtual import pin
 from workbench.runtime.weights import assert_aliases, fuse, load_base, random_base
 from workbench.runtime.weights import tokenizer as load_tokenizer
+
+if TYPE_CHECKING:
+    from workbench.runtime.partition import EnginePart
 
 __all__ = ["Engine", "OutOfMemory"]
 
@@ -126,6 +129,12 @@ class Engine(EngineMeasuring):
 
     def __repr__(self) -> str:
         return f"Engine({self.name!r}, device={str(self.device)!r}, dtype={self.dtype}, adapters={sorted(self._current)})"
+
+    def replicas(self, num: int) -> list["EnginePart"]:
+        """`num` instances for a `Fleet` on these weights, each with an equal share of KV blocks, slots and arena rows."""
+        from workbench.runtime.partition import partition
+
+        return partition(self, num)
 
     # ---- executor
 

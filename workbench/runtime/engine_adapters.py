@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class EngineAdapters:
         self._current: dict[str, int] = {}
         self._infos: dict[str, AdapterInfo] = {}
         self._announced: set[Version] = set()
+        self.shared_versions: set[Version] = set()  # those that parts of this engine may still load
         self._versions: dict[Version, AdapterWeights] = {}
         self._last_version: dict[str, int] = {}
         self._made_by_jobs: set[str] = set()
@@ -65,6 +66,15 @@ class EngineAdapters:
         with self.lock:
             self._announced = set(self._current.items())
             return dict(self._infos)
+
+    def adopt(self, info: AdapterInfo, source: Any) -> None:
+        """Serve the adapter that another replica's engine serves as `info`, as a new version if the name is taken."""
+        other: EngineAdapters = getattr(source, "engine", source)
+        with other.lock:
+            weights = other._versions[info.name, info.version]
+            tensors = {key: (a.to("cpu", copy=True), b.to("cpu", copy=True)) for key, (a, b) in weights.tensors.items()}
+        with self.lock:
+            self._register(replace(weights, tensors=tensors, packed=None))
 
     def load_adapter(self, name: str, directory: str | Path) -> int:
         """Load a PEFT directory under `name`, as a new version if the name is taken; returns the version.
@@ -123,7 +133,8 @@ class EngineAdapters:
         del self._current[name], self._infos[name]
 
     def _forget_unused(self) -> None:
-        used = set(self._current.items()) | self._announced | set(self._slots.values()) | {s.pinned for s in self._sequences.values()}
+        used = set(self._current.items()) | self._announced | self.shared_versions
+        used |= set(self._slots.values()) | {s.pinned for s in self._sequences.values() if s.pinned is not None}
         for version in [v for v in self._versions if v not in used]:
             del self._versions[version]
 
