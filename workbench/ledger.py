@@ -79,6 +79,7 @@ class Ledger:
         self.history = History(self.decoding)
         self.rows: list[EventRow] = self.history.events
         self.ended: list[RequestState] = []
+        self.found_amounts: dict[str, int] = {}  # by kind of work: where the search for the largest amount begins; it ends where it would
         self.num_arrived = 0
         self.last: tuple[Batch, StepResult | float, float, float, float] | None = None
         self.last_plan: Plan | None = None

@@ -28,7 +28,7 @@ from workbench.ledger import Ledger
 from workbench.plan import Plan
 from workbench.policy import Evict, Policy, policy_label
 from workbench.progress import progress_bar
-from workbench.redo import is_same_work, redo
+from workbench.redo import can_go_on, is_same_work, redo
 from workbench.replay_checks import check_duration, check_options, check_slo, checked_requests, warn_of_refusals, warn_of_ties
 from workbench.replay_result import Replay, commit_of_code, load_replay, versions_of_code
 from workbench.states import RequestState
@@ -429,7 +429,7 @@ class _Run:
         old, left = self.repeating
         self.repeating = None
         ledger = self.ledger
-        if left == 0 or ledger._arrived or ledger._finished or old.loads:
+        if left == 0 or ledger._arrived or ledger._finished or old.loads or not can_go_on(old):
             return None
         plan = redo(old, ledger)
         if not is_same_work(old, plan):
