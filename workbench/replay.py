@@ -498,7 +498,7 @@ class _Run:
     def _write(self, *, at_end: bool = False) -> None:
         """Let the rows go to where they are wanted, once there are many."""
         stream, history = self.stream, self.ledger.history
-        if stream is not None and (at_end or stream.is_due(history)):
+        if stream is not None and stream.is_open and (at_end or stream.is_due(history)):
             if self.names is None:
                 self.names = pd.Index([r.request_id for r in self.requests], dtype=object)
             stream.take(history, self.ledger.predictor, self.executor.info.num_layers, self.names)

@@ -44,6 +44,10 @@ class Stream:
             schema = pa.schema([(c, _TYPES[str(column(c, []).dtype)]) for c in columns])
             self._writers[name] = pq.ParquetWriter(self.folder / f"{name}.parquet", schema, compression="zstd")
 
+    @property
+    def is_open(self) -> bool:
+        return bool(self._writers)
+
     def is_due(self, history: History) -> bool:
         return history.size >= MAX_ROWS
 
