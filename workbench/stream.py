@@ -12,7 +12,7 @@ from workbench.facts import Facts, facts_of_history
 from workbench.frames import EVENT_COLUMNS, STEP_COLUMNS, WORK_COLUMNS, column, sorted_by_time, text_as_objects
 from workbench.history import History
 
-MAX_ROWS = 400_000
+MAX_ROWS = 200_000
 """So many rows are kept before they are written."""
 
 COLUMNS = {"events": EVENT_COLUMNS, "steps": STEP_COLUMNS, "work": WORK_COLUMNS}
