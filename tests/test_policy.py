@@ -1,9 +1,13 @@
 """Views cannot be written through; plan verbs take what fits and say why not the rest."""
 
 import copy
+from itertools import accumulate
 from random import Random
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from workbench.config import SLO, FinetuneJob, RandomTokens
 from workbench.core import Request, StepResult
@@ -283,6 +287,22 @@ def test_a_decode_without_a_free_block_preempts_the_youngest_other_or_is_skipped
 
 
 # seconds
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(-1, 120), st.integers(0, 70), st.booleans())
+def test_the_largest_amount_is_found_for_any_cost_that_does_not_fall_wherever_the_search_begins(rises, bound, guess, whole):
+    bench, costs = Bench(), list(accumulate([0, *rises]))
+    bench.ledger.predictor = SimpleNamespace(predict=lambda work: float(costs[int(work.values[0])]))
+    bench.ledger.found_amounts["finetune"] = guess
+
+    def add(work, amount):
+        work.values[0] += amount
+
+    most, plan = len(rises), bench.plan()
+    fitting = [n for n in range(1, most + 1) if costs[n] <= bound and (n == most or not whole)]
+    assert plan._largest("finetune", most, add, float(bound), whole=whole) == max(fitting, default=0)
+    assert plan.work.values[0] == 0
 
 
 def test_within_s_takes_the_largest_amount_that_fits_the_whole_plan():

@@ -6,7 +6,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from workbench.config import FinetuneJob, RandomTokens
+from workbench.config import FinetuneJob, RandomTokens, UnknownAdapterError
 from workbench.conservation import ConservationError, check_conservation
 from workbench.core import Request
 from workbench.policies import FCFS, LoquetierStatic, ServeFirst
@@ -83,3 +83,10 @@ def test_a_folder_with_rows_is_refused_and_what_is_not_kept_is_said(tmp_path):
     for name in ("results", "digests"):
         with pytest.raises(ValueError, match=f"keeps no {name}. Run it without events="):
             getattr(result, name)
+
+
+def test_bad_input_is_refused_as_ever_and_leaves_no_folder(tmp_path):
+    unknown = [Request(request_id="x", arrival_s=0.0, prompt_tokens=5, output_tokens=1, adapter="nobody")]
+    with pytest.raises(UnknownAdapterError, match="unknown adapter 'nobody'"):
+        replay(unknown, executor=FixedCost(), policy=FCFS(), events=tmp_path / "rows", progress=False)
+    assert not (tmp_path / "rows").exists()

@@ -66,7 +66,7 @@ def facts_of_frames(replay: Any, names: pd.Index) -> Facts:
     """The facts as the replay's frames tell them."""
     events, steps, work = replay.events, replay.steps, replay.work
     by_kind = _by_kind(events, names)
-    tokens = by_kind["token"]
+    tokens = by_kind.pop("token")
     kind, step = work["kind"].to_numpy(), work["step"].to_numpy()
     owner = names.get_indexer(pd.Index(work["owner"].to_numpy(object)))
     start, length = work["start"].to_numpy(float), work["tokens"].to_numpy(float)
@@ -90,7 +90,7 @@ def facts_of_history(history: History, names: pd.Index) -> Facts:
     written = rows_as_given([row for row in history.events if row[2] in _KINDS], EVENT_COLUMNS)
     by_kind = _by_kind(written, names)
     tokens, decodes, at_step = _of_group(history, names)
-    alone, is_decode = by_kind["token"], [row for row in history.work if row[2] == "decode"]
+    alone, is_decode = by_kind.pop("token"), [row for row in history.work if row[2] == "decode"]
     prefills = [row for row in history.work if row[2] == "prefill"]
     others = [row for row in history.work if row[2] not in ("prefill", "decode")]
     ones = np.ones(len(alone.owner))
@@ -166,7 +166,7 @@ def _of_group(history: History, names: pd.Index) -> tuple[Tokens, Decodes, np.nd
     return tokens, Decodes(owner, count, total + count * (prompt - 2)), rows
 
 
-def _by_kind(events: pd.DataFrame, names: pd.Index) -> Mapping[str, Rows]:
+def _by_kind(events: pd.DataFrame, names: pd.Index) -> dict[str, Rows]:
     owner = names.get_indexer(pd.Index(events["owner"].to_numpy(object)))
     kind, kinds = pd.factorize(events["kind"].to_numpy(object))
     columns = [events["time_s"].to_numpy(float), events["step"].to_numpy(), owner, events["value"].to_numpy(float)]

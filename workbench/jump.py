@@ -128,8 +128,7 @@ def _take_blocks(ledger: "Ledger", first: int, num: int, num_free: int) -> list[
         if needed:
             if len(needed) > num_free:
                 break
-            for state in needed:
-                ledger.grow(state)
+            ledger.grow(needed)
             out.append(num_free)
             num_free -= len(needed)
         else:

@@ -4,7 +4,7 @@
 everything bit for bit, but for cached blocks that the step evicted and may have written over. Arrivals may come in between.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from random import Random
 from typing import Any
 
@@ -79,6 +79,7 @@ class Ledger:
         self.history = History(self.decoding)
         self.rows: list[EventRow] = self.history.events
         self.ended: list[RequestState] = []
+        self.found_amounts: dict[str, int] = {}  # by kind of work: where the search for the largest amount begins; it ends where it would
         self.num_arrived = 0
         self.last: tuple[Batch, StepResult | float, float, float, float] | None = None
         self.last_plan: Plan | None = None
@@ -462,9 +463,9 @@ class Ledger:
         if plan.prefills:
             segments += sorted([self._prefill_segment(s, n, info, undo) for s, n, info in plan.prefills], key=_by_adapter)
         if plan.decodes_all:
-            for s in self.decoding.need_block():
-                assert s.capacity < s.context, (s.id, s.capacity, s.context)
-                self.grow(s, undo)
+            needed = self.decoding.need_block()
+            if needed:
+                self.grow(needed, undo)
         elif plan.decodes:
             self.apart()
         if not plan.decodes_all or self.needs_rows:
@@ -551,26 +552,29 @@ class Ledger:
         self.cache.unhold(found, places)
         s.blocks, s.prefilled, s.cached = [], 0, cached
 
-    def grow(self, s: RequestState, undo: list[Any] | None = None) -> None:
-        """One more block for a request whose next decode needs it."""
-        s.blocks += self.blocks.take(1)
-        s.capacity += self.info.block_tokens
-        s.table = ()
+    def grow(self, states: Collection[RequestState], undo: list[Any] | None = None) -> None:
+        """One more block for each request whose next decode needs it, in their order."""
+        block_tokens = self.info.block_tokens
+        for s, block in zip(states, self.blocks.take(len(states)), strict=True):
+            s.blocks.append(block)
+            s.capacity += block_tokens
+            s.table = ()
         if undo is not None:
-            undo.append((self._ungrow, (s,)))
+            undo.append((self._ungrow, (tuple(states),)))
 
     def _decode_segment(self, s: RequestState, undo: list[Any]) -> Segment:
         if s.capacity < s.context:
-            self.grow(s, undo)
+            self.grow((s,), undo)
         if not s.table:
             s.table = tuple(s.blocks)
         version = 0 if s.key is None else s.key[1]
         return Segment("decode", s.id, s.adapter, version, s.context - 1, 1, s.table, True)
 
-    def _ungrow(self, s: RequestState) -> None:
-        self.blocks.untake([s.blocks.pop()])
-        s.table = ()
-        s.capacity -= self.info.block_tokens
+    def _ungrow(self, states: tuple[RequestState, ...]) -> None:
+        self.blocks.untake([s.blocks.pop() for s in states])
+        for s in states:
+            s.table = ()
+            s.capacity -= self.info.block_tokens
 
     def _training_segment(self, plan: Plan, j: JobState, n: int, kind: Any, undo: list[Any]) -> Segment:
         if j.rows is None:

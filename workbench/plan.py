@@ -190,7 +190,7 @@ class Plan(Accounts):
                 if loads:
                     work.add_load(adapter.bytes, self._ledger.host.read_s(key, adapter))
 
-        n = self._largest(most, add, within_s, whole=is_whole)
+        n = self._largest("prefill", most, add, within_s, whole=is_whole)
         if n == 0:
             return 0, "within_s"
         add(self.work, n)
@@ -247,7 +247,7 @@ class Plan(Accounts):
             v[12] += n
             v[13] += micro_batch.ends_window and n == left
 
-        n = self._largest(most, add, within_s, whole="cut_backward" not in self._ledger.info.can)
+        n = self._largest("backward", most, add, within_s, whole="cut_backward" not in self._ledger.info.can)
         if n < most:
             self.why = "within_s"
         if n:
@@ -285,7 +285,7 @@ class Plan(Accounts):
             work.adapters.add(key)
             v[9] = len(work.adapters)
 
-        n = self._largest(most, add, within_s, whole=is_whole)
+        n = self._largest(kind, most, add, within_s, whole=is_whole)
         if n < most:
             self.why = "within_s"
         if n:

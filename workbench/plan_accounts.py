@@ -274,50 +274,69 @@ class Accounts:
         self.preempted[victim.id] = victim
         return True
 
-    def _largest(self, most: int, add: Callable[[Work, int], None], within_s: float, *, whole: bool = False) -> int:
+    def _largest(self, kind: str, most: int, add: Callable[[Work, int], None], within_s: float, *, whole: bool = False) -> int:
         """The largest amount up to `most` with which the plan is predicted to last at most `within_s`; 0 if none.
 
-        Durations must not fall with the amount. By the secant, then by bisection.
+        Durations must not fall with the amount. It begins with what was found for this kind of work the last time: mostly it still holds.
         """
         self._found_s = None
         if within_s == inf or most == 0:
             return most
-        predictor = self._ledger.predictor
+        predictor, found = self._ledger.predictor, self._ledger.found_amounts
         assert predictor is not None
-        trial, values = self.work.copy(), self.work.values
+        trial, values, read_s = self.work.copy(), self.work.values, self.work.read_s
 
         def seconds(amount: int) -> float:
-            trial.values[:] = values
-            trial.read_s = self.work.read_s
+            trial.values[:], trial.read_s = values, read_s
             add(trial, amount)
             return predictor.predict(trial)
 
-        high_s = seconds(most)
-        if high_s <= within_s:
-            self._found_s = high_s
-            return most
-        if whole or most == 1:
-            return 0
-        low_s = seconds(1)
-        if low_s > within_s:
-            return 0
-        low, high = 1, most
-        for turn in range(most):
-            if high - low == 1:
-                break
-            # costs are nearly straight lines: aim where the line meets the bound, else halve, so that no shape takes long
-            part = (within_s - low_s) / (high_s - low_s) if turn < MAX_AIMS else 0.5
-            middle = min(max(low + int((high - low) * part), low + 1), high - 1)
-            middle_s = seconds(middle)
-            if middle_s <= within_s:
-                low, low_s = middle, middle_s
-                # most likely it is the largest: the next one tells
-                if turn < MAX_AIMS and middle + 1 < high:
-                    next_s = seconds(middle + 1)
-                    if next_s > within_s:
-                        break
-                    low, low_s = middle + 1, next_s
-            else:
-                high, high_s = middle, middle_s
-        self._found_s = low_s
-        return low
+        first = most if whole else min(max(found.get(kind, most), 1), most)
+        first_s = seconds(first)
+        if first_s > within_s:
+            if whole or first == 1:
+                return 0
+            low, low_s, high, high_s = 1, seconds(1), first, first_s
+            if low_s > within_s:
+                return 0
+        else:
+            low, low_s, high, high_s = first, first_s, most, first_s
+            if low < most:
+                low, low_s, high, high_s = _step_up(low, low_s, most, seconds, within_s)
+        amount, self._found_s = _between(low, low_s, high, high_s, seconds, within_s)
+        if amount < most:
+            found[kind] = amount
+        return amount
+
+
+def _step_up(low: int, low_s: float, most: int, seconds: Callable[[int], float], within_s: float) -> tuple[int, float, int, float]:
+    """Bounds around the largest amount from one that fits: at most `low`, or between it and `most`; equal where that is known."""
+    next_s = seconds(low + 1)
+    if next_s > within_s:
+        return low, low_s, low, low_s
+    most_s = next_s if low + 1 == most else seconds(most)
+    return (most, most_s, most, most_s) if most_s <= within_s else (low + 1, next_s, most, most_s)
+
+
+def _between(low: int, low_s: float, high: int, high_s: float, seconds: Callable[[int], float], within_s: float) -> tuple[int, float]:
+    """The largest amount that fits and its seconds, where `low` fits and `high` does not, or is `low`.
+
+    Costs are nearly straight lines: it aims at where the line meets the bound; after a few tries it halves, so that no shape takes long.
+    """
+    tries = 0
+    while high - low > 1:
+        part = (within_s - low_s) / (high_s - low_s) if tries < MAX_AIMS else 0.5
+        middle = min(max(low + int((high - low) * part), low + 1), high - 1)
+        middle_s = seconds(middle)
+        if middle_s > within_s:
+            high, high_s = middle, middle_s
+        else:
+            low, low_s = middle, middle_s
+            # most likely it is the largest: the next one tells
+            if tries < MAX_AIMS and low + 1 < high:
+                next_s = seconds(low + 1)
+                if next_s > within_s:
+                    break
+                low, low_s = low + 1, next_s
+        tries += 1
+    return low, low_s

@@ -56,3 +56,11 @@ def is_same_work(old: Plan, new: Plan) -> bool:
         and new.backwards == old.backwards
         and not (new.loads or new.preempted or new.rejected or new.held)
     )
+
+
+def can_go_on(old: Plan) -> bool:
+    """Whether the jobs of a plan that was run have as much left of the same as it took."""
+    chunks = [(j, n, "forward") for j, n in old.finetunes] + [(j, n, "evaluate") for j, n in old.evaluates]
+    return not any(j.phase != phase or j.current.tokens - j.offset < n for j, n, phase in chunks) and not any(
+        j.phase != "backward" or j.layers_left < n for j, n in old.backwards
+    )

@@ -28,7 +28,7 @@ from workbench.ledger import Ledger
 from workbench.plan import Plan
 from workbench.policy import Evict, Policy, policy_label
 from workbench.progress import progress_bar
-from workbench.redo import is_same_work, redo
+from workbench.redo import can_go_on, is_same_work, redo
 from workbench.replay_checks import check_duration, check_options, check_slo, checked_requests, warn_of_refusals, warn_of_ties
 from workbench.replay_result import Replay, commit_of_code, load_replay, versions_of_code
 from workbench.states import RequestState
@@ -101,6 +101,15 @@ def done_work(planned: Work, batch: Batch, result: StepResult) -> Work:
     for backward in batch.backwards:
         work.add_backward(replace(backward, num_layers=result.layers_done.get(backward.owner, backward.num_layers)))
     return work
+
+
+def _checksum(requests: Sequence[Request]) -> str:
+    """Of the requests' repr as a tuple, which is not made as a whole."""
+    found = hashlib.blake2b(b"(", digest_size=8)
+    for k, request in enumerate(requests):
+        found.update(f"{', ' if k else ''}{request!r}".encode())
+    found.update(b",)" if len(requests) == 1 else b")")
+    return found.hexdigest()
 
 
 class _Run:
@@ -296,6 +305,7 @@ class _Run:
             if s.phase == "finished":
                 self.lengths.learn(s.request, s.generated)
             self._keep_output(s)
+            s.view = None  # which holds the state: without a circle both go when nobody looks any more
             self.arrivals.ended(s.id, self.receive)
         if self.bar is not None:
             self.bar.update(len(ended))
@@ -429,7 +439,7 @@ class _Run:
         old, left = self.repeating
         self.repeating = None
         ledger = self.ledger
-        if left == 0 or ledger._arrived or ledger._finished or old.loads:
+        if left == 0 or ledger._arrived or ledger._finished or old.loads or not can_go_on(old):
             return None
         plan = redo(old, ledger)
         if not is_same_work(old, plan):
@@ -498,7 +508,7 @@ class _Run:
     def _write(self, *, at_end: bool = False) -> None:
         """Let the rows go to where they are wanted, once there are many."""
         stream, history = self.stream, self.ledger.history
-        if stream is not None and (at_end or stream.is_due(history)):
+        if stream is not None and stream.is_open and (at_end or stream.is_due(history)):
             if self.names is None:
                 self.names = pd.Index([r.request_id for r in self.requests], dtype=object)
             stream.take(history, self.ledger.predictor, self.executor.info.num_layers, self.names)
@@ -542,7 +552,7 @@ class _Run:
 
     def _result(self, interrupted: bool, error: str | None) -> Replay:
         info = self.executor.info
-        checksum = getattr(self.trace, "checksum", None) or hashlib.blake2b(repr(self.requests).encode(), digest_size=8).hexdigest()
+        checksum = getattr(self.trace, "checksum", None) or _checksum(self.requests)
         settings = {
             "clock": "wall" if self.is_wall else "virtual",
             "planning": self.planning,

@@ -12,7 +12,7 @@ from workbench.facts import Facts, facts_of_history
 from workbench.frames import EVENT_COLUMNS, STEP_COLUMNS, WORK_COLUMNS, column, sorted_by_time, text_as_objects
 from workbench.history import History
 
-MAX_ROWS = 400_000
+MAX_ROWS = 200_000
 """So many rows are kept before they are written."""
 
 COLUMNS = {"events": EVENT_COLUMNS, "steps": STEP_COLUMNS, "work": WORK_COLUMNS}
@@ -43,6 +43,10 @@ class Stream:
         for name, columns in COLUMNS.items():
             schema = pa.schema([(c, _TYPES[str(column(c, []).dtype)]) for c in columns])
             self._writers[name] = pq.ParquetWriter(self.folder / f"{name}.parquet", schema, compression="zstd")
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._writers)
 
     def is_due(self, history: History) -> bool:
         return history.size >= MAX_ROWS
