@@ -42,6 +42,26 @@ def predicted_vs_measured(steps: pd.DataFrame, *, ax: Axes | None = None, captio
     return finish(ax, caption, legend)
 
 
+def costs(shares: pd.DataFrame, cost_us: pd.Series, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
+    """What a step's time is made of: a row per term of a latency model, a bar per class of step, and what one unit of the term costs.
+
+    `shares`: `CostModel.shares(steps)`; `cost_us`: `CostModel.table()`, microseconds per unit.
+    """
+    order = shares.max(axis=1).sort_values().index
+    ax = ax or new_axes(8, 1.2 + 0.34 * len(order))
+    height = 0.8 / len(shares.columns)
+    for place, (name, style) in enumerate(styles(list(shares.columns)).items()):
+        rows = np.arange(len(order)) + ((len(shares.columns) - 1) / 2 - place) * height
+        ax.barh(rows, shares.loc[order, name] * 100, height * 0.92, color=style.colour, hatch=style.hatch, edgecolor="white", label=name)
+    for row, term in enumerate(order):
+        cost = f"{cost_us[term]:,.0f}" if cost_us[term] >= 100 else f"{cost_us[term]:.3g}"
+        ax.annotate(cost, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    ax.annotate("µs per unit", (1.02, len(order) - 0.35), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    ax.set_yticks(range(len(order)), [str(term).replace("_", " ") for term in order])
+    ax.set(xlabel="share of the predicted time of such steps (%)", ylim=(-0.6, len(order) - 0.4))
+    return finish(ax, caption, legend)
+
+
 def roofline(rows: pd.DataFrame, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
     """Kernels against what the device allows: FLOP/s reached over FLOPs per byte (least of each), under its bandwidth and matrix rate.
 

@@ -1,6 +1,6 @@
 """Policies beside each other: attainment and throughput, over a load, against each other, and how sure a difference is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 
 import numpy as np
@@ -9,8 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from workbench import metrics
+from workbench.bound import UpperBound
 from workbench.config import SLO
-from workbench.plots.style import NotebookFigure, finish, new_axes, styles
+from workbench.plots.style import SLO_COLOUR, NotebookFigure, finish, new_axes, styles
+from workbench.search import Capacity
+from workbench.statistics import Difference
 
 TARGET_NAMES = {
     "attainment": "all targets",
@@ -18,6 +21,11 @@ TARGET_NAMES = {
     "attainment_tpot": "mean TPOT",
     "attainment_itl": "token gaps",
     "attainment_e2e": "end to end",
+}
+LOADS = {
+    "rate_per_s": "arrival rate (requests/s)",
+    "load": "load (requests/s)",
+    "bias": "every step longer by (share of its duration)",
 }
 THROUGHPUTS = {"finetune_tokens_per_s": "fine-tuning, committed", "decode_tokens_per_s": "inference, output"}
 
@@ -71,9 +79,84 @@ def by_load(
         ax.plot(mean.index, mean, color=style.colour, marker=style.marker, linestyle=style.line, label=label)
         if (high > low).any():
             ax.fill_between(mean.index, low, high, color=style.colour, alpha=0.2, linewidth=0)
-    ax.set_xlabel({"rate_per_s": "arrival rate (requests/s)"}.get(x, x))
+    ax.set_xlabel(LOADS.get(x, x))
     ax.set_ylabel("SLO attainment (% of arrived requests)" if scale == 100.0 else THROUGHPUTS.get(y, y) + " (tokens/s)")
     ax.set_ylim(0, 105 if scale == 100.0 else None)
+    return finish(ax, caption, legend)
+
+
+def tradeoff(
+    runs: pd.DataFrame,
+    *,
+    by: str = "policy_name",
+    bound: UpperBound | None = None,
+    target: float | None = None,
+    ax: Axes | None = None,
+    caption: str = "",
+    legend: bool = True,
+) -> Axes:
+    """Attainment against committed fine-tune tokens/s: a line per `by` through its settings' means, a cross of the range over seeds each.
+
+    `runs`: rows with `policy` (the setting), `by`, `attainment` and `finetune_tokens_per_s`, such as `Sweep.frame`. `bound` is drawn as the
+    line that no schedule crosses, `target` as the attainment that is asked for.
+    """
+    ax = ax or new_axes(8, 4)
+    x, y = "finetune_tokens_per_s", "attainment"
+    for label, style in styles(list(dict.fromkeys(runs[by]))).items():
+        rows = runs[runs[by] == label].assign(**{y: runs[y] * 100})
+        settings = rows.groupby("policy", sort=False)[[x, y]]
+        mean = settings.mean().sort_values(x)
+        below, above = ((f.loc[mean.index] - mean).abs().T.to_numpy() for f in (settings.min(), settings.max()))
+        spread = {"xerr": [below[0], above[0]], "yerr": [below[1], above[1]], "elinewidth": 0.8, "capsize": 2}
+        line = style.line if len(mean) > 1 else "none"
+        ax.errorbar(mean[x], mean[y], color=style.colour, marker=style.marker, linestyle=line, label=label, clip_on=False, **spread)
+    if bound is not None:
+        share = np.linspace(0.0, bound.attainment, 9)
+        ax.plot(
+            [bound.finetune_at(float(a)) for a in share], share * 100, color="black", linewidth=1, label="upper bound:\nno schedule beyond"
+        )
+    if target is not None:
+        ax.axhline(target * 100, color=SLO_COLOUR, linewidth=1, label=f"asked for:\n{target:.0%} meet the SLO")
+    ax.set(xlabel="committed fine-tuning (tokens/s)", ylabel="SLO attainment (% of arrived requests)", ylim=(0, 105))
+    ax.set_xlim(left=-0.01 * ax.get_xlim()[1])
+    if legend:
+        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    return finish(ax, caption, legend=False)
+
+
+def differences(found: Mapping[str, Difference], *, unit: str, ax: Axes | None = None, caption: str = "") -> Axes:
+    """Paired differences with their intervals, one row each under its name; where a row's line crosses 0 nothing was shown."""
+    ax = ax or new_axes(6.5, 0.9 + 0.5 * len(found))
+    for row, difference in enumerate(found.values()):
+        around = [[difference.estimate - difference.low], [difference.high - difference.estimate]]
+        ax.errorbar([difference.estimate], [row], xerr=np.nan_to_num(around), color=styles(["a"])["a"].colour, marker="o", capsize=4)
+        text = f"{difference.estimate:+,.0f}" if abs(difference.estimate) >= 100 else f"{difference.estimate:+.3g}"
+        ax.annotate(text, (difference.estimate, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_yticks(range(len(found)), [fill(name, 34) for name in found])
+    ax.set(xlabel=unit, ylim=(len(found) - 0.4, -0.6))
+    return finish(ax, caption, legend=False)
+
+
+def capacity(found: Sequence[Capacity], *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
+    """Attainment over load, one line per searched policy with its 95 % interval over seeds; a ring where it still met each target."""
+    ax = ax or new_axes(7.5, 4.2)
+    targets = sorted({float(t) for one in found for t in one.table.index})
+    for target in targets:
+        ax.axhline(target * 100, color=SLO_COLOUR, linewidth=0.8)
+        ax.annotate(f" {target:.0%}", (1, target * 100), xycoords=("axes fraction", "data"), color=SLO_COLOUR, fontsize=8, va="center")
+    for (label, style), one in zip(styles([one.policy for one in found]).items(), found, strict=True):
+        rows = one.points
+        ax.plot(
+            rows["load"], rows[one.metric] * 100, color=style.colour, marker=style.marker, markersize=4, linestyle=style.line, label=label
+        )
+        low, high = (rows[name].clip(0, 1) * 100 for name in ("low", "high"))
+        ax.fill_between(rows["load"], low, high, color=style.colour, alpha=0.15, linewidth=0)
+        met = one.table.dropna(subset="capacity")
+        heights = rows.set_index("load")[one.metric].loc[met["capacity"]] * 100
+        ax.plot(met["capacity"], heights, linestyle="none", marker="o", markersize=11, markerfacecolor="none", color=style.colour)
+    lowest = min(float(one.points[one.metric].min()) for one in found)
+    ax.set(xlabel=LOADS["load"], ylabel="SLO attainment (% of arrived requests)", ylim=(max(0.0, lowest * 100 - 8), 102))
     return finish(ax, caption, legend)
 
 

@@ -49,7 +49,10 @@ def finish(ax: Axes, caption: str, legend: bool) -> Axes:
     ax.grid(axis="y", color="#E5E5E5", linewidth=0.6)
     ax.set_axisbelow(True)
     if legend and ax.get_legend_handles_labels()[1]:
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
+        # a label longer than the figure would squeeze the axes to nothing
+        handles, labels = ax.get_legend_handles_labels()
+        width = max(30, int(ax.figure.bbox.width / ax.figure.dpi * 10))
+        ax.legend(handles, [fill(label, width) for label in labels], loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
     if caption:
         text = fill(caption, max(40, int(ax.figure.bbox.width / ax.figure.dpi * 17)))
         ax.annotate(text, (0, 0), (0, -40), "axes fraction", "offset points", va="top", fontsize=7, color="#444444", annotation_clip=False)

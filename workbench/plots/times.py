@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
+from workbench.config import require
 from workbench.plots.style import SLO_COLOUR, NotebookFigure, finish, new_axes, styles
 
 FEW_REQUESTS = 1000  # below it a p99 rests on fewer than ten requests
@@ -17,6 +18,7 @@ KIND_COLOURS = {
     "fine-tune backward": "#D55E00",
     "evaluate": "#CC79A7",
 }
+PHASE_COLOURS = {"waiting": "#BBBBBB", "prefill": "#56B4E9", "decode": "#0072B2", "preempted": "#D55E00"}
 
 
 def timeline(events: pd.DataFrame, *, bin_s: float | None = None, axes: Sequence[Axes] | None = None, caption: str = "") -> Sequence[Axes]:
@@ -127,3 +129,38 @@ def step_timeline(
     ax.set_yticks(range(len(kinds)), kinds)
     ax.set(xlim=(start_s, end_s), xlabel="time (s)")
     return finish(ax, caption, legend=False)
+
+
+def request_timeline(
+    events: pd.DataFrame, steps: pd.DataFrame, request_id: str, *, axes: Sequence[Axes] | None = None, caption: str = ""
+) -> Sequence[Axes]:
+    """One request's life (waiting, prefill, decode, preempted; a tick per token), above what the steps held meanwhile.
+
+    `events` and `steps` of one replay. Raises ValueError for a request that never arrived.
+    """
+    mine = events[events["owner"] == request_id]
+    require(bool((mine["kind"] == "arrived").any()), "request_id must be of a request that arrived", request_id)
+    figure_axes = axes if axes is not None else NotebookFigure(figsize=(9, 4), layout="constrained").subplots(2, 1, height_ratios=(1, 2))
+    life, below = figure_axes
+    changes = {"arrived": "waiting", "scheduled": "prefill", "token": "decode", "preempted": "preempted"}
+    ends = {"finished", "rejected", "aborted"}
+    state, since, last = "waiting", float(mine["time_s"].iloc[0]), float(mine["time_s"].max())
+    seen: set[str] = set()
+    for kind, time in zip([*mine["kind"], "finished"], [*mine["time_s"], last], strict=True):
+        after = state if kind in ends else changes.get(kind, state)
+        if (after != state or kind in ends) and time > since:
+            colour = PHASE_COLOURS[state]
+            life.broken_barh([(since, time - since)], (-0.4, 0.8), facecolors=colour, label=state if state not in seen else None)
+            seen.add(state)
+            since = time
+        state = after
+    tokens = mine.loc[mine["kind"] == "token", "time_s"].to_numpy(float)
+    life.vlines(tokens, -0.4, 0.4, color="black", linewidth=0.8, label="a token")
+    start = float(mine["time_s"].iloc[0])
+    margin = 0.03 * max(last - start, 1e-6)
+    life.set(yticks=[0], xlim=(start - margin, last + margin))
+    life.set_yticklabels([f"request {request_id}"])
+    finish(life, "", legend=False)
+    life.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=8)
+    life.tick_params(labelbottom=False)
+    return [life, step_timeline(steps, start_s=start - margin, end_s=last + margin, ax=below, caption=caption)]
