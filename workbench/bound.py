@@ -172,7 +172,7 @@ def _training(shapes: Mapping[str, JobShape], predictor: Predictor, info: Execut
 
 
 def _beyond_s(predictor: Predictor, least: float, **features: float) -> float:
-    """What a step with these features takes longer than one with the share `least` of them: constants for what is there drop out above 0."""
+    """What a step with these features takes longer than with the share `least` of them: above 0, constants for what is there drop out."""
     most, little = Work(), Work()
     for name, value in features.items():
         most.values[INDEX[name]], little.values[INDEX[name]] = value, least * value

@@ -106,7 +106,7 @@ class Sweep:
         """
         by, bounds = [by] if isinstance(by, str) else list(by), dict(at_least or {})
         groups = self.where(**where).groupby([*by, "policy"], sort=False, dropna=False)
-        settings = groups[[metric, *bounds]].mean().assign(runs=groups.size()).reset_index()
+        settings = groups[list(dict.fromkeys([metric, *bounds]))].mean().assign(runs=groups.size()).reset_index()
         short = pd.DataFrame({name: (bound - settings[name]).clip(lower=0) / abs(bound or 1.0) for name, bound in bounds.items()})
         settings["_short"] = short.max(axis=1) if bounds else 0.0
         ordered = settings.sort_values(["_short", metric], ascending=[True, least], kind="stable")

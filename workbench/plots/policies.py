@@ -103,8 +103,9 @@ def tradeoff(
     ax = ax or new_axes(8, 4)
     x, y = "finetune_tokens_per_s", "attainment"
     for label, style in styles(list(dict.fromkeys(runs[by]))).items():
-        rows = runs[runs[by] == label].assign(**{y: runs[y] * 100})
-        settings = rows.groupby("policy", sort=False)[[x, y]]
+        rows = runs[runs[by] == label]
+        values = rows[[x, y]].astype(float).assign(**{y: rows[y].astype(float) * 100})
+        settings = values.groupby(rows["policy"], sort=False)
         mean = settings.mean().sort_values(x)
         below, above = ((f.loc[mean.index] - mean).abs().T.to_numpy() for f in (settings.min(), settings.max()))
         spread = {"xerr": [below[0], above[0]], "yerr": [below[1], above[1]], "elinewidth": 0.8, "capsize": 2}
