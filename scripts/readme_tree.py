@@ -21,6 +21,7 @@ TOP = {
 FOLDERS = {
     "workbench/": "traces, policies, replay and measurement: torch-free",
     "workbench/bench/": "the whole-engine bench: workload -> rows -> check, table, plot",
+    "workbench/plots/": "one function per figure: a frame in, matplotlib Axes out",
     "workbench/policies/": "the shipped policies",
     "workbench/runtime/": "models, adapters and the engine: everything that needs torch",
     "workbench/serve/": "the engine behind OpenAI's HTTP interface",

@@ -291,3 +291,27 @@ def test_classes_of_steps_follow_their_heaviest_kind():
     values[0, INDEX["backward_layers"]] = values[1, INDEX["prefill_tokens"]] = 1
     values[:, INDEX["decode_tokens"]] = 1
     assert list(classes_of(values)) == [0, 1, 2]
+
+
+def test_the_held_out_steps_are_the_ones_that_the_report_judges(noisy):
+    held = noisy.held_out
+    error = held["predicted_s"] - held["duration_s"]
+    assert len(held) == noisy.report.steps and len(held) < len(noisy.steps) / 4
+    assert (error.abs() / held["duration_s"]).mean() == pytest.approx(noisy.report.mape)
+    assert error.sum() / held["duration_s"].sum() == pytest.approx(noisy.report.bias)
+    table = noisy.report.table()
+    assert table.loc["all", "mape"] == noisy.report.mape
+    assert table["steps"].drop("all").sum() == len(held)
+
+
+def test_shares_of_a_class_of_steps_sum_to_one_and_follow_the_costs(exact):
+    steps = exact.steps
+    shares = exact.costs.shares(steps)
+    assert list(shares.columns) == ["train", "prefill", "decode"]
+    np.testing.assert_allclose(shares.sum(), 1.0)
+    values = steps[list(NAMES)].to_numpy(float)
+    decode = classes_of(values) == 2
+    by_hand = (
+        steps.loc[decode, "decode_context"].sum() * exact.costs.table()["decode_context"] / 1e6 / steps.loc[decode, "predicted_s"].sum()
+    )
+    assert shares.loc["decode_context", "decode"] == pytest.approx(by_hand)

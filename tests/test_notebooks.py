@@ -29,16 +29,21 @@ def num_lines(cell) -> int:
     return sum(bool(line.strip()) for line in cell.source.splitlines())
 
 
-def test_there_is_a_tour():
-    assert ROOT / "notebooks" / "00_tour.ipynb" in NOTEBOOKS
+def test_there_is_a_notebook_for_each_question():
+    questions = ("tour", "policies", "capacity", "latency_model", "fleets", "why_did_it_miss", "your_own_trace")
+    assert [file.stem for file in NOTEBOOKS] == [f"{number:02d}_{name}" for number, name in enumerate(questions)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [file.name for file in NOTEBOOKS if f"`{file.name}` |" not in readme] == [], "README's list of notebooks names each"
 
 
 @pytest.mark.notebook
 @each_notebook
-def test_notebook_runs_from_a_fresh_kernel(file, model_dir, adapter_dirs, tmp_path):
+def test_notebook_runs_from_a_fresh_kernel(file, request, tmp_path):
     from nbclient import NotebookClient
 
     notebook = read(file)
+    if any("../.cache/" in cell.source for cell in code_cells(notebook)):
+        request.getfixturevalue("adapter_dirs")
     # Its own folder for history and settings: nothing of the person at this machine may help it along.
     environment = os.environ | {"IPYTHONDIR": str(tmp_path / "ipython"), "PYTHONPATH": str(ROOT)}
     client = NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(file.parent)}})
@@ -46,6 +51,8 @@ def test_notebook_runs_from_a_fresh_kernel(file, model_dir, adapter_dirs, tmp_pa
     for cell in code_cells(notebook):
         texts = [out.text for out in cell.outputs if out.output_type == "stream" and out.name == "stderr"]
         assert not any("Traceback" in text or "Warning" in text for text in texts), "".join(texts)
+    simulates = any("LatencyModel.load" in cell.source for cell in code_cells(notebook))
+    assert not simulates or any("simulated" in cell.source for cell in notebook.cells if cell.cell_type == "markdown")
 
 
 @each_notebook

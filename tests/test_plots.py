@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import matplotlib as mpl
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from tests.fake_replays import INFO, SLOS, fake_replay, trace_of
 from workbench import metrics, plots
 from workbench.experiment import Comparison
+from workbench.search import Capacity
+from workbench.statistics import Difference
 
 
 @dataclass(frozen=True)
@@ -174,3 +177,73 @@ def test_roofline_places_kernels_by_intensity_under_the_measured_roof():
     with pytest.raises(ValueError, match="exactly one device"):
         plots.roofline(rows.assign(device=["a", "b", "a", "b"]))
     assert not plots.roofline(rows.assign(device="CPU")).lines
+
+
+def test_a_tradeoff_has_a_point_per_setting_and_the_bound_and_the_target(comparison):
+    runs = comparison.runs.assign(
+        policy_name="Pace", finetune_tokens_per_s=comparison.runs["policy"].map({LABELS[0]: 50.0, LABELS[1]: 90.0})
+    )
+    bound = SimpleNamespace(attainment=0.9, finetune_at=lambda attainment: 200.0 - 100.0 * attainment)
+    ax = plots.tradeoff(runs, bound=bound, target=0.95, caption="made by hand")
+    line = next(line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
+    assert list(line.get_xdata()) == [50.0, 90.0]
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), float), 100 * runs.groupby("policy", sort=False)["attainment"].mean())
+    text = texts(ax.figure)
+    assert "95% meet the SLO" in text and "upper bound" in text and "% of arrived requests" in text and "made by hand" in text
+    drawn = next(line for line in ax.lines if "upper bound" in str(line.get_label()))
+    assert drawn.get_xdata()[-1] == pytest.approx(110.0) and drawn.get_ydata()[-1] == pytest.approx(90.0)
+
+
+def test_differences_stand_at_their_estimates_with_their_intervals():
+    common = {"a": "A", "b": "B", "metric": "tokens", "p_value": 0.1, "n": 5, "over": "seeds", "method": "t"}
+    found = {
+        "one": Difference(estimate=3.0, low=-1.0, high=7.0, **common),
+        "two": Difference(estimate=-250.0, low=-300.0, high=-200.0, **common),
+    }
+    ax = plots.differences(found, unit="tokens/s")
+    spans = [bars.get_segments()[0][:, 0].tolist() for bars in ax.collections]
+    assert spans == [[-1.0, 7.0], [-300.0, -200.0]]
+    assert {"one", "two", "tokens/s", "+3", "-250"} <= set(texts(ax.figure).split("\n"))
+
+
+def test_capacity_rings_stand_at_the_largest_loads_that_met_each_target():
+    points = pd.DataFrame({"load": [1.0, 2.0, 4.0], "attainment": [1.0, 0.93, 0.5], "low": [0.99, 0.9, 0.3], "high": [1.0, 0.97, 0.7]})
+    table = pd.DataFrame({"capacity": [2.0, np.nan]}, index=pd.Index([0.9, 0.999], name="target"))
+    found = Capacity(policy="A", metric="attainment", table=table, points=points, seeds=(0, 1), redrawn=(), runs=pd.DataFrame())
+    ax = plots.capacity([found])
+    rings = next(line for line in ax.lines if line.get_markerfacecolor() == "none")
+    assert list(rings.get_xdata()) == [2.0] and list(rings.get_ydata()) == pytest.approx([93.0])
+    assert "90%" in texts(ax.figure) and "load (requests/s)" in texts(ax.figure)
+
+
+def test_costs_are_drawn_by_class_of_step_with_what_a_unit_costs():
+    shares = pd.DataFrame({"decode": [0.75, 0.25], "train": [0.1, 0.9]}, index=["step", "finetune_tokens"])
+    ax = plots.costs(shares, pd.Series({"step": 6543.2, "finetune_tokens": 4.918}), caption="by hand")
+    assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx([10, 25, 75, 90])
+    assert {"6,543", "4.92", "finetune tokens", "µs per unit"} <= set(texts(ax.figure).split("\n"))
+
+
+def test_replicas_are_drawn_at_the_mean_over_seeds():
+    rows = pd.DataFrame({"policy": ["x"] * 4, "replica": [0, 1, 0, 1], "busy_share": [0.2, 0.8, 0.4, 0.6]})
+    ax = plots.by_replica(rows, "busy_share")
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([30.0, 70.0])
+    assert "busy (% of the window)" in texts(ax.figure)
+
+
+def test_a_request_timeline_shows_its_phases_and_a_tick_per_token(comparison):
+    run = comparison.replays[LABELS[0], 0]
+    life, below = plots.request_timeline(run.events, run.steps, "r3", caption="one request")
+    tokens = run.events[(run.events["owner"] == "r3") & (run.events["kind"] == "token")]
+    ticks = next(c for c in life.collections if c.get_label() == "a token")
+    assert [segment[0][0] for segment in ticks.get_segments()] == pytest.approx(tokens["time_s"].tolist())
+    text = texts(life.figure)
+    assert "request r3" in text and "decode" in text and "one request" in text and below.get_xlabel() == "time (s)"
+    with pytest.raises(ValueError, match="request_id must be of a request that arrived, got 'nobody'"):
+        plots.request_timeline(run.events, run.steps, "nobody")
+
+
+def test_a_label_longer_than_the_figure_does_not_squeeze_the_axes(comparison):
+    runs = comparison.runs.assign(rate_per_s=comparison.runs["seed"], policy="Pace(" + "gap_s=0.02, " * 20 + ")")
+    ax = plots.by_load(runs)
+    ax.figure.canvas.draw()
+    assert ax.get_position().width > 0.6

@@ -76,6 +76,27 @@ def test_fine_tuning_gets_the_time_that_serving_leaves():
         bound.finetune_at(1.1)
 
 
+class Kinked(FixedCost):
+    """A step with fine-tune tokens takes 10 ms more, and 0.1 ms for each packed token above 50."""
+
+    def predict(self, work):
+        v = work.values
+        return super().predict(work) + 0.010 * (v[0] > 0) + 1e-4 * max(0.0, v[0] + v[2] + v[3] - 50)
+
+
+def test_a_forwards_constant_and_hinges_bound_training_too():
+    # the best step has all 256 tokens that fit: 10 ms + 256 * 50 us + 206 * 100 us; a token's backward takes 4 layers of 20 us
+    token_s = (0.010 + 256 * 50e-6 + 206 * 100e-6) / 256 + 80e-6
+    requests = [one(f"r{i}", 0.02 * i, 20, 5) for i in range(20)]
+    shapes = {"job:t0": FixedShape((30, 30), 4000, 1)}
+    bound = upper_bound(requests, executor=Kinked(shapes=shapes), slo=SLO(ttft_s=1.0), jobs=jobs(1))
+    assert bound.finetune_tokens_per_s == pytest.approx(1 / token_s, rel=1e-6)
+    for policy in POLICIES:
+        done = replay(requests, executor=Kinked(shapes=shapes), policy=policy, jobs=jobs(1), planning=0.0, progress=False)
+        committed = done.events.query("kind == 'committed' and time_s <= 0.38")["value"].sum()
+        assert committed / 0.38 <= bound.finetune_tokens_per_s, policy
+
+
 def test_no_more_is_trained_than_there_is():
     bound = upper_bound([one("x", 0.0), one("y", 60.0)], executor=executor(1), slo=SLO(ttft_s=1.0), jobs=jobs(1))
     assert bound.finetune_tokens_per_s == pytest.approx(400 * 60 / 60.0)

@@ -423,3 +423,15 @@ def test_a_sweeps_difference_is_at_one_cell_and_the_best_setting_says_among_how_
     assert best.loc["Chunked", "tried"] == 2 and best.loc["other", "tried"] == 1
     means = found.where(load=60.0).groupby("policy")["ttft_p50_s"].mean()
     assert best.loc["Chunked", "ttft_p50_s"] == means.drop("other").min()
+    assert found.policies[best.loc["Chunked", "policy"]].chunk in (8, 64)
+
+
+def test_the_best_setting_is_sought_among_those_that_reach_the_bounds():
+    found = sweep([Chunked()], parameters={"chunk": [4, 8, 64]}, seeds=range(2))
+    means = found.frame.groupby("policy")[["ttft_p50_s", "itl_p99_s", "decode_tokens_per_s"]].mean()
+    first, second = means["ttft_p50_s"].nsmallest(2)
+    # the best of all is left out by a bound that only the others reach
+    worse = found.best("ttft_p50_s", by="policy_name", least=True, at_least={"ttft_p50_s": (first + second) / 2})
+    assert worse.loc["Chunked", "ttft_p50_s"] == second and worse.loc["Chunked", "reached"]
+    out_of_reach = found.best("ttft_p50_s", by="policy_name", least=True, at_least={"ttft_p50_s": 1e6})
+    assert not out_of_reach.loc["Chunked", "reached"] and out_of_reach.loc["Chunked", "ttft_p50_s"] == means["ttft_p50_s"].max()

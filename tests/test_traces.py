@@ -39,6 +39,20 @@ def any_trace(draw):
 # ---- the value
 
 
+def test_classes_are_drawn_by_their_shares_and_say_so():
+    trace = small(times=np.linspace(0, 5, 2000)).assign_classes({"chat": 0.25, "batch": 0.75}, seed=3)
+    drawn = trace.frame["slo_class"]
+    assert (drawn == "chat").mean() == pytest.approx(0.25, abs=0.04) and set(drawn) == {"chat", "batch"}
+    assert trace.redrawn == ("classes",) and trace.notes == ("classes: 25% chat, 75% batch",)
+    assert trace == small(times=np.linspace(0, 5, 2000)).assign_classes({"chat": 0.25, "batch": 0.75}, seed=3)
+    again = trace.assign_classes({"batch": 1.0}, seed=0)
+    assert set(again.frame["slo_class"]) == {"batch"} and again.notes == ("classes: 100% batch",)
+    with pytest.raises(ValueError, match="shares must sum to 1, got 0.5"):
+        trace.assign_classes({"chat": 0.5}, seed=0)
+    with pytest.raises(ValueError, match="shares must be at least 0"):
+        trace.assign_classes({"chat": 1.5, "batch": -0.5}, seed=0)
+
+
 def test_a_trace_is_a_frozen_value_with_a_checksum_of_its_content():
     trace = small()
     with pytest.raises(FrozenInstanceError):

@@ -58,6 +58,7 @@ _NAMES = {
     "StaticSplit": "workbench.routers:StaticSplit",
     "UpperBound": "workbench.bound:UpperBound",
     "upper_bound": "workbench.bound:upper_bound",
+    "replay_errors": "workbench.prediction:replay_errors",
     "compare": "workbench.experiment:compare",
     "Difference": "workbench.statistics:Difference",
     "Comparison": "workbench.experiment:Comparison",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from workbench.latency import LatencyModel
     from workbench.policy import Evict, Plan, PlanError, Router, View
     from workbench.popularity import clients, geometric, per_phase, round_robin, s_lora_power, uniform, zipf
+    from workbench.prediction import replay_errors
     from workbench.recorded import Recorded
     from workbench.replay_result import Replay, load_replay
     from workbench.routers import StaticSplit

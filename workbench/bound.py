@@ -1,6 +1,6 @@
 """What no schedule can exceed: attainment and fine-tune throughput bounded by work and capacity alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor, inf
 from typing import Any
@@ -45,7 +45,8 @@ def upper_bound(
 ) -> UpperBound:
     """The relaxation of a replay on `executor` to work and capacity; `measure` as in `replay` (None: up to the last arrival).
 
-    Relaxed: requests may be met in fractions; steps are left out except that each holds at most `max_requests` rows; adapters, slots,
+    Relaxed: requests may be met in fractions; steps are left out except that each holds at most `max_requests` rows, and a forward of
+    `max_batch_tokens` fine-tune tokens (its constants are counted where that many tokens share them best); adapters, slots,
     loads, the arena, prefix sharing (a prompt that could be shared counts one token) and when jobs arrive cost nothing; of the
     intervals, about `points` starts and ends are looked at.
 
@@ -148,21 +149,34 @@ def _need(request: Request, executor: Executor, predictor: Predictor, slo: SLOs)
     )
 
 
-def _training(shapes: Any, predictor: Predictor, info: ExecutorInfo) -> tuple[float, int]:
+def _training(shapes: Mapping[str, JobShape], predictor: Predictor, info: ExecutorInfo) -> tuple[float, int]:
     """The fewest seconds that one committed token takes, and how many tokens there are."""
-    cheapest, total = inf, 0
-    for shape in shapes.values():
-        typed: JobShape = shape
-        batches = [typed.micro_batch(i).documents for i in range(typed.first_micro_batch, typed.num_micro_batches)]
-        total += sum(map(sum, batches))
-        for documents in set(batches):
-            tokens = sum(documents)
-            pairs = causal_pairs(documents, 0, tokens)
-            seconds = _seconds(predictor, finetune_tokens=tokens, finetune_pairs=pairs)
-            layers = info.num_layers
-            seconds += _seconds(predictor, backward_token_layers=tokens * layers, backward_pair_layers=pairs * layers)
-            cheapest = min(cheapest, seconds / tokens)
-    return (cheapest if total else 0.0), total
+    batches = [s.micro_batch(i).documents for s in shapes.values() for i in range(s.first_micro_batch, s.num_micro_batches)]
+    if not batches:
+        return 0.0, 0
+    # what any forward costs is counted here, once a step, and nowhere else; a hinge on all packed tokens is at least that on these
+    forward_s = min(_beyond_s(predictor, 0.0, finetune_tokens=n) / n for n in range(1, info.max_batch_tokens + 1))
+    are_alike = len({sum(documents) for documents in batches}) == 1
+    cheapest, layers = inf, info.num_layers
+    for documents in set(batches):
+        tokens = sum(documents)
+        pairs = causal_pairs(documents, 0, tokens)
+        seconds = tokens * forward_s + _seconds(predictor, finetune_pairs=pairs)
+        if are_alike:  # each layer of each backward has as many tokens: hinges on that add up, however layers share steps
+            seconds += _beyond_s(predictor, 1e-9, backward_token_layers=tokens * layers, backward_layers=layers)
+        else:
+            seconds += _seconds(predictor, backward_token_layers=tokens * layers)
+        seconds += _seconds(predictor, backward_pair_layers=pairs * layers)
+        cheapest = min(cheapest, seconds / tokens)
+    return cheapest, sum(map(sum, batches))
+
+
+def _beyond_s(predictor: Predictor, least: float, **features: float) -> float:
+    """What a step with these features takes longer than with the share `least` of them: above 0, constants for what is there drop out."""
+    most, little = Work(), Work()
+    for name, value in features.items():
+        most.values[INDEX[name]], little.values[INDEX[name]] = value, least * value
+    return max(0.0, predictor.predict(most) - predictor.predict(little))
 
 
 @dataclass(frozen=True)

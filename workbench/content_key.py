@@ -28,7 +28,6 @@ NOT_PART_OF_A_RUN = (
     "content_key",
     "differences",
     "experiment",
-    "plots",
     "run_cache",
     "search",
     "statistics",

@@ -85,7 +85,8 @@ def _run_all(
         for label, seed in bar:
             bar.set_postfix_str(f"{label}, seed {seed}"[:60])
             policy, trace = copy.deepcopy(policies[label]), traces[seed]
-            result = replay(trace, policy=policy, seed=seed, measure=measure or window_of(trace), **options)
+            bar_of_its_own = None if progress else False
+            result = replay(trace, policy=policy, seed=seed, measure=measure or window_of(trace), progress=bar_of_its_own, **options)
             replays[label, seed] = result
             if result.interrupted:
                 break

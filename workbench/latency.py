@@ -293,6 +293,15 @@ class LatencyModel:
         """The measured steps that it was fitted to, with their features and `predicted_s`."""
         return self._steps.assign(predicted_s=self.costs.predict_all(self._steps[list(NAMES)].to_numpy(float)))
 
+    @property
+    def held_out(self) -> pd.DataFrame:
+        """The steps that `report` judges, with `predicted_s` by a fit to all the others; no rows if there were too few to hold out."""
+        held = held_out_mask(len(self._steps))
+        if not held.any():
+            return self._steps[held].assign(predicted_s=0.0)
+        values, duration = step_arrays(self._steps)
+        return self._steps[held].assign(predicted_s=fit_costs(values[~held], duration[~held]).predict_all(values[held]))
+
     def error(self, steps: Any) -> ErrorReport:
         """Its error on other measured steps: a replay on an engine, a steps frame, or a list of either."""
         values, duration = step_arrays(steps)

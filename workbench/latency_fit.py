@@ -129,6 +129,16 @@ class CostModel:
         costs = pd.Series(self.costs, index=list(term_names()), name="cost_us") * 1e6
         return costs[costs > 0]
 
+    def shares(self, steps: pd.DataFrame) -> pd.DataFrame:
+        """How much of the predicted time each term makes: terms whose cost is not zero x classes of step, columns summing to 1.
+
+        `steps`: rows with the columns of `features.NAMES`.
+        """
+        values = steps[list(NAMES)].to_numpy(float)
+        seconds = pd.DataFrame(design(values) * np.asarray(self.costs), columns=list(term_names()))[self.table().index]
+        sums = seconds.groupby(np.asarray(CLASSES, object)[classes_of(values)], sort=False).sum().T
+        return sums[[name for name in CLASSES if name in sums]] / sums.sum()
+
 
 def perturbed(costs: Mapping[str, float], bias: float, scale: Mapping[str, float], shift_s: Mapping[str, float]) -> dict[str, float]:
     """The costs with single terms times `scale`, seconds added to every step with a kind of work, and all of it times 1 + `bias`.
@@ -166,6 +176,11 @@ class ErrorReport:
     outside_share: float
     by_class: dict[str, tuple[int, float, float]]
     held_out: bool = True
+
+    def table(self) -> pd.DataFrame:
+        """Steps, bias and mean error as shares, one row per class of step and one for all."""
+        rows = {**self.by_class, "all": (self.steps, self.bias, self.mape)}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["steps", "bias", "mape"]).rename_axis("step holds")
 
     def __str__(self) -> str:
         where = f"{self.steps} {'held-out' if self.held_out else 'fitted (too few to hold any out)'} steps"

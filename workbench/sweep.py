@@ -29,13 +29,18 @@ Result = tuple[str, dict[str, Any], dict[str, bytes]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The runs of a sweep. `frame`: a row per run; `redrawn` names what its seeds redraw; `interrupted`: Ctrl-C came before the last."""
+    """The runs of a sweep.
+
+    `frame`: a row per run; `redrawn` names what its seeds redraw; `policies`: every policy by its label, parameters included;
+    `interrupted`: Ctrl-C came before the last.
+    """
 
     frame: pd.DataFrame
     axes: tuple[str, ...]
     redrawn: tuple[str, ...]
     notes: tuple[str, ...] = ()
     interrupted: bool = False
+    policies: Mapping[str, Any] = field(default_factory=dict, repr=False)
     cache: RunCache | None = field(default=None, repr=False)
     files: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict, repr=False)
 
@@ -83,17 +88,32 @@ class Sweep:
         require(not still_open, "a difference is at one cell; these axes have several values", still_open, "Name a value for each.")
         return over_seeds(pair, a, b, metric, self.redrawn, confidence, resamples)
 
-    def best(self, metric: str, *, by: str | Sequence[str], least: bool = False, **where: Any) -> pd.DataFrame:
+    def best(
+        self,
+        metric: str,
+        *,
+        by: str | Sequence[str],
+        least: bool = False,
+        at_least: Mapping[str, float] | None = None,
+        **where: Any,
+    ) -> pd.DataFrame:
         """For every value of `by`, the policy with the best mean over seeds, and `tried`: among how many settings, runs and seeds.
 
         Tuning: sweep on one slice with the same number of settings for every policy, then report results of another slice.
+        `at_least` bounds other metrics, `{"attainment": 0.99}`: the best is taken among settings whose means reach them, and
+        their means are columns. Where no setting does, it is the one that falls short of them least (by the largest relative
+        shortfall), and the column `reached` is False.
         """
-        by = [by] if isinstance(by, str) else list(by)
-        settings = self.where(**where).groupby([*by, "policy"], sort=False, dropna=False)[metric].agg(["mean", "size"]).reset_index()
-        ordered = settings.sort_values("mean", ascending=least, kind="stable")
+        by, bounds = [by] if isinstance(by, str) else list(by), dict(at_least or {})
+        groups = self.where(**where).groupby([*by, "policy"], sort=False, dropna=False)
+        settings = groups[list(dict.fromkeys([metric, *bounds]))].mean().assign(runs=groups.size()).reset_index()
+        short = pd.DataFrame({name: (bound - settings[name]).clip(lower=0) / abs(bound or 1.0) for name, bound in bounds.items()})
+        settings["_short"] = short.max(axis=1) if bounds else 0.0
+        ordered = settings.sort_values(["_short", metric], ascending=[True, least], kind="stable")
         best = ordered.groupby(by, sort=False, dropna=False).first()
         tried = settings.groupby(by, sort=False, dropna=False)["policy"].nunique()
-        return best.rename(columns={"mean": metric, "size": "runs"}).assign(tried=tried)
+        reached = {"reached": best["_short"] == 0} if bounds else {}
+        return best.drop(columns="_short").assign(tried=tried, **reached)
 
     def bundle(self, folder: str | Path) -> Path:
         """The frame and all replays in a new folder that `python -m workbench.verify` can check. Needs `replays=True`."""
@@ -173,7 +193,14 @@ def sweep(
     frame = pd.DataFrame([{"run": r.key, **r.columns, **rows[r.key]} for r in runs if r.key in rows])
     _warn_of_errors(frame)
     return Sweep(
-        frame=frame, axes=plan.axes_names, redrawn=plan.redrawn, notes=plan.notes, interrupted=interrupted, cache=store, files=files
+        frame=frame,
+        axes=plan.axes_names,
+        redrawn=plan.redrawn,
+        notes=plan.notes,
+        interrupted=interrupted,
+        policies={label: policy for label, _, _, policy in plan.variants},
+        cache=store,
+        files=files,
     )
 
 

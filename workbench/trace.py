@@ -280,6 +280,18 @@ class Trace:
         frame = self._frame.assign(adapter=chosen)
         return replace(self, notes=kept).derived(frame, "adapters" if popularity.is_random else None, note)
 
+    def assign_classes(self, shares: Mapping[str, float], *, seed: int) -> "Trace":
+        """Every request gets an SLO class, drawn by shares that sum to 1: `{"chat": 0.1, "batch": 0.9}`. Raises ValueError for others."""
+        require(len(shares) > 0 and min(shares.values()) >= 0, "shares must be at least 0", dict(shares))
+        require(abs(sum(shares.values()) - 1) < 1e-9, "shares must sum to 1", sum(shares.values()))
+        drawn = generator("classes", seed).choice(len(shares), len(self), p=list(shares.values()))
+        chosen = pd.Series([list(shares)[i] for i in drawn], dtype=object)
+        note = "classes: " + ", ".join(f"{share:.0%} {name}" for name, share in shares.items())
+        kept = tuple(n for n in self.notes if not n.startswith("classes: "))
+        return replace(self, notes=kept).derived(
+            trace_frame.canonical(self._frame.assign(slo_class=chosen)), "classes" if len(shares) > 1 else None, note
+        )
+
     def with_sampling(
         self, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int | None = None, repetition_penalty: float = 1.0, seed: int = 0
     ) -> "Trace":
