@@ -42,10 +42,10 @@ def run(session: Session) -> bool:
     wanted = {cell: options for cell, options in cells.items() if session.wants(cell)}
     example = FinetuneJob.example("tuned")
     executor = LatencyModel.load(PROFILE).with_limits(max_model_len=LONGEST_CONTEXT)
+    timed_replay(session, executor, Repeating(), [example], 1)  # prepares the job's data
     for left, (cell, (repeats, trains)) in zip(range(len(wanted), 0, -1), wanted.items(), strict=True):
         seconds, job = session.left_s / (left + 1), [example] if trains else []
-        for _ in range(2):  # the first one prepares the job's data
-            probe = timed_replay(session, executor, Repeating(repeats), job, PROBE_REQUESTS)
+        probe = timed_replay(session, executor, Repeating(repeats), job, PROBE_REQUESTS)
         most = max(PROBE_REQUESTS, int(0.8 * probe.num_requests / probe.wall_s * seconds))
         found = timed_replay(session, executor, Repeating(repeats), job, most)
         note = f"{executor.info.name}; the trace's first {found.num_requests} requests in {found.num_steps} steps"
