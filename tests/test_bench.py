@@ -10,7 +10,21 @@ import pytest
 
 import workbench as wb
 from workbench.bench import __main__ as cli
-from workbench.bench import check, decode, finetune, fleet_replaying, floors, machine, replaying, rows, session, table, targets, unified
+from workbench.bench import (
+    check,
+    decode,
+    finetune,
+    fleet_replaying,
+    floors,
+    machine,
+    modelling,
+    replaying,
+    rows,
+    session,
+    table,
+    targets,
+    unified,
+)
 from workbench.bench.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,6 +229,24 @@ def test_offline_and_online_write_throughput_and_percentiles(tiny):
     for cell in ("20 req/s", "20 req/s, 12 requests", "10 req/s, 12 requests"):
         assert {(cell, rows.OURS, f"{name} p{p}") for name in ("TTFT", "TPOT") for p in (50, 99)} <= found
     assert tiny.rows[-1].n == 12
+
+
+def test_whole_replays_are_compared_with_the_models_and_the_worst_error_has_the_target(tiny, monkeypatch):
+    monkeypatch.setattr(modelling, "LOADS", (12,))
+    found = run(tiny, "model", ("BurstGPT, 12 req/s, LatencyBudget", "BurstGPT, 12 req/s, ServeFirst"))
+    assert {(modelling.WORST, rows.OURS, f"error of {metric}") for metric in modelling.METRICS} <= found
+    both = [r for r in tiny.rows if r.metric == "error of finetune_tokens_per_s"]
+    assert len(both) == 3 and both[2].p50 == max(both[0].p50, both[1].p50)
+
+
+def test_policies_are_ranked_only_where_they_differ_by_more_than_the_model_errs():
+    def pair(measured, simulated):
+        return modelling.Pair("cell", "policy", {"attainment": measured}, {"attainment": simulated})
+
+    assert modelling.in_order(pair(90.0, 92.0), pair(80.0, 79.0), "attainment") is True
+    assert modelling.in_order(pair(90.0, 80.0), pair(79.9, 85.0), "attainment") is False
+    assert modelling.in_order(pair(90.0, 92.0), pair(89.0, 95.0), "attainment") is None
+    assert pair(90.0, 92.0).error("attainment") == 2.0
 
 
 def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):

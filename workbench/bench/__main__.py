@@ -1,6 +1,6 @@
 """`python -m workbench.bench`: run workloads, check the rows against the targets, write README's table, draw the roofline.
 
-    python -m workbench.bench w1 w4 --into benchmarks          workloads (all six by default; `replay` needs no GPU)
+    python -m workbench.bench w1 w4 --into benchmarks          workloads (w1 to w6 by default; `replay` needs no GPU)
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
     python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
     python -m workbench.bench roofline benchmarks FILE.png     the kernels against the roofline
@@ -26,6 +26,7 @@ MODULES = {
     "w4": "finetune",
     "w5": "kernel",
     "w6": "unified",
+    "model": "modelling",
     "replay": "replaying",
 }
 FOLDER = Path("benchmarks")
@@ -73,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     session = Session(
         shape=options.shape, into=options.into, seconds=options.seconds, only=options.only, seed=options.seed, device=options.device
     )
-    for name in options.workloads or targets.WORKLOADS[:-1]:
+    for name in options.workloads or targets.BY_DEFAULT:
         module: Any = import_module(f"workbench.bench.{MODULES[name]}")
         if name not in WITHOUT_ENGINE:
             _ = session.engine  # built before the workload's time begins

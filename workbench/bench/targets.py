@@ -10,7 +10,8 @@ from itertools import chain
 from typing import Any
 
 SHAPE, GPU = "llama3-8b", "H100"
-WORKLOADS = ("w1", "w2", "w3", "w4", "w5", "w6", "replay")
+WORKLOADS = ("w1", "w2", "w3", "w4", "w5", "w6", "model", "replay")
+BY_DEFAULT = WORKLOADS[:6]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,16 @@ def _unified() -> Iterator[Target]:
             yield Target(workload="w6", cell=cell, metric=metric, unit=unit, must=must, stretch=stretch, at_least=True)
 
 
+def _model() -> Iterator[Target]:
+    cell = "all replays"
+    yield Target(workload="model", cell=cell, metric="error of attainment", unit="points", must=3, stretch=1)
+    yield Target(workload="model", cell=cell, metric="error of finetune_tokens_per_s", unit="%", must=5, stretch=2)
+    for metric in ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s"):
+        yield Target(workload="model", cell=cell, metric=f"error of {metric}", unit="%", must=10, stretch=4)
+    for metric in ("attainment", "finetune_tokens_per_s"):
+        yield Target(workload="model", cell=cell, metric=f"pairs in order by {metric}", unit="%", must=100, at_least=True)
+
+
 def _replay() -> Iterator[Target]:
     for cell, must, stretch in (
         ("1 replica, a policy at every step", 1500, 4000),
@@ -105,7 +116,7 @@ def _replay() -> Iterator[Target]:
         yield Target(workload="replay", cell=cell, metric="requests", unit="per CPU-s", must=must, stretch=stretch, at_least=True)
 
 
-TARGETS: tuple[Target, ...] = tuple(chain(_decode(), _serving(), _finetune(), _kernels(), _unified(), _replay()))
+TARGETS: tuple[Target, ...] = tuple(chain(_decode(), _serving(), _finetune(), _kernels(), _unified(), _model(), _replay()))
 
 
 def applies(workload: str, shape: str, device: str) -> bool:
