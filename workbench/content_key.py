@@ -28,6 +28,7 @@ NOT_PART_OF_A_RUN = (
     "content_key",
     "differences",
     "experiment",
+    "prediction",
     "run_cache",
     "search",
     "statistics",

@@ -11,7 +11,7 @@ from workbench.bench import machine
 from workbench.config import require
 from workbench.features import NAMES
 from workbench.latency_fit import CLASSES, classes_of
-from workbench.plots.style import COLOURS, MARKERS, NotebookFigure, finish, new_axes, styles
+from workbench.plots.style import COLOURS, MARKERS, NotebookFigure, finish, log_ticks, new_axes, styles
 
 QUANTITIES = {
     "arrival_s": "arrival (s)",
@@ -39,6 +39,7 @@ def predicted_vs_measured(steps: pd.DataFrame, *, ax: Axes | None = None, captio
     ax.plot(ends, ends, color="black", linewidth=1)
     ax.fill_between(ends, ends * 0.9, ends * 1.1, color="#CCCCCC", alpha=0.6, linewidth=0, label="within 10 %", zorder=0)
     ax.set(xscale="log", yscale="log", xlabel="measured step time (ms)", ylabel="predicted step time (ms)", xlim=ends, ylim=ends)
+    log_ticks(ax.xaxis, ax.yaxis)
     return finish(ax, caption, legend)
 
 

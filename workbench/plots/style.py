@@ -6,7 +6,9 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#999999", "#F0E442")
@@ -42,6 +44,14 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
 
 def new_axes(width: float = 6.0, height: float = 4.0) -> Axes:
     return NotebookFigure(figsize=(width, height), layout="constrained").subplots()
+
+
+def log_ticks(*axes: Axis) -> None:
+    """Ticks at 1, 2 and 5 of logarithmic axes, as plain numbers: the default's labels run into one another within a decade or two."""
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
 
 
 def finish(ax: Axes, caption: str, legend: bool) -> Axes:

@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import LogLocator
 
 from workbench.config import require
-from workbench.plots.style import SLO_COLOUR, NotebookFigure, finish, new_axes, styles
+from workbench.plots.style import SLO_COLOUR, NotebookFigure, finish, log_ticks, new_axes, styles
 
 FEW_REQUESTS = 1000  # below it a p99 rests on fewer than ten requests
 KIND_COLOURS = {
@@ -81,9 +80,7 @@ def distribution(
             "p99 is uncertain: fewer than 1,000 rows", (0.99, 98.6), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=7
         )
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("")
+    log_ticks(ax.xaxis)
     ax.set_ylim(0, 101)
     names = {"ttft_s": "time to first token", "itl_s": "gap between tokens", "tpot_s": "mean time per output token", "e2e_s": "end to end"}
     ax.set_xlabel(f"{names.get(value, value.removesuffix('_s'))} (ms)")
