@@ -11,6 +11,7 @@ os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
 
 import gc
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ from tests.fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("topics", "numpy", "code")
+# A shell that starts the tests in the background makes them deaf to Ctrl-C, which some of them send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Files whose single tests take long: they go first, so that no worker is left alone with one at the end.
 SLOW_FIRST = ("test_notebooks.py", "test_mutations.py")
 

@@ -192,7 +192,7 @@ def test_a_cell_that_does_not_exist_is_an_error_that_lists_them(tmp_path, capsys
 def test_an_unknown_workload_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         cli.main(["w9"])
-    assert "w1, w2, w3, w4, w5, w6, replay" in capsys.readouterr().err
+    assert "w1, w2, w3, w4, w5, w6, model, replay" in capsys.readouterr().err
 
 
 # ---- workloads on the CPU
