@@ -9,7 +9,7 @@ in the engine's order, of those that differ by more than either's error.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workbench import traces
 from workbench.bench import correctness, serving
@@ -19,9 +19,6 @@ from workbench.config import SLO, FinetuneJob
 from workbench.core import Request
 from workbench.policies import LatencyBudget, LoquetierStatic, ServeFirst, SLOSlack, TemporalSharing
 from workbench.replay import replay
-
-if TYPE_CHECKING:
-    from workbench.latency import LatencyModel
 
 SECONDS = 500.0
 CALIBRATE_SHARE = 0.08  # of the workload's time
@@ -128,8 +125,8 @@ def in_order(a: Pair, b: Pair, metric: str) -> bool | None:
     return None if abs(measured) <= error else (a.simulated[metric] - b.simulated[metric]) * measured > 0
 
 
-def _compare(session: Session, model: "LatencyModel", cell: Cell, policy: Any) -> Pair:
-    """Both replays of one policy, and a row for each metric's error."""
+def _compare(session: Session, model: Any, cell: Cell, policy: Any) -> Pair:
+    """Both replays of one policy (`model`: the engine's LatencyModel), and a row for each metric's error."""
     job: FinetuneJob = tuning_job(session, "tuned", 2)
     try:
         measured = serving.run(session, cell.requests, policy, [job], slo=SLO_OF_ALL)
