@@ -345,7 +345,8 @@ class LatencyModel:
         if request.adapter is not None and request.adapter not in self._adapters:
             if not self._open:
                 raise UnknownAdapterError(
-                    f"{name}: unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self._adapters))}"
+                    f"{name}: unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self._adapters))} "
+                    "More adapters need no files: declare them with LatencyModel.with_adapters."
                 )
             self._adapters |= _infos([request.adapter], self._bytes)
         prompt, ids = request.prompt_tokens, request.prompt_token_ids

@@ -17,7 +17,7 @@ SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table. Its policy's budget was tuned on the shipped latency model, on these arrivals; others stand beside it."""
+    """One row of the table. Its policy's budget was tuned on a latency model of an H100, on these arrivals; others stand beside it."""
 
     cell: str
     rate: int

@@ -16,7 +16,7 @@ from workbench.runtime.engine_adapters import EngineAdapters, KnownSequence, Ver
 from workbench.runtime.finetune import TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
 from workbench.runtime.graphs import ROW_BUCKETS, DecodeBatch, DecodeGraphs
-from workbench.runtime.guards import deterministic_algorithms, uninterrupted
+from workbench.runtime.guards import deterministic_algorithms, elapsed_s, mark, uninterrupted
 from workbench.runtime.inputs import StepInputs, build, token_bucket, train_rows
 from workbench.runtime.memory import MemoryReport
 from workbench.runtime.packed import PackedTensors
@@ -75,7 +75,7 @@ class EngineStep(EngineAdapters):
 
     def _step(self, batch: Batch, undo: _Undo) -> StepResult:
         started = time.perf_counter()
-        events, part = self._mark(), self.runner.parts
+        events, part = mark(self.device), self.runner.parts
         with part("admit"):
             self._admit(batch, undo)
         with part("load adapters"):
@@ -94,7 +94,7 @@ class EngineStep(EngineAdapters):
             published = self._commit(batch, tokens, backwards, room)
             undo.admitted.clear()
             undo.slots.clear()
-            gpu_s = self._elapsed(events)
+            gpu_s = elapsed_s(events)
         duration_s = time.perf_counter() - started
         return StepResult(
             duration_s=duration_s,
@@ -126,22 +126,6 @@ class EngineStep(EngineAdapters):
         self._table.wait({entry for entry in rows.entries if entry is not None})
         logits, greedy = self._graphs.run(rows)
         return ForwardOutput(logits, None, list(segments), greedy)
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return None
-        begin = torch.cuda.Event(enable_timing=True)
-        begin.record()
-        return begin
-
-    def _elapsed(self, begin: Any) -> float:
-        """Device time since `begin`, in seconds, with the device synchronised; 0 on the CPU, where all time is host time."""
-        if begin is None:
-            return 0.0
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000.0
 
     def _admit(self, batch: Batch, undo: _Undo) -> None:
         for request in batch.admitted:

@@ -1,4 +1,4 @@
-"""What holds within a block: interrupts that wait, deterministic algorithms."""
+"""What a step runs within: interrupts that wait, deterministic algorithms, the device's own clock."""
 
 import signal
 import threading
@@ -31,3 +31,22 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """A point in the device's time to measure from with `elapsed_s`; None on the CPU, where all time is host time."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed_s(begin: torch.cuda.Event | None) -> float:
+    """Device time since `begin` in seconds, with the device synchronised; 0 without one."""
+    if begin is None:
+        return 0.0
+    end = torch.cuda.Event(enable_timing=True)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000.0

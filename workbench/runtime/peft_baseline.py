@@ -20,6 +20,7 @@ from workbench.core import AdapterInfo, Backward, Batch, Command, ExecutorInfo, 
 from workbench.data import Document, PreparedJob, prepare, prompt_token_ids
 from workbench.runtime.adapters import AdapterWeights, Key, init_adapter, load_peft, module_path, peft_config, peft_tensors, save_peft
 from workbench.runtime.finetune import learning_rate_factor
+from workbench.runtime.guards import elapsed_s, mark
 from workbench.runtime.memory import estimate_limits, resolve_device, resolve_dtype
 from workbench.runtime.sampling import request_seed, sample
 from workbench.runtime.weights import Dims, load_base, random_base
@@ -299,7 +300,7 @@ class PeftBaseline:
     def step(self, batch: Batch) -> StepResult:
         """Run one batch, one kind and one adapter after the other; if it raises, everything is as before the call."""
         started, effects = time.perf_counter(), _Effects()
-        begin = self._mark()
+        begin = mark(self.device)
         try:
             self._admit(batch, effects)
             self._prefill(list(batch.of("prefill")), effects)
@@ -317,7 +318,7 @@ class PeftBaseline:
                 group.mask = mask
             raise
         published = self._commit(batch, effects)
-        gpu_s = self._elapsed(begin)
+        gpu_s = elapsed_s(begin)
         duration_s = time.perf_counter() - started
         return StepResult(
             duration_s=duration_s,
@@ -329,22 +330,6 @@ class PeftBaseline:
             eval_losses=effects.eval_losses,
             published=published,
         )
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _elapsed(self, begin: Any) -> float:
-        """Device time since `begin` in seconds, with the device synchronised; 0 on the CPU."""
-        if begin is None:
-            return 0.0
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000.0
 
     # ---- serving
 
