@@ -81,7 +81,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 class Beside:
     """`with beside:` is work that a CUDA graph being recorded may run at the same time as what is launched after it, until `join()`.
 
-    Outside of a recording it runs in order: there, another stream costs the host more than it saves the device.
+    Outside of a recording it runs in order.
     """
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
