@@ -15,6 +15,7 @@ MAX_BLOCK_ROWS = 128
 FEW_RUNS = 8  # a recorded step of few runs of one adapter each has its own, shorter table of tiles
 CHUNK_ROWS, MAX_CHUNKS = 512, 8
 Run = tuple[int, int, int]
+Tile = tuple[int, int, int, int]
 
 
 def merge_runs(row_slots: Sequence[tuple[int | None, int]]) -> tuple[tuple[Run, ...], int]:
@@ -46,6 +47,15 @@ def bare_runs(runs: Sequence[Run], num_rows: int) -> list[Run]:
     ends = [0, *(first + rows for _, first, rows in runs)]
     starts = [*(first for _, first, _ in runs), num_rows]
     return [(0, end, start - end) for end, start in zip(ends, starts, strict=True) if start > end]
+
+
+def tiles_of(row_slots: Sequence[tuple[int | None, int]], block_rows: int) -> list[Tile]:
+    """The tiles of rows listed in packed order: (slot, first row, rows, 0), behind them the bare ones (0, first row, rows, 1); none at all
+    where no row has a slot.
+    """
+    runs, num_rows = merge_runs(row_slots)
+    tiles: list[Tile] = [(*tile, 0) for tile in cut_runs(runs, block_rows)]
+    return tiles + [(*tile, 1) for tile in cut_runs(bare_runs(runs, num_rows) if runs else (), block_rows)]
 
 
 def block_rows_for(runs: Sequence[Run]) -> int:
@@ -108,8 +118,7 @@ class SegmentLayout:
         block_rows = block_rows or block_rows_for(runs)
         if block_rows not in (16, 32, 64, 128):
             raise ValueError(f"block_rows must be 16, 32, 64 or 128, got {block_rows}")
-        tiles = [(*tile, 0) for tile in cut_runs(runs, block_rows)]
-        tiles += [(*tile, 1) for tile in cut_runs(bare_runs(runs, num_rows) if runs else (), block_rows)]
+        tiles = tiles_of(row_slots, block_rows)
         if num_tiles is not None:
             if len(tiles) > num_tiles:
                 raise ValueError(f"num_tiles must be at least the {len(tiles)} tiles of these rows, got {num_tiles}. Take a larger bucket.")

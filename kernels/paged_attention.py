@@ -5,6 +5,8 @@
 so the last query sees the whole context ("bottom-right" causal): a chunk sees its sequence's earlier blocks, a decode row everything.
 Key n of sequence s lives in block block_tables[s, n // block_tokens], offset n % block_tokens.
 
+Queries lie packed from row cu_seqlens_q[0] on; rows before them and behind them are nobody's business here, and so is their output.
+
 Legend: T query rows, N sequences, M blocks a sequence, Hq query heads, Hkv key-value heads, G = Hq / Hkv group, D head size.
 Ideas: PagedAttention (arXiv 2309.06180), FlashAttention-2 (2307.08691), Flash-Decoding (split over keys, reduced in a fixed order).
 """
@@ -111,7 +113,8 @@ def attention_kernel(
 ):
     """One tile of BLOCK_Q queries times G heads of one sequence, one key-value head, one split of the keys.
 
-    One split writes `out` [T, Hq, D]; several write normalised parts to `out` [SPLITS, T, Hq, D] fp32 and their log2-sums to `logsums`.
+    One split writes `out` [T, Hq, D]; several write normalised parts to `out` [SPLITS, R, Hq, D] fp32 and their log2-sums to `logsums`:
+    R = N sequences of decode rows (IS_DECODE), R = T rows otherwise.
     """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -128,7 +131,8 @@ def attention_kernel(
     num_queries = tl.load(cu_seqlens_q + sequence + 1) - first
     context = tl.load(context_lens + sequence)
     wait_for_previous(WAITS)
-    if local >= num_queries:
+    # Tiles of the rows before the first sequence come out negative.
+    if (local < 0) | (local >= num_queries):
         return
 
     m = tl.arange(0, BLOCK_M)
@@ -170,25 +174,50 @@ def attention_kernel(
 
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     place = (split.to(tl.int64) * T + row) * num_heads + head
+    if SPLITS > 1 and IS_DECODE:
+        place = (split.to(tl.int64) * N + sequence) * num_heads + head
     tl.store(out + place[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=q_mask)
     if SPLITS > 1:
         logsum = tl.where(total == 0.0, float("-inf"), peak + tl.log2(tl.where(total == 0.0, 1.0, total)))
         tl.store(logsums + place, logsum, mask=m_mask)
 
 
-@jit(do_not_specialize=["rows"])
-def merge_kernel(parts, logsums, out, rows, D: tl.constexpr, SPLITS: tl.constexpr, WAITS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """out[row] = sum over splits of 2^logsum part / sum of 2^logsum, row counting (query, head)."""
+@jit(do_not_specialize=["N", "rows"])
+def merge_kernel(
+    parts,
+    logsums,
+    out,
+    cu_seqlens_q,
+    N,
+    rows,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    IS_DECODE: tl.constexpr,
+    WAITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[query, head] = sum over splits of 2^logsum part / sum of 2^logsum. Rows count (sequence or query, head)."""
     row = tl.program_id(0).to(tl.int64)
+    query = row // HEADS
+    if IS_DECODE:
+        first = tl.load(cu_seqlens_q + query)
+        end = tl.load(cu_seqlens_q + query + 1)
+        query = first.to(tl.int64)
+    else:
+        first = tl.load(cu_seqlens_q)
+        end = tl.load(cu_seqlens_q + N)
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
     wait_for_previous(WAITS)
+    if (query < first) | (query >= end):
+        return
     logsum = tl.load(logsums + split * rows + row)
     weight = tl.exp2(logsum - tl.max(logsum, 0))
     at = parts + (split[:, None] * rows + row) * D + d[None, :]
     part = tl.load(at, mask=(split < SPLITS)[:, None] & (d < D)[None, :], other=0.0)
     result = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=d < D)
+    tl.store(out + (query * HEADS + row % HEADS) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
 def _tiles(q: torch.Tensor, group: int, num_sequences: int, is_decode: bool) -> tuple[int, int, int]:
@@ -226,9 +255,10 @@ def _paged_attention_triton(
         device=q.device,
     )
     parts, logsums = out, out
+    num_parts = num_sequences if is_decode else tokens
     if launch.splits > 1:
-        parts = torch.empty(launch.splits, tokens, heads, head_size, dtype=torch.float32, device=q.device)
-        logsums = torch.empty(launch.splits, tokens, heads, dtype=torch.float32, device=q.device)
+        parts = torch.empty(launch.splits, num_parts, heads, head_size, dtype=torch.float32, device=q.device)
+        logsums = torch.empty(launch.splits, num_parts, heads, dtype=torch.float32, device=q.device)
     block_d = power_of_two(head_size, 16, 256)
     attention_kernel[(num_tiles, kv_heads, launch.splits)](
         q,
@@ -262,8 +292,20 @@ def _paged_attention_triton(
         **launch.options,
     )
     if launch.splits > 1:
-        merge_kernel[(tokens * heads,)](
-            parts, logsums, out, tokens * heads, D=head_size, SPLITS=launch.splits, BLOCK_D=block_d, num_warps=2, **overlapped(q.device)
+        merge_kernel[(num_parts * heads,)](
+            parts,
+            logsums,
+            out,
+            cu_seqlens_q,
+            num_sequences,
+            num_parts * heads,
+            HEADS=heads,
+            D=head_size,
+            SPLITS=launch.splits,
+            IS_DECODE=is_decode,
+            BLOCK_D=block_d,
+            num_warps=2,
+            **overlapped(q.device),
         )
 
 
@@ -301,7 +343,8 @@ def paged_attention(
 
     `context_lens` counts the tokens in the cache, new ones included. `max_seqlen_q` and `max_context` are host-side bounds on the query
     and context lengths (1 for a batch of decode rows only, which are split over the keys). A sequence may have no query at all.
-    `out`, contiguous, is written and returned where it is given. Raises ValueError where shapes or dtypes do not fit.
+    `out`, contiguous, is written and returned where it is given; its rows outside of the sequences' stay as they are. Raises ValueError
+    where shapes or dtypes do not fit.
     """
     _check(q, k_cache, v_cache, block_tables, cu_seqlens_q)
     if out is None:
@@ -315,6 +358,12 @@ def paged_attention(
         _paged_attention_triton(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale, out)
         return out
     count("paged_attention", "reference", q.device.type)
-    if max_seqlen_q == 1 and q.shape[0] == block_tables.shape[0]:
-        return out.copy_(_padded_decode(q, k_cache, v_cache, block_tables, context_lens, scale))
-    return out.copy_(paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale))
+    if max_seqlen_q == 1:
+        decodes = cu_seqlens_q[1:] > cu_seqlens_q[:-1]
+        rows = cu_seqlens_q[:-1][decodes].long()
+        if len(rows):
+            out[rows] = _padded_decode(q[rows], k_cache, v_cache, block_tables[decodes], context_lens[decodes], scale)
+        return out
+    first, end = int(cu_seqlens_q[0]), int(cu_seqlens_q[-1])
+    out[first:end] = paged_attention_reference(q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, scale)[first:end]
+    return out

@@ -113,11 +113,16 @@ def paged_attention_errors(
     device: str,
     *,
     block_tokens: int = 16,
+    around: tuple[int, int] = (0, 0),
     seed: int = 0,
 ) -> Errors:
-    """paged_attention with shuffled blocks, NaN in every KV slot that holds no token, and q a slice of a wider buffer."""
+    """paged_attention with shuffled blocks, NaN in every KV slot that holds no token, and q a slice of a wider buffer.
+
+    `around`: so many rows of nobody's lie before and behind the sequences'; their output must stay as it was ("others").
+    """
     num_heads, kv_heads = heads
-    tokens, per_sequence = sum(query_lens), max(1, -(-max(context_lens, default=0) // block_tokens))
+    before, behind = around
+    tokens, per_sequence = before + sum(query_lens) + behind, max(1, -(-max(context_lens, default=0) // block_tokens))
     num_blocks = max(len(context_lens), 1) * per_sequence
     generator = torch.Generator().manual_seed(seed)
     tables = torch.randperm(num_blocks, generator=generator)[: len(context_lens) * per_sequence].view(-1, per_sequence)
@@ -129,7 +134,7 @@ def paged_attention_errors(
             cache[slots] = random_tensor((context, kv_heads, head_size), seed + 7 * i + c, dtype)
     k_cache, v_cache = (cache.view(num_blocks, block_tokens, kv_heads, head_size) for cache in caches)
     q = random_tensor((tokens, num_heads + 2 * kv_heads, head_size), seed + 1, dtype)[:, :num_heads]
-    scale, cu = head_size**-0.5, bounds(query_lens, "cpu")
+    scale, cu = head_size**-0.5, bounds(query_lens, "cpu") + before
     contexts, tables = torch.tensor(context_lens, dtype=torch.int32), tables.to(torch.int32)
     with poisoned_memory():
         out = paged_attention(
@@ -138,9 +143,12 @@ def paged_attention_errors(
             max(query_lens, default=0),
             max(context_lens, default=0),
             scale,
+            torch.full((tokens, num_heads, head_size), 7.0, dtype=dtype, device=device) if before or behind else None,
         )
     expected = paged_attention_reference(q.double(), k_cache.double(), v_cache.double(), tables, cu, contexts, scale)
-    return {"out": relative_error(out, expected)}
+    mine = slice(before, tokens - behind)
+    others = torch.cat([out[:before], out[tokens - behind :]])
+    return {"out": relative_error(out[mine], expected[mine]), "others": float((others != 7.0).any())}
 
 
 def varlen_attention_errors(
@@ -174,6 +182,36 @@ def varlen_attention_errors(
         for name, a, b in zip(names, ours, wide, strict=True)
     }
     return {"out": relative_error(out, expected), **errors}
+
+
+def scattered_attention_errors(
+    query_lens: Sequence[int],
+    key_lens: Sequence[int],
+    heads: tuple[int, int],
+    head_size: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    seed: int = 0,
+) -> Errors:
+    """varlen_attention whose documents' keys lie somewhere in a buffer, the last one first, NaN between, and rows of nobody's."""
+    starts, rows = [0] * len(key_lens), 5
+    for i in reversed(range(len(key_lens))):
+        starts[i], rows = rows, rows + key_lens[i] + 3
+    q = random_tensor((sum(query_lens) + 4, heads[0], head_size), seed, dtype)
+    k, v = (random_tensor((sum(key_lens), heads[1], head_size), seed + i, dtype) for i in (1, 2))
+    caches = [torch.full((rows, heads[1], head_size), float("nan"), dtype=dtype) for _ in range(2)]
+    for cache, packed in zip(caches, (k, v), strict=True):
+        for start, part in zip(starts, packed.split(list(key_lens)), strict=True):
+            cache[start : start + len(part)] = part
+    scale, cu_q, cu_k = head_size**-0.5, bounds(query_lens, "cpu"), bounds(key_lens, "cpu")
+    places, lengths = (torch.tensor(values, dtype=torch.int32, device=device) for values in ([*starts, 0], key_lens))
+    sizes = (max(query_lens, default=0), max(key_lens, default=0))
+    tensors = (t.to(device) for t in (q, *caches, cu_q))
+    with poisoned_memory():
+        out = varlen_attention(*tensors, places, *sizes, scale, key_lens=lengths)
+    expected = varlen_attention_reference(*(t.double() for t in (q, k, v)), cu_q, cu_k, scale)
+    return {"out": relative_error(out[: sum(query_lens)], expected[: sum(query_lens)])}
 
 
 def cross_entropy_errors(

@@ -20,6 +20,7 @@ from kernels.problems import (
     layer_errors,
     lora_errors,
     paged_attention_errors,
+    scattered_attention_errors,
     varlen_attention_errors,
 )
 from kernels.segmented_lora import SlotWeights, lora_gradients, segmented_lora, segmented_lora_
@@ -163,6 +164,21 @@ def test_paged_attention_of_chunks_with_prefix_decodes_and_empty_sequences(heads
 @pytest.mark.parametrize("heads", [(32, 8), (9, 3), (4, 4)])
 def test_paged_attention_of_decode_rows(heads, contexts, dtype):
     assert_close(paged_attention_errors([1] * len(contexts), contexts, heads, 128, dtype, "cuda"), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("around", [(3, 2), (117, 30)])
+@pytest.mark.parametrize("queries", [[100, 1, 0, 37, 1], [1, 0, 1, 1, 1]])
+def test_paged_attention_leaves_the_rows_around_the_sequences_alone(queries, around, dtype):
+    errors = paged_attention_errors(queries, [130, 700, 0, 37, 1], (32, 8), 128, dtype, "cuda", around=around)
+    assert not errors["others"]
+    assert_close(errors, dtype)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_keys_of_documents_may_lie_anywhere(head_size):
+    errors = scattered_attention_errors([63, 0, 300, 1], [80, 0, 1000, 17], (32, 8), head_size, torch.bfloat16, "cuda")
+    assert_close(errors, torch.bfloat16)
 
 
 @DTYPES

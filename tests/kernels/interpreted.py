@@ -91,6 +91,14 @@ def test_paged_attention(case, dtype):
     assert errors["out"] < TOLERANCE[dtype], errors
 
 
+@pytest.mark.parametrize("around", [(3, 2), (21, 0)])
+@pytest.mark.parametrize("case", [*ATTENTION, "decode rows and an empty sequence"])
+def test_paged_attention_leaves_the_rows_around_the_sequences_alone(case, around):
+    arguments = ATTENTION.get(case, ([1, 0, 1], [5, 0, 300], (8, 2), 32))
+    errors = paged_attention_errors(*arguments, torch.float32, "cpu", around=around)
+    assert errors["out"] < TOLERANCE[torch.float32] and not errors["others"], errors
+
+
 def test_linear_cross_entropy():
     errors = cross_entropy_errors(5, 16, 5000, torch.float32, "cpu")
     assert max(errors.values()) < TOLERANCE[torch.float32], errors

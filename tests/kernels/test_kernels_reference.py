@@ -8,7 +8,14 @@ from kernels.counter import dropout_mask, gumbel_noise, philox
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.paged_attention import paged_attention
-from kernels.problems import bounds, cross_entropy_errors, lora_errors, paged_attention_errors, varlen_attention_errors
+from kernels.problems import (
+    bounds,
+    cross_entropy_errors,
+    lora_errors,
+    paged_attention_errors,
+    scattered_attention_errors,
+    varlen_attention_errors,
+)
 from kernels.qkv import place_qkv_
 from kernels.segmented_lora import LoraTable, SlotWeights, segmented_lora, segmented_lora_
 from kernels.testing import checked, random_table, random_tensor
@@ -117,6 +124,17 @@ def test_expanded_heads_equal_grouped_ones_forward_and_backward():
 
     for a, b in zip(run(True), run(False), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_keys_of_documents_may_lie_anywhere():
+    errors = scattered_attention_errors([3, 0, 5, 1], [3, 0, 9, 4], (4, 2), 16, torch.float32, "cpu")
+    assert errors["out"] < 1e-5
+
+
+@pytest.mark.parametrize("queries", [[5, 0, 1], [1, 0, 1], []])
+def test_rows_around_the_sequences_stay_as_they_are(queries):
+    errors = paged_attention_errors(queries, [9, 3, 40][: len(queries)], (6, 2), 16, torch.float32, "cpu", around=(3, 2))
+    assert errors["out"] < 1e-5 and not errors["others"]
 
 
 def test_varlen_attention_gradients_equal_float64():

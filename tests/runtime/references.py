@@ -122,13 +122,13 @@ def shake(engine: Engine, job_id: str, seed: int = 5) -> None:
 
 
 def record_hidden(engine: Engine) -> list[torch.Tensor]:
-    """The last layer's output [T, H] of every forward from now on."""
+    """The last layer's output behind the final norm [T, H] of every forward from now on."""
     seen: list[torch.Tensor] = []
     forward = engine.runner.forward
 
-    def recording(inputs, dropout):
-        out = forward(inputs, dropout)
-        seen.append(out.hidden)
+    def recording(step, dropout):
+        out = forward(step, dropout)
+        seen.append(out.hidden.clone())
         return out
 
     engine.runner.forward = recording  # type: ignore[method-assign]
@@ -157,9 +157,7 @@ def mixed_rows(engine: Engine, folder: Path, adapters: dict, jobs: list[Finetune
             if not driver._segments:
                 continue
             driver.step()
-            logits = F.linear(
-                F.rms_norm(hidden[-1], hidden[-1].shape[-1:], engine.fused.final_norm, engine.fused.dims.norm_eps), engine.fused.lm_head
-            )
+            logits = F.linear(hidden[-1], engine.fused.lm_head)
             first = 0
             for segment in driver.batch.segments:
                 found = logits[first : first + segment.tokens]

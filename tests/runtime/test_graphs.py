@@ -22,7 +22,8 @@ from workbench.runtime.graphs import (
     tile_rows,
     write_rows,
 )
-from workbench.runtime.inputs import padded_layout, token_bucket
+from workbench.runtime.inputs import PackedStep, padded_tiles, token_bucket
+from workbench.runtime.mixed_graphs import MixedGraphs, document_bucket, mixed_fields, sequence_bucket, write_step
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.staging import Staging
 from workbench.runtime.weights import Dims
@@ -37,7 +38,7 @@ def put(table: AdapterTable, entry: int, *, rank: int, layers: tuple[int, ...]) 
 
 def test_an_adapter_that_adds_a_layer_or_another_rank_anywhere_needs_another_graph():
     table = AdapterTable(DIMS, 3, torch.device("cpu"), torch.float32)
-    graphs = DecodeGraphs(SimpleNamespace(table=table), 2048)
+    graphs = DecodeGraphs(SimpleNamespace(table=table, device=torch.device("cpu")), 2048)
     every = tuple(range(DIMS.num_layers))
     put(table, 0, rank=8, layers=every[:1])
     first = graphs.key(8, 512, 8, True)
@@ -101,18 +102,81 @@ def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
 
 
 @pytest.mark.parametrize("row_slots", [[(0, 100), (None, 3)], [(i % 3, 1) for i in range(60)], [(None, 5)], [(1, 700), (0, 200), (1, 1)]])
-def test_a_padded_layout_has_the_same_rows_for_every_step_of_its_bucket_and_tile_count(row_slots):
+def test_padded_tiles_visit_every_row_of_the_bucket_and_come_in_two_numbers(row_slots):
     rows = sum(count for _, count in row_slots)
     bucket = token_bucket(rows, 2048)
-    plain, padded = SegmentLayout.build(row_slots, "cpu"), padded_layout(row_slots, bucket, torch.device("cpu"))
-    assert padded.num_rows == bucket >= rows and padded.runs == plain.runs
-    few = padded_layout([(0, bucket)], bucket, torch.device("cpu")).num_tiles
-    assert padded.num_tiles in (few, bucket), "two kinds of step a bucket"
-    tiles = padded.tiles.tolist()
+    plain, (tiles, height, num_tiles) = SegmentLayout.build(row_slots, "cpu"), padded_tiles(row_slots, bucket)
+    assert len(tiles) <= num_tiles and num_tiles in (padded_tiles([(0, bucket)], bucket)[2], bucket), "two kinds of step a bucket"
+    assert max((count for *_, count, _ in tiles), default=0) <= height
     covered = [row for slot, first, count, is_bare in tiles for row in range(first, first + count) if not is_bare]
     assert covered == [row for slot, first, count in plain.runs for row in range(first, first + count)]
     visited = [row for slot, first, count, _ in tiles for row in range(first, first + count)]
     assert sorted(visited) == (list(range(bucket)) if plain.runs else []), "padding rows too"
+
+
+@pytest.mark.parametrize(("count", "bucket"), [(0, 0), (1, 32), (33, 256), (256, 256)])
+def test_the_sequence_bucket_is_none_few_or_all(count, bucket):
+    assert sequence_bucket(count, 256) == bucket and sequence_bucket(min(count, 5), 5) in (0, 5)
+
+
+def test_the_document_bucket_holds_the_documents():
+    assert [document_bucket(n) for n in (0, 1, 8, 9, 64, 65)] == [0, 8, 8, 64, 64, 512]
+
+
+def test_what_is_recorded_ahead_covers_every_kind_of_mixed_step_once():
+    runner = SimpleNamespace(
+        fused=SimpleNamespace(dims=DIMS, embed=torch.zeros(1)),
+        device=torch.device("cpu"),
+        pool=SimpleNamespace(num_blocks=8, block_tokens=16),
+        table=SimpleNamespace(facts=((True, 16, 8),)),
+    )
+    graphs = MixedGraphs(runner, 512, 256, 192)
+    keys = [call.args[0] for call in graphs.recordings(has_adapters=True, trains=True)]
+    assert len(set(keys)) == len(keys)
+    for tokens in (3, 100, 500):
+        for train in (0, 2):
+            for queries in ([], [1], [1, tokens - 1 - train], [1] * (tokens - train)):
+                if not train and max(queries, default=0) <= 1:
+                    continue  # a decode step, or none
+                bucket = token_bucket(sum(queries) + train, 512)
+                documents, n = document_bucket(train), sequence_bucket(min(len(queries), 256), 256)
+                wanted = (bucket, n, documents, max(queries, default=0) > 1)
+                assert wanted in {(k.tokens, k.sequences, k.documents, k.prefills) for k in keys}, wanted
+
+
+def test_a_staged_mixed_step_says_what_was_packed_whatever_was_staged_before():
+    rng, staging = np.random.default_rng(0), Staging(mixed_fields(64, 5, 6), torch.device("cpu"))
+    for num in (5, 0, 3):
+        queries = rng.integers(1, 9, num).tolist()
+        contexts = [q + int(rng.integers(0, 15)) for q in queries]
+        blocks = [tuple(rng.permutation(50)[: -(-c // 4)].tolist()) for c in contexts]
+        rows = sum(queries)
+        step = PackedStep(
+            token_ids=rng.integers(0, 99, rows).tolist(),
+            positions=rng.integers(0, 24, rows).tolist(),
+            places=rng.integers(0, 200, rows),
+            entries=[(int(rng.integers(0, 2)), n) for n in queries],
+            train=[],
+            queries=queries,
+            contexts=contexts,
+            blocks=blocks,
+            samples=[i for i in range(rows) if rng.random() < 0.1][:5],
+            sampled=[],
+        )
+        tiles, _, _ = padded_tiles(step.entries, 48)
+        write_step(staging.host, step, tiles, 48, 200)
+        staging.upload()
+        there = {name: tensor.tolist() for name, tensor in staging.device.items()}
+        assert there["token_ids"][:48] == step.token_ids + [0] * (48 - rows)
+        assert there["positions"][:48] == step.positions + [0] * (48 - rows)
+        assert there["places"][:48] == [*step.places.tolist(), *[200] * (48 - rows)]
+        assert there["cu_seqlens_q"] == [sum(queries[:i]) for i in range(6)]
+        assert there["context_lens"] == contexts + [0] * (5 - num)
+        assert there["samples"] == step.samples + [0] * (5 - len(step.samples))
+        assert not any(there["document_bounds"]) and not any(there["key_lens"])
+        assert there["tiles"] == [list(tile) for tile in tiles] + [[0] * 4] * (64 - len(tiles))
+        for row, expected in enumerate(blocks):
+            assert there["block_tables"][row][: len(expected)] == list(expected)
 
 
 @pytest.mark.parametrize(("tokens", "bucket"), [(1, 16), (17, 32), (2000, 2048), (2048, 2048), (2049, None)])

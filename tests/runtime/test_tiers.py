@@ -191,17 +191,17 @@ def test_a_step_waits_for_the_adapters_it_reads_and_for_no_other(base, adapters)
     assert copies.seen("step waits") == [a, b] and copies.seen("to device") == [b, a] and not copies.seen("host waits")
 
 
-def test_loads_start_before_the_inputs_are_built(base, adapters, monkeypatch):
+def test_loads_start_before_the_rows_are_packed(base, adapters, monkeypatch):
     engine, order = make(base, adapters), []
-    inputs, to_device, wait = engine._inputs, engine._table.copies.to_device, engine._table.copies.wait
-    monkeypatch.setattr(engine, "_inputs", lambda batch: order.append("inputs") or inputs(batch))
+    pack, to_device, wait = engine._pack, engine._table.copies.to_device, engine._table.copies.wait
+    monkeypatch.setattr(engine, "_pack", lambda batch: order.append("pack") or pack(batch))
     monkeypatch.setattr(engine._table.copies, "to_device", lambda packed: order.append("copy") or to_device(packed))
     monkeypatch.setattr(engine._table.copies, "wait", lambda arrival: order.append("wait") or wait(arrival))
     with Driver(engine) as driver:
         driver.add(request("a", 10, "a"))
         driver.prefill("a")
         driver.step()
-    assert order == ["copy", "inputs", "wait"]
+    assert order == ["copy", "pack", "wait"]
 
 
 @pytest.mark.parametrize("where", ["to_device", "wait", "forward"])

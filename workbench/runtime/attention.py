@@ -1,6 +1,6 @@
 """Attention of a mixed step: causal varlen for fine-tune and evaluate rows, paged for prefill chunks and decode rows.
 
-Legend: T packed tokens, F fine-tune and evaluate rows (first), Nq query heads, Nkv key/value heads, D head dimension.
+Legend: T packed tokens, Nq query heads, Nkv key/value heads, D head dimension.
 """
 
 from torch import Tensor
@@ -17,32 +17,17 @@ class StepAttention:
     def __init__(self, inputs: StepInputs, pool: KVPool, arena: Arena | None, scale: float) -> None:
         self.inputs, self.pool, self.arena, self.scale = inputs, pool, arena, scale
 
-    def __call__(self, layer: int, q: Tensor, out: Tensor) -> None:
-        """q [T, Nq, D], rotated; the result goes to out [T, Nq, D]."""
-        step, num_train = self.inputs, self.inputs.num_train_rows
-        for rows in step.train:
-            assert self.arena is not None
-            last = rows.first + rows.tokens
-            out[rows.first : last] = varlen_attention(
-                q[rows.first : last],
-                self.arena.k[layer, rows.keys : rows.arena + rows.tokens],
-                self.arena.v[layer, rows.keys : rows.arena + rows.tokens],
-                rows.cu_seqlens_q,
-                rows.cu_seqlens_k,
-                rows.max_q,
-                rows.max_k,
-                self.scale,
+    def __call__(self, layer: int, q: Tensor) -> Tensor:
+        """The output [T, Nq, D] of q [T, Nq, D], rotated; rows of nobody's are unspecified."""
+        step, out = self.inputs, None
+        if step.documents is not None:
+            d, arena = step.documents, self.arena
+            assert arena is not None
+            out = varlen_attention(
+                q, arena.k[layer], arena.v[layer], d.cu_seqlens_q, d.key_starts, d.max_q, d.max_k, self.scale, key_lens=d.key_lens
             )
-        if step.num_tokens > num_train:
-            paged_attention(
-                q[num_train:],
-                self.pool.k[layer],
-                self.pool.v[layer],
-                step.block_tables,
-                step.cu_seqlens_q,
-                step.context_lens,
-                step.max_seqlen_q,
-                step.max_context,
-                self.scale,
-                out[num_train:],
-            )
+            if not step.block_tables.shape[0]:
+                return out
+        k, v = self.pool.k[layer], self.pool.v[layer]
+        bounds = (step.block_tables, step.cu_seqlens_q, step.context_lens, step.max_seqlen_q, step.max_context)
+        return paged_attention(q, k, v, *bounds, self.scale, out)

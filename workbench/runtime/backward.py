@@ -18,31 +18,34 @@ from kernels.rotary import rotary
 from kernels.swiglu import swiglu, swiglu_backward
 from kernels.varlen_attention import varlen_attention
 from workbench.runtime.finetune import TrainState, dropped_group
-from workbench.runtime.inputs import TrainRows
+from workbench.runtime.inputs import TrainSpan
 from workbench.runtime.kv_cache import Arena
 from workbench.runtime.model import GROUPS
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights, LayerWeights
 
 
-def top_gradient(fused: FusedWeights, arena: Arena, rows: TrainRows) -> Tensor:
+def top_gradient(fused: FusedWeights, arena: Arena, span: TrainSpan) -> Tensor:
     """d loss / d (output of the last layer) [T, H], from the gradient behind the final norm that the loss left in `arena.grad`."""
-    here = slice(rows.arena, rows.arena + rows.tokens)
+    here = slice(span.arena, span.arena + span.tokens)
     return rms_norm_backward(arena.grad[here], arena.x[fused.dims.num_layers, here], fused.final_norm, fused.dims.norm_eps)
 
 
 class BackwardPass:
     """The backward of one micro-batch, layer by layer from the top."""
 
-    def __init__(self, fused: FusedWeights, table: AdapterTable, state: TrainState, rows: TrainRows, cos: Tensor, sin: Tensor) -> None:
-        """`rows` covers the whole micro-batch; cos and sin [T, D] are its positions' angles."""
-        self.fused, self.dims, self.table, self.state, self.rows, self.cos, self.sin = fused, fused.dims, table, state, rows, cos, sin
-        self.layout = SegmentLayout.build([(state.entry, rows.tokens)], cos.device)
-        self.arena_rows = slice(rows.arena, rows.arena + rows.tokens)
+    def __init__(
+        self, fused: FusedWeights, table: AdapterTable, state: TrainState, span: TrainSpan, bounds: Tensor, cos: Tensor, sin: Tensor
+    ) -> None:
+        """`span` covers the whole micro-batch, whose documents have the int32 `bounds` [documents + 1]; cos and sin are [T, D]."""
+        self.fused, self.dims, self.table, self.state, self.span = fused, fused.dims, table, state, span
+        self.bounds, self.longest, self.cos, self.sin = bounds, max(span.queries), cos, sin
+        self.layout = SegmentLayout.build([(state.entry, span.tokens)], cos.device)
+        self.arena_rows = slice(span.arena, span.arena + span.tokens)
 
     def top(self, arena: Arena) -> Tensor:
         """d loss / d (output of the last layer) [T, H]."""
-        return top_gradient(self.fused, arena, self.rows)
+        return top_gradient(self.fused, arena, self.span)
 
     def resume(self, layers_left: int, num_layers: int, arena: Arena) -> Tensor:
         """d loss / d (output of layer `layers_left` - 1) [T, H], for a slice of `num_layers` that goes on below a committed one."""
@@ -54,7 +57,7 @@ class BackwardPass:
 
     def layer(self, index: int, arena: Arena, grad: Tensor, out: Tensor | None = None) -> tuple[Tensor | None, dict[int, Tensor]]:
         """d loss / d (input of layer `index`) [T, H] (None at layer 0; in `out` if given), and fp32 gradients by parameter index."""
-        w, eps, tokens = self.fused.layers[index], self.dims.norm_eps, self.rows.tokens
+        w, eps, tokens = self.fused.layers[index], self.dims.norm_eps, self.span.tokens
         found: dict[int, Tensor] = {}
         x = arena.x[index, self.arena_rows]
         h = add_rms_norm(x, None, w.input_norm, eps)[1]
@@ -90,9 +93,8 @@ class BackwardPass:
             parts = zip(qk.split((heads, kv_heads), dim=1), (w.q_norm, w.k_norm), strict=True)
             qk = torch.cat([F.rms_norm(t, (self.dims.head_dim,), norm, self.dims.norm_eps) for t, norm in parts], dim=1)
         leaves = [t.detach().requires_grad_() for t in (*rotary(qk, self.cos, self.sin).split((heads, kv_heads), dim=1), v)]
-        r = self.rows
         with torch.enable_grad():
-            out = varlen_attention(*leaves, r.cu_seqlens_q, r.cu_seqlens_k, r.max_q, r.max_k, self.dims.head_dim**-0.5)
+            out = varlen_attention(*leaves, self.bounds, self.bounds, self.longest, self.longest, self.dims.head_dim**-0.5)
         return leaves[0], leaves[1], leaves[2], out
 
     def _heads_backward(self, w: LayerWeights, qkv: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ class BackwardPass:
     def _adapted(self, layer: int, group: str, x: Tensor, y: Tensor) -> Tensor:
         """y + the job's adapter on x, as the forward computed it."""
         if self.state.job.dropout:
-            options = {"micro_batch": self.rows.micro_batch, "offset": 0}
+            options = {"micro_batch": self.span.micro_batch, "offset": 0}
             return y + dropped_group(self.state.job, self.dims, x, self.state.compute, layer, group, **options)
         return self.table.add_(layer, group, y, x, self.layout, self.table.low(layer, group, x, self.layout))
 
@@ -138,7 +140,7 @@ class BackwardPass:
             return
         leaf = x.detach().requires_grad_()
         pairs = {key: tuple(t.detach().requires_grad_() for t in self.state.master[key]) for key in keys}
-        options = {"micro_batch": self.rows.micro_batch, "offset": 0}
+        options = {"micro_batch": self.span.micro_batch, "offset": 0}
         with torch.enable_grad():
             out = dropped_group(self.state.job, self.dims, leaf, pairs, layer, group, **options)
         d_leaf, *gradients = torch.autograd.grad(out, [leaf, *(t for key in keys for t in pairs[key])], dy)

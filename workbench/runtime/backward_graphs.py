@@ -14,8 +14,9 @@ from torch import Tensor
 from kernels.layout import SegmentLayout
 from workbench.runtime.backward import BackwardPass, top_gradient
 from workbench.runtime.finetune import TrainState
-from workbench.runtime.inputs import TrainRows, token_bucket
+from workbench.runtime.inputs import TrainSpan, token_bucket
 from workbench.runtime.kv_cache import Arena
+from workbench.runtime.recording import Recorder, Replayable
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights
 
@@ -45,7 +46,7 @@ class _Kind:
     bounds: Tensor
     layout: SegmentLayout
     grads: tuple[Tensor, Tensor]
-    graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    graphs: dict[int, Replayable] = field(default_factory=dict)
     found: dict[int, dict[int, Tensor]] = field(default_factory=dict)
 
 
@@ -56,18 +57,18 @@ class RecordedPass:
     its step fails; before a longer one the gradient is copied to the arena.
     """
 
-    def __init__(self, fused: FusedWeights, kind: _Kind, rows: TrainRows) -> None:
-        self.fused, self.kind, self.rows = fused, kind, rows
+    def __init__(self, fused: FusedWeights, kind: _Kind, span: TrainSpan) -> None:
+        self.fused, self.kind, self.span = fused, kind, span
         self._held: int | None = None  # layers left below the gradient that the graphs' own buffer holds
 
     def top(self, arena: Arena) -> Tensor:
         """d loss / d (output of the last layer) [T, H]."""
         self._held = None
-        return top_gradient(self.fused, arena, self.rows)
+        return top_gradient(self.fused, arena, self.span)
 
     def resume(self, layers_left: int, num_layers: int, arena: Arena) -> Tensor:
         """As `BackwardPass.resume`."""
-        kept = arena.grad[self.rows.arena : self.rows.arena + self.rows.tokens]
+        kept = arena.grad[self.span.arena : self.span.arena + self.span.tokens]
         if self._held != layers_left:
             return kept
         grad = self._input(layers_left - 1)
@@ -81,7 +82,7 @@ class RecordedPass:
         self._held = layers_left
 
     def _input(self, index: int) -> Tensor:
-        return self.kind.grads[index % 2][: self.rows.tokens]
+        return self.kind.grads[index % 2][: self.span.tokens]
 
     def layer(self, index: int, arena: Arena, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
         """d loss / d (input of layer `index`) [T, H] (None at layer 0), and fp32 gradients by parameter.
@@ -103,22 +104,21 @@ class BackwardGraphs:
         """cos and sin [positions, D]."""
         self.fused, self.table, self.cos, self.sin = fused, table, cos, sin
         self.recorded: dict[BackwardKey, _Kind] = {}
-        self.memory = None
+        self.recorder = Recorder(cos.device)
         # By (arena row, rank, targets). What a graph allocates while it is recorded is overwritten by other graphs of the same memory.
         self._gradients: dict[tuple[int, int, tuple[str, ...]], list[Tensor]] = {}
 
-    def begin(self, state: TrainState, rows: TrainRows, positions: Tensor, arena: Arena) -> RecordedPass | None:
-        """The backward of a micro-batch whose forward is complete; None where no graph can run it."""
-        key = self.key(state, rows.tokens, rows.cu_seqlens_q.shape[0] - 1, rows.arena, arena)
+    def begin(self, state: TrainState, span: TrainSpan, bounds: Tensor, positions: Tensor, arena: Arena) -> RecordedPass | None:
+        """The backward of a micro-batch whose forward is complete; None where no graph can run it. `bounds` as for `BackwardPass`."""
+        key = self.key(state, span.tokens, len(span.queries), span.arena, arena)
         if key is None:
             return None
         kind = self._find(key, state, arena)
-        kind.cos[: rows.tokens], kind.sin[: rows.tokens] = self.cos[positions], self.sin[positions]
-        documents = rows.cu_seqlens_q.shape[0]
-        kind.bounds[:documents] = rows.cu_seqlens_q
-        kind.bounds[documents:] = rows.tokens
-        kind.layout.resize_(state.entry, rows.tokens)
-        return RecordedPass(self.fused, kind, rows)
+        kind.cos[: span.tokens], kind.sin[: span.tokens] = self.cos[positions], self.sin[positions]
+        kind.bounds[: bounds.shape[0]] = bounds
+        kind.bounds[bounds.shape[0] :] = span.tokens
+        kind.layout.resize_(state.entry, span.tokens)
+        return RecordedPass(self.fused, kind, span)
 
     def recordings(self, state: TrainState, arena: Arena) -> list[Callable[[], object]]:
         """What records the kinds of micro-batch that the job has, at the arena's first row, one call each."""
@@ -145,28 +145,23 @@ class BackwardGraphs:
         device, tokens = self.cos.device, key.tokens
         bounds = torch.full((key.documents + 1,), tokens, dtype=torch.int32, device=device)
         bounds[0] = 0
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        rows = TrainRows("", True, 0, 0, tokens, 0, key.arena, key.arena, bounds, bounds, tokens, tokens, nothing, nothing, 1.0)
+        span = TrainSpan("", True, 0, 0, tokens, 0, key.arena, [tokens], [0], [tokens], [], [], 1.0)
         cos, sin = self.cos[:1].repeat(tokens, 1), self.sin[:1].repeat(tokens, 1)
-        work = BackwardPass(self.fused, self.table, state, rows, cos, sin)
+        work = BackwardPass(self.fused, self.table, state, span, bounds, cos, sin)
         kind = _Kind(cos, sin, bounds, work.layout, (torch.zeros_like(arena.grad[:tokens]), torch.zeros_like(arena.grad[:tokens])))
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # compiles what is not compiled yet
-            work.layer(self.fused.dims.num_layers - 1, arena, kind.grads[0])
-            work.layer(0, arena, kind.grads[0])
-        torch.cuda.current_stream(device).wait_stream(stream)
+
+        def run(index: int) -> None:
+            _, found = work.layer(index, arena, kind.grads[index % 2], out=kind.grads[(index + 1) % 2])
+            kind.found[index] = {i: gradients[i] for i in found}
+            if found:  # none with EngineConfig(lora="off")
+                torch._foreach_copy_(list(kind.found[index].values()), list(found.values()))  # pyright: ignore[reportPrivateImportUsage]
+
         place = (key.arena, key.rank, key.targets)
         if place not in self._gradients:
             self._gradients[place] = [torch.empty_like(t) for t in state.params]
         gradients = self._gradients[place]
+        for index in (self.fused.dims.num_layers - 1, 0):
+            self.recorder.warm_up(partial(run, index))
         for index in range(self.fused.dims.num_layers):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory):
-                _, found = work.layer(index, arena, kind.grads[index % 2], out=kind.grads[(index + 1) % 2])
-                kind.found[index] = {i: gradients[i] for i in found}
-                if found:  # none with EngineConfig(lora="off")
-                    torch._foreach_copy_(list(kind.found[index].values()), list(found.values()))  # pyright: ignore[reportPrivateImportUsage]
-            self.memory = self.memory or graph.pool()
-            kind.graphs[index] = graph
+            kind.graphs[index] = self.recorder.record(partial(run, index))
         return kind

@@ -30,8 +30,8 @@ from workbench.runtime.graphs import DecodeGraphs
 from workbench.runtime.jobs import JobHandle, restore_state
 from workbench.runtime.kv_cache import Arena, KVPool
 from workbench.runtime.memory import fit, resolve_device, resolve_dtype
+from workbench.runtime.mixed_graphs import MixedGraphs
 from workbench.runtime.parts import Parts
-from workbench.runtime.pieces import PieceGraphs
 from workbench.runtime.virtual import pin
 from workbench.runtime.weights import assert_aliases, fuse, load_base, random_base
 from workbench.runtime.weights import tokenizer as load_tokenizer
@@ -72,7 +72,8 @@ class Engine(EngineMeasuring):
         self._table = table
         uses_graphs = config.graphs and self.device.type == "cuda"
         self._graphs = DecodeGraphs(self.runner, self._limits.max_model_len) if uses_graphs else None
-        self.runner.pieces = PieceGraphs(self.runner, config.max_batch_tokens) if uses_graphs else None
+        if uses_graphs:
+            self.runner.mixed = MixedGraphs(self.runner, config.max_batch_tokens, config.max_requests, self._limits.max_model_len)
         self._backward_graphs = BackwardGraphs(self.fused, table, self.runner.cos, self.runner.sin) if uses_graphs else None
         self._commands: deque[Command] = deque()
         self._seed = 0

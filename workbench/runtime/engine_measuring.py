@@ -61,8 +61,8 @@ class EngineMeasuring(EngineStep):
                 self._table.expect(self._versions[version].tensors)
             has_adapters, arena = bool(self._current), self.runner.arena
             recordings = self._graphs.recordings(self.config.max_requests, has_adapters=has_adapters)
-            if self.runner.pieces is not None:
-                recordings += self.runner.pieces.recordings(has_adapters=has_adapters, keeps=arena is not None)
+            if self.runner.mixed is not None:
+                recordings += self.runner.mixed.recordings(has_adapters=has_adapters, trains=arena is not None)
             for state in self._states.values():
                 if self._backward_graphs is not None and arena is not None:
                     recordings += self._backward_graphs.recordings(state, arena)

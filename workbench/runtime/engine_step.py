@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from workbench.runtime.finetune import TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
 from workbench.runtime.graphs import ROW_BUCKETS, DecodeBatch, DecodeGraphs
 from workbench.runtime.guards import deterministic_algorithms, elapsed_s, mark, uninterrupted
-from workbench.runtime.inputs import StepInputs, build, token_bucket, train_rows
+from workbench.runtime.inputs import PackedStep, pack, train_span
 from workbench.runtime.memory import MemoryReport
 from workbench.runtime.packed import PackedTensors
 from workbench.runtime.sampling import request_seed, sample
@@ -110,10 +111,10 @@ class EngineStep(EngineAdapters):
 
     def _forward(self, batch: Batch) -> ForwardOutput:
         if self._graphs is None or len(batch.segments) > ROW_BUCKETS[-1] or any(s.kind != "decode" for s in batch.segments):
-            with self.runner.parts("inputs"):
-                inputs = self._inputs(batch)
-            self._table.wait(inputs.layout.slots)  # not before: the copies of a load and the building of inputs overlap
-            return self.runner.forward(inputs, self._dropout_states())
+            with self.runner.parts("pack"):
+                packed = self._pack(batch)
+            self._table.wait(packed.slots)  # not before: the copies of a load and the packing overlap
+            return self.runner.forward(packed, self._dropout_states())
         slot_of = {version: slot for slot, version in self._slots.items()}
         segments = batch.segments
         assert all(s.end == len(self._sequences[s.owner].tokens) for s in segments), "a decode takes its sequence's last token"
@@ -144,13 +145,7 @@ class EngineStep(EngineAdapters):
         self._table.load(slot, self._versions[version])
         self._slots[slot] = version
 
-    def _bucket(self, batch: Batch) -> int | None:
-        """The bucket of recorded pieces that can run the batch, if any (dropout has masks of its own)."""
-        if self.runner.pieces is None or self._dropout_states():
-            return None
-        return token_bucket(batch.num_tokens, self.runner.pieces.max_tokens)
-
-    def _inputs(self, batch: Batch) -> StepInputs:
+    def _pack(self, batch: Batch) -> PackedStep:
         slot_of = {version: slot for slot, version in self._slots.items()}
         dropout = self._dropout_states()
 
@@ -170,15 +165,13 @@ class EngineStep(EngineAdapters):
             assert s.end <= len(tokens) and s.samples == (s.end == len(tokens)), f"segment {s} does not fit {len(tokens)} known tokens"
             return tokens[s.start : s.end]
 
-        return build(
+        return pack(
             batch,
             tokens_of=tokens_of,
             documents_of=self._documents,
             entry_of=entry_of,
             scale_of=scale_of,
             block_tokens=self.config.block_tokens,
-            device=self.device,
-            bucket=self._bucket(batch),
         )
 
     def _documents(self, segment: Segment) -> list[Document]:
@@ -212,14 +205,15 @@ class EngineStep(EngineAdapters):
         state, layers = self._states[work.owner], self.fused.dims.num_layers
         if work.top_layer == layers:
             segment = Segment("finetune", work.owner, work.adapter, 0, 0, work.tokens, micro_batch=work.micro_batch, rows=work.rows)
-            rows, _, positions = train_rows(segment, self._documents(segment), first=0, scale=1.0, device=self.device)
+            span, _, positions = train_span(segment, self._documents(segment), first=0, scale=1.0)
             places = torch.tensor(positions, device=self.device)
+            bounds = torch.tensor([0, *accumulate(span.queries)], dtype=torch.int32, device=self.device)
             runner, recorded = self.runner, None
             assert runner.arena is not None
             if self._backward_graphs is not None:
-                recorded = self._backward_graphs.begin(state, rows, places, runner.arena)
+                recorded = self._backward_graphs.begin(state, span, bounds, places, runner.arena)
             if recorded is None:
-                recorded = BackwardPass(self.fused, self._table, state, rows, runner.cos[places], runner.sin[places])
+                recorded = BackwardPass(self.fused, self._table, state, span, bounds, runner.cos[places], runner.sin[places])
             self._trainers[work.owner] = recorded
         expected = layers if work.top_layer == layers else state.layers_left
         assert work.top_layer == expected, f"{work.owner}: the backward stands at layer {expected}, the batch says {work.top_layer}"

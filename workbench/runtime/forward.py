@@ -21,18 +21,18 @@ from workbench.runtime.attention import StepAttention
 from workbench.runtime.backward import BackwardPass
 from workbench.runtime.backward_graphs import RecordedPass
 from workbench.runtime.finetune import TrainState, dropped_group
-from workbench.runtime.inputs import LayerRows, StepInputs, TrainRows
+from workbench.runtime.inputs import PackedStep, StepInputs, TrainSpan, on_device
 from workbench.runtime.kv_cache import Arena, KVPool
+from workbench.runtime.mixed_graphs import MixedGraphs
 from workbench.runtime.parts import Parts
-from workbench.runtime.pieces import PieceGraphs
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights
 
 
 @dataclass(slots=True)
 class ForwardOutput:
-    """Logits [number of samples, V] of the rows that sample, the last layer's output [T, H] (None from a recorded graph), the segments
-    that sample, the logits' argmax (where a graph made it too), and (loss sum, labelled tokens) by owner.
+    """Logits [number of samples, V] of the rows that sample, the last layer's output behind the final norm [T, H] (None from a recorded
+    decode step), the segments that sample, the logits' argmax (where a graph made it too), and (loss sum, labelled tokens) by owner.
     """
 
     logits: Tensor
@@ -59,62 +59,75 @@ class Runner:
     def __init__(self, fused: FusedWeights, pool: KVPool, table: AdapterTable, max_model_len: int, device: torch.device) -> None:
         self.fused, self.pool, self.table, self.device = fused, pool, table, device
         self.arena: Arena | None = None
-        self.pieces: PieceGraphs | None = None
+        self.mixed: MixedGraphs | None = None
         self.parts = Parts()
         cos, sin = fused.rope(max_model_len)
         self.cos, self.sin = cos.to(device).contiguous(), sin.to(device).contiguous()
 
-    def forward(self, inputs: StepInputs, dropout: Mapping[str, TrainState]) -> ForwardOutput:
-        """The packed forward. `dropout` names the jobs whose finetune rows go through dropout (they are left out of `inputs.layout`)."""
-        if self.pieces is not None and inputs.bucket is not None:
-            return self.outputs(inputs, *self.pieces.layers(inputs))
-        dropped = [(rows, dropout[rows.owner]) for rows in inputs.train if rows.is_finetune and rows.owner in dropout]
-        trains = bool(inputs.num_train_rows)
-        rows = LayerRows(inputs.token_ids, inputs.positions, inputs.places, inputs.layout, trains, inputs.keeps, dropped)
-        return self.outputs(inputs, *self._layers(inputs, rows))
+    @property
+    def arena_rows(self) -> int:
+        """How many rows of fine-tuning there is room for."""
+        return 0 if self.arena is None else self.arena.grad.shape[0]
 
     @torch.no_grad()
-    def _layers(self, inputs: StepInputs, rows: LayerRows) -> tuple[Tensor, Tensor]:
-        """The last layer's output [T, H], and behind the final norm."""
-        dims = self.fused.dims
-        attend = self.attention(inputs)
-        x, h = self.embed(rows)
-        o = torch.empty((inputs.num_tokens, dims.num_heads, dims.head_dim), dtype=x.dtype, device=x.device)
-        for layer in range(dims.num_layers):
-            with self.parts("before attention"):
-                q = self.before_attention(layer, x, h, rows)
-            with self.parts("attention"):
-                attend(layer, q, o)
-            with self.parts("after attention"):
-                h = self.after_attention(layer, x, o, rows)
-        self.keep_last(x, rows)
-        return x, h
-
-    def attention(self, inputs: StepInputs) -> StepAttention:
-        """The attention of one step."""
-        return StepAttention(inputs, self.pool, self.arena, self.fused.dims.head_dim**-0.5)
-
-    @torch.no_grad()
-    def outputs(self, inputs: StepInputs, x: Tensor, h: Tensor) -> ForwardOutput:
-        """Logits of the rows that sample, and the losses, from the last layer's output x [T, H] and its norm h [T, H]."""
+    def forward(self, step: PackedStep, dropout: Mapping[str, TrainState]) -> ForwardOutput:
+        """The packed forward, recorded where it can be. `dropout` names the jobs whose finetune rows go through dropout: their rows have no
+        entry of the adapter table.
+        """
+        recorded = None if self.mixed is None or dropout else self.mixed.run(step)
+        if recorded is not None:
+            out = ForwardOutput(recorded.logits, recorded.hidden, step.sampled, recorded.greedy)
+            self._losses(step, recorded.hidden, recorded.labelled, recorded.labels, out)
+            return out
+        inputs = on_device(step, self.device)
+        inputs.dropped = [(span, dropout[span.owner]) for span in step.train if span.is_finetune and span.owner in dropout]
+        h = self.layers(inputs)
         with self.parts("logits"):
-            out = ForwardOutput(F.linear(h[inputs.samples], self.fused.lm_head), x, inputs.sampled)
-        for rows in inputs.train:
-            with self.parts("loss"):
-                self._loss(rows, h, out)
+            out = ForwardOutput(F.linear(h[inputs.samples], self.fused.lm_head), h, step.sampled)
+        labelled, labels = (
+            torch.tensor([n for span in step.train for n in numbers(span)], dtype=torch.int64).to(self.device)
+            for numbers in (lambda span: span.labelled, lambda span: span.labels)
+        )
+        self._losses(step, h, labelled, labels, out)
         return out
 
-    def embed(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def layers(self, inputs: StepInputs) -> Tensor:
+        """The last layer's output behind the final norm [T, H]."""
+        attend = StepAttention(inputs, self.pool, self.arena, self.fused.dims.head_dim**-0.5)
+        x, h = self.embed(inputs)
+        for layer in range(self.fused.dims.num_layers):
+            with self.parts("before attention"):
+                q = self.before_attention(layer, x, h, inputs)
+            with self.parts("attention"):
+                o = attend(layer, q)
+            with self.parts("after attention"):
+                h = self.after_attention(layer, x, o, inputs)
+        if inputs.keeps:
+            assert self.arena is not None
+            keep_rows_(self.arena.x[self.fused.dims.num_layers], x, inputs.places)  # which the backward begins from
+        return h
+
+    def _losses(self, step: PackedStep, h: Tensor, labelled: Tensor, labels: Tensor, out: ForwardOutput) -> None:
+        """The losses of all spans; `labelled` and `labels` list theirs one behind the other."""
+        first = 0
+        for span in step.train:
+            here = slice(first, first + len(span.labels))
+            first = here.stop
+            with self.parts("loss"):
+                self._loss(span, labelled[here], labels[here], h, out)
+
+    def embed(self, rows: StepInputs) -> tuple[Tensor, Tensor]:
         """The first layer's input x [T, H], and its norm."""
         x = F.embedding(rows.token_ids, self.fused.embed)
         return add_rms_norm(x, None, self.fused.layers[0].input_norm, self.fused.dims.norm_eps)
 
-    def before_attention(self, layer: int, x: Tensor, h: Tensor, rows: LayerRows, out: Tensor | None = None) -> Tensor:
+    def before_attention(self, layer: int, x: Tensor, h: Tensor, rows: StepInputs) -> Tensor:
         """The rotated queries [T, Nq, D] of the layer's input x [T, H] and its norm h; keys and values go to their places, kept rows to the
-        arena. The projection [T, (Nq + 2 Nkv) D] is written to `out` where it is given; the queries are a part of it.
+        arena.
         """
         w, dims, arena = self.fused.layers[layer], self.fused.dims, self.arena
-        qkv = self._linear(layer, "qkv", h, w.qkv, w.qkv_bias, rows, out)
+        qkv = self._linear(layer, "qkv", h, w.qkv, w.qkv_bias, rows)
         if rows.keeps:
             assert arena is not None
             keep_rows_(arena.x[layer], x, rows.places)
@@ -123,13 +136,13 @@ class Runner:
         heads = qkv.view(x.shape[0], -1, dims.head_dim)
         norms = None if w.q_norm is None or w.k_norm is None else (w.q_norm, w.k_norm)
         pool, kept = (self.pool.k[layer], self.pool.v[layer]), None
-        if rows.trains:
+        if rows.documents is not None:
             assert arena is not None
             kept = (arena.k[layer], arena.v[layer])
         place_qkv_(heads, rows.positions, self.cos, self.sin, norms, dims.norm_eps, pool, kept, rows.places)
         return heads[:, : dims.num_heads]
 
-    def after_attention(self, layer: int, x: Tensor, o: Tensor, rows: LayerRows) -> Tensor:
+    def after_attention(self, layer: int, x: Tensor, o: Tensor, rows: StepInputs) -> Tensor:
         """Turns x [T, H] from the layer's input into its output, given the attention's output o [T, Nq, D]; returns the norm of x for what
         comes next.
         """
@@ -143,26 +156,17 @@ class Runner:
         y = self._linear(layer, "down", a, w.down, None, rows)
         return add_rms_norm(x, y, fused.final_norm if last else fused.layers[layer + 1].input_norm, eps, out=x)[1]
 
-    def keep_last(self, x: Tensor, rows: LayerRows) -> None:
-        """Keep the last layer's output, which the backward begins from."""
-        if rows.keeps:
-            assert self.arena is not None
-            keep_rows_(self.arena.x[self.fused.dims.num_layers], x, rows.places)
-
-    def _linear(
-        self, layer: int, group: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: LayerRows, out: Tensor | None = None
-    ) -> Tensor:
-        """x W^T + bias + each row's own adapter [T, N], written to `out` where it is given."""
+    def _linear(self, layer: int, group: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: StepInputs) -> Tensor:
+        """x W^T + bias + each row's own adapter [T, N]."""
         low = self.table.low(layer, group, x, rows.layout)
-        y = F.linear(x, weight, bias) if out is None else _linear_into(out, x, weight, bias)
-        y = self.table.add_(layer, group, y, x, rows.layout, low)
+        y = self.table.add_(layer, group, F.linear(x, weight, bias), x, rows.layout, low)
         for train, state in rows.dropped:
             here = slice(train.first, train.first + train.tokens)
             options = {"micro_batch": train.micro_batch, "offset": train.offset}
             y[here] += dropped_group(state.job, self.fused.dims, x[here], state.compute, layer, group, **options)
         return y
 
-    def _gated(self, layer: int, h: Tensor, weight: Tensor, rows: LayerRows, kept: Tensor | None) -> Tensor:
+    def _gated(self, layer: int, h: Tensor, weight: Tensor, rows: StepInputs, kept: Tensor | None) -> Tensor:
         """swiglu(gate_up(h)) [T, I], gate_up's kept rows in `kept`."""
         # Where nothing is kept, the two ops apart are as fast for hundreds of rows, and faster for a few of high rank.
         low = None if rows.dropped or kept is None else self.table.low(layer, "gate_up", h, rows.layout)
@@ -173,17 +177,17 @@ class Runner:
             keep_rows_(kept, gate_up, rows.places)
         return swiglu(gate_up)
 
-    def _loss(self, rows: TrainRows, h: Tensor, out: ForwardOutput) -> None:
-        """Add the loss of the labelled rows of h [T, H] (behind the final norm); finetune rows leave its gradient in the arena."""
-        loss, grad = linear_cross_entropy(h[rows.labelled], self.fused.lm_head, rows.labels, rows.scale, need_grad=rows.is_finetune)
-        into = out.losses if rows.is_finetune else out.eval_losses
-        total, count = into.get(rows.owner, (torch.zeros_like(loss), 0))
-        into[rows.owner] = (total + loss, count + rows.labels.shape[0])
-        if rows.is_finetune:
+    def _loss(self, span: TrainSpan, labelled: Tensor, labels: Tensor, h: Tensor, out: ForwardOutput) -> None:
+        """Add the loss of the span's labelled rows of h [T, H] (behind the final norm); finetune rows leave its gradient in the arena."""
+        loss, grad = linear_cross_entropy(h[labelled], self.fused.lm_head, labels, span.scale, need_grad=span.is_finetune)
+        into = out.losses if span.is_finetune else out.eval_losses
+        total, count = into.get(span.owner, (torch.zeros_like(loss), 0))
+        into[span.owner] = (total + loss, count + labels.shape[0])
+        if span.is_finetune:
             assert self.arena is not None
-            self.arena.grad[rows.arena : rows.arena + rows.tokens] = 0
+            self.arena.grad[span.arena : span.arena + span.tokens] = 0
             if grad is not None:
-                self.arena.grad[rows.labelled - rows.first + rows.arena] = grad.to(self.arena.grad.dtype)
+                self.arena.grad[labelled - span.first + span.arena] = grad.to(self.arena.grad.dtype)
 
     def backward(self, work: Backward, trainer: BackwardPass | RecordedPass, should_stop: Callable[[], bool]) -> BackwardOutput:
         """`work.num_layers` layers downwards from `work.top_layer`, fewer if `should_stop` says so between two layers."""
@@ -213,8 +217,3 @@ class Runner:
             return time.perf_counter() - started_s >= stop_after_s
 
         return should_stop
-
-
-def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias, in `out`."""
-    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)

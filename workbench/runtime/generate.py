@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.config import require
 from workbench.core import Request, Sampling, Segment
 from workbench.data import Document
-from workbench.runtime.inputs import build
+from workbench.runtime.inputs import pack
 
 if TYPE_CHECKING:
     from workbench.runtime.engine import Engine
@@ -104,14 +104,13 @@ def _evaluate(engine: "Engine", documents: list[Document], entry: int | None) ->
     engine.allocate_arena()
     lengths = tuple(len(d.token_ids) for d in documents)
     segment = Segment("evaluate", "nll", None, 0, 0, sum(lengths), micro_batch=0, rows=0, documents=lengths)
-    inputs = build(
+    step = pack(
         Batch(0, (segment,)),
         tokens_of=lambda s: (),
         documents_of=lambda s: documents,
         entry_of=lambda s: entry,
         scale_of=lambda s: 1.0,
         block_tokens=engine.config.block_tokens,
-        device=engine.device,
     )
-    loss, labelled = runner.forward(inputs, {}).eval_losses["nll"]
+    loss, labelled = runner.forward(step, {}).eval_losses["nll"]
     return float(loss), labelled

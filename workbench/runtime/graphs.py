@@ -11,11 +11,13 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.layout import SegmentLayout, few_tiles, tile_height
 from workbench.runtime.inputs import StepInputs
 from workbench.runtime.kv_cache import KVPool
+from workbench.runtime.recording import Recorder, Replayable
 from workbench.runtime.staging import Staging
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -50,7 +52,7 @@ class _Recorded:
     in its table.
     """
 
-    graph: torch.cuda.CUDAGraph
+    graph: Replayable
     inputs: StepInputs
     staging: Staging
     logits: Tensor
@@ -64,7 +66,7 @@ class DecodeGraphs:
     def __init__(self, runner, max_model_len: int) -> None:
         self.runner, self.max_model_len = runner, max_model_len
         self.recorded: dict[Key, _Recorded] = {}
-        self.memory = None
+        self.recorder = Recorder(runner.device)
 
     def run(self, batch: DecodeBatch) -> tuple[Tensor, Tensor]:
         """Logits [rows, V] and their argmax [rows] of at most `ROW_BUCKETS[-1]` decode rows; valid until the next step."""
@@ -110,18 +112,16 @@ class DecodeGraphs:
         write_rows(staging.host, DecodeBatch([], [], [], []), decode_tiles([], TILE_ROWS), held, pool)  # padding rows alone
         staging.upload()
         inputs = self._inputs(staging, context, has_adapters)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # compiles what is not compiled yet; padding rows leave no trace
-            for _ in range(2):
-                self.runner.forward(inputs, {}).logits.argmax(-1)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            logits = self.runner.forward(inputs, {}).logits
-            greedy = logits.argmax(-1)
-        self.memory = self.memory or graph.pool()
-        return _Recorded(graph, inputs, staging, logits, greedy, held)
+        outputs: list[Tensor] = []
+
+        def run() -> None:
+            logits = F.linear(self.runner.layers(inputs), self.runner.fused.lm_head)
+            outputs[:] = logits, logits.argmax(-1)
+
+        for _ in range(2):  # padding rows leave no trace
+            self.recorder.warm_up(run)
+        graph = self.recorder.record(run)
+        return _Recorded(graph, inputs, staging, *outputs, held)
 
     def _inputs(self, staging: Staging, context: int, has_adapters: bool) -> StepInputs:
         """Inputs that read the staged arrays."""
@@ -136,17 +136,16 @@ class DecodeGraphs:
         return StepInputs(
             token_ids=there["token_ids"],
             positions=there["positions"],
-            layout=replace(layout, tiles=there["tiles"]),
-            train=[],
-            num_train_rows=0,
             places=there["places"],
+            layout=replace(layout, tiles=there["tiles"]),
+            documents=None,
+            keeps=False,
             block_tables=there["block_tables"],
             cu_seqlens_q=torch.arange(bucket + 1, dtype=torch.int32, device=device),
             context_lens=there["context_lens"],
             max_seqlen_q=1,
             max_context=context,
             samples=torch.arange(bucket, device=device),
-            sampled=[],
         )
 
 

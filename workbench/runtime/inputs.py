@@ -1,6 +1,6 @@
-"""From a Batch to the tensors of one step.
+"""From a Batch to the packed rows of one step, on the host (`pack`) and on the device (`on_device`).
 
-Legend: T packed tokens, F of them fine-tune and evaluate rows (they come first), N inference sequences, M blocks of the longest.
+Legend: T packed tokens (fine-tune and evaluate rows come first), D documents of the latter, N sequences, M blocks of the longest.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.layout import SegmentLayout, bare_runs, cut_runs, few_tiles, merge_runs, tile_height
+from kernels.layout import SegmentLayout, Tile, few_tiles, tile_height, tiles_of
 from workbench.core import Batch, Segment
 from workbench.data import Document
 
@@ -23,10 +23,11 @@ TOKEN_BUCKETS = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 76
 
 
 @dataclass(slots=True)
-class TrainRows:
+class TrainSpan:
     """One finetune or evaluate segment, or a whole micro-batch in the backward pass, over documents that do not see one another.
 
-    Packed rows [first, first + tokens); arena rows [arena, arena + tokens); its keys are arena rows [keys, arena + tokens).
+    Packed rows [first, first + tokens); arena rows [arena, arena + tokens). `queries` counts each document's rows; its keys are the
+    `keys` arena rows from `key_starts` on. `labelled` lists the packed rows that have a label, `labels` their labels.
     `offset` is the place of the first token in the micro-batch: the row number that dropout counts by.
     """
 
@@ -37,60 +38,100 @@ class TrainRows:
     tokens: int
     offset: int
     arena: int
-    keys: int
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_q: int
-    max_k: int
-    labelled: Tensor  # packed row of each label
-    labels: Tensor
+    queries: list[int]
+    key_starts: list[int]
+    keys: list[int]
+    labelled: list[int]
+    labels: list[int]
     scale: float
 
 
 @dataclass(slots=True)
-class StepInputs:
-    """Everything the forward needs. `samples` lists the packed rows whose logits are sampled, in the order of `sampled`."""
+class Documents:
+    """The documents of the fine-tune and evaluate rows on the device, for `kernels.varlen_attention`: D of them, and some empty ones.
 
-    token_ids: Tensor  # [T]
-    positions: Tensor  # [T]
-    layout: SegmentLayout
-    train: list[TrainRows]
-    num_train_rows: int
-    places: Tensor  # [T]: where keys and values go, as in kernels.qkv
-    block_tables: Tensor  # [N, M]
-    cu_seqlens_q: Tensor  # [N + 1]
-    context_lens: Tensor  # [N]
-    max_seqlen_q: int
-    max_context: int
-    samples: Tensor
+    cu_seqlens_q [D + 1], key_starts [D + 1] (rows of the arena; the last says nothing) and key_lens [D], int32; `max_q` and `max_k` bound
+    their lengths.
+    """
+
+    cu_seqlens_q: Tensor
+    key_starts: Tensor
+    key_lens: Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def of(cls, train: Sequence[TrainSpan], device: torch.device) -> "Documents":
+        """Those of these spans, in packed order."""
+        queries, keys = ([n for span in train for n in getattr(span, name)] for name in ("queries", "keys"))
+        starts = [n for span in train for n in span.key_starts]
+        bounds = (_cumulative(queries, device), _int32([*starts, 0], device), _int32(keys, device))
+        return cls(*bounds, max(queries), max(keys))
+
+
+@dataclass(slots=True)
+class PackedStep:
+    """The packed rows of a step on the host: fine-tune and evaluate rows first, then each sequence's.
+
+    `entries` says (entry of the adapter table or None, rows) in packed order. Sequence n has `queries[n]` rows, `contexts[n]` tokens in the
+    cache once the step has stored its own, and lies in `blocks[n]`. `samples` lists the packed rows that are sampled, in the order of
+    `sampled`.
+    """
+
+    token_ids: list[int]
+    positions: list[int]
+    places: np.ndarray
+    entries: list[tuple[int | None, int]]
+    train: list[TrainSpan]
+    queries: list[int]
+    contexts: list[int]
+    blocks: list[tuple[int, ...]]
+    samples: list[int]
     sampled: list[Segment]
-    bucket: int | None = None  # rows of the adapter layout, where it was padded for a recorded graph
 
     @property
     def num_tokens(self) -> int:
-        return self.token_ids.shape[0]
+        return len(self.token_ids)
+
+    @property
+    def num_train_rows(self) -> int:
+        return sum(span.tokens for span in self.train)
 
     @property
     def keeps(self) -> bool:
         """Whether there are rows that a backward will need again."""
-        return any(rows.is_finetune for rows in self.train)
+        return any(span.is_finetune for span in self.train)
+
+    @property
+    def slots(self) -> set[int]:
+        """The entries of the adapter table that some row reads."""
+        return {entry for entry, rows in self.entries if entry is not None and rows}
 
 
 @dataclass(slots=True)
-class LayerRows:
-    """What the layers see of a step's packed rows: everything but who attends to whom.
+class StepInputs:
+    """Everything the layers need, on the device. `documents` is None without fine-tune and evaluate rows; N may be 0.
 
-    `trains` says whether some rows have places in the arena, `keeps` whether a backward will need them, `dropped` names the finetune rows
-    that go through dropout (they are left out of `layout`).
+    Rows behind those of the last sequence are padding: nobody attends to them, and they write nowhere that anybody reads.
     """
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]
-    places: Tensor  # [T]
+    places: Tensor  # [T]: where keys and values go, as in kernels.qkv
     layout: SegmentLayout
-    trains: bool
+    documents: Documents | None
     keeps: bool
-    dropped: Sequence[tuple[TrainRows, "TrainState"]] = ()
+    block_tables: Tensor  # [N, M]
+    cu_seqlens_q: Tensor  # [N + 1], from the first row that is no fine-tune row
+    context_lens: Tensor  # [N]
+    max_seqlen_q: int
+    max_context: int
+    samples: Tensor  # packed rows whose logits are wanted
+    dropped: Sequence[tuple[TrainSpan, "TrainState"]] = ()  # finetune rows that go through dropout: left out of `layout`
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
 
 
 def token_bucket(tokens: int, max_tokens: int) -> int | None:
@@ -111,10 +152,8 @@ def spans(documents: Sequence[int], start: int, tokens: int) -> list[tuple[int, 
     return pieces
 
 
-def train_rows(
-    segment: Segment, documents: Sequence[Document], *, first: int, scale: float, device: torch.device
-) -> tuple[TrainRows, list[int], list[int]]:
-    """The rows of one finetune or evaluate segment, with its token ids and positions."""
+def train_span(segment: Segment, documents: Sequence[Document], *, first: int, scale: float) -> tuple[TrainSpan, list[int], list[int]]:
+    """The rows of one finetune or evaluate segment from packed row `first` on, with its token ids and positions."""
     assert segment.rows is not None and segment.micro_batch is not None
     token_ids: list[int] = []
     positions: list[int] = []
@@ -125,39 +164,36 @@ def train_rows(
         labels += documents[index].labels[low:high]
         positions += range(low, high)
     assert len(token_ids) == segment.tokens, "a segment reaches beyond its micro-batch"
-    queries, keys = [high - low for _, low, high in pieces], [high for _, _, high in pieces]
-    labelled = [i for i, label in enumerate(labels) if label is not None]
-    rows = TrainRows(
+    arena = segment.rows + segment.start
+    # the documents of a micro-batch lie one behind the other in the arena
+    starts = [arena + done - low for done, (_, low, _) in zip(accumulate([0, *(high - low for _, low, high in pieces)]), pieces)]
+    span = TrainSpan(
         owner=segment.owner,
         is_finetune=segment.kind == "finetune",
         micro_batch=segment.micro_batch,
         first=first,
         tokens=segment.tokens,
         offset=segment.start,
-        arena=segment.rows + segment.start,
-        keys=segment.rows + segment.start - pieces[0][1],
-        cu_seqlens_q=_cumulative(queries, device),
-        cu_seqlens_k=_cumulative(keys, device),
-        max_q=max(queries),
-        max_k=max(keys),
-        labelled=torch.tensor([first + i for i in labelled], dtype=torch.int64, device=device),
-        labels=torch.tensor([labels[i] for i in labelled], dtype=torch.int64, device=device),
+        arena=arena,
+        queries=[high - low for _, low, high in pieces],
+        key_starts=starts,
+        keys=[high for _, _, high in pieces],
+        labelled=[first + i for i, label in enumerate(labels) if label is not None],
+        labels=[label for label in labels if label is not None],
         scale=scale,
     )
-    return rows, token_ids, positions
+    return span, token_ids, positions
 
 
-def padded_layout(row_slots: Sequence[tuple[int | None, int]], bucket: int, device: torch.device) -> SegmentLayout:
-    """The layout of a step's rows padded to `bucket`: tile height by bucket alone, and one of two numbers of tiles."""
+def padded_tiles(row_slots: Sequence[tuple[int | None, int]], bucket: int) -> tuple[list[Tile], int, int]:
+    """The tiles of a step's rows padded to `bucket`, their height (by bucket alone), and how many there may be: one of two numbers."""
     row_slots = [*row_slots, (None, bucket - sum(rows for _, rows in row_slots))]
-    runs, rows = merge_runs(row_slots)
-    block_rows, tiles = tile_height(bucket), few_tiles(bucket)
-    if len(cut_runs(runs, block_rows)) + len(cut_runs(bare_runs(runs, rows), block_rows)) > tiles:
-        tiles = bucket
-    return SegmentLayout.build(row_slots, device, block_rows=block_rows, num_tiles=tiles)
+    height, few = tile_height(bucket), few_tiles(bucket)
+    tiles = tiles_of(row_slots, height)
+    return tiles, height, few if len(tiles) <= few else bucket
 
 
-def build(
+def pack(
     batch: Batch,
     *,
     tokens_of: Callable[[Segment], Sequence[int]],
@@ -165,61 +201,59 @@ def build(
     entry_of: Callable[[Segment], int | None],
     scale_of: Callable[[Segment], float],
     block_tokens: int,
-    device: torch.device,
-    bucket: int | None = None,
-) -> StepInputs:
-    """The step's tensors; `bucket` pads the adapter layout to that many rows, for recorded pieces.
-
-    Raises AssertionError where the batch contradicts the engine's record of a sequence."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    entries: list[tuple[int | None, int]] = []
-    train: list[TrainRows] = []
-    inference: list[Segment] = []
-    samples: list[int] = []
+) -> PackedStep:
+    """The step's rows. Raises AssertionError where the batch contradicts the engine's record of a sequence."""
+    step = PackedStep([], [], np.zeros(0, dtype=np.int64), [], [], [], [], [], [], [])
+    places: list[np.ndarray] = []
     for segment in batch.segments:
-        first = len(token_ids)
-        entry = entry_of(segment)
-        entries.append((entry, segment.tokens))
+        first = len(step.token_ids)
+        step.entries.append((entry_of(segment), segment.tokens))
         if segment.kind in ("finetune", "evaluate"):
-            assert not inference, "fine-tune and evaluate rows come first"
-            rows, ids, places = train_rows(segment, documents_of(segment), first=first, scale=scale_of(segment), device=device)
-            train.append(rows)
-            token_ids += ids
-            positions += places
-        else:
-            token_ids += tokens_of(segment)
-            positions += range(segment.start, segment.end)
-            inference.append(segment)
-            if segment.samples:
-                samples.append(len(token_ids) - 1)
-    num_train = sum(r.tokens for r in train)
-    context = [s.end for s in inference]
-    width = max((len(s.blocks) for s in inference), default=1)
-    tables = np.zeros((len(inference), width), dtype=np.int32)
-    destinations: list[np.ndarray] = [~np.arange(r.arena, r.arena + r.tokens) for r in train]
-    for i, segment in enumerate(inference):
-        blocks = np.asarray(segment.blocks, dtype=np.int64)
-        tables[i, : len(blocks)] = blocks
-        place = np.arange(segment.start, segment.end)
-        destinations.append(blocks[place // block_tokens] * block_tokens + place % block_tokens)
+            assert not step.queries, "fine-tune and evaluate rows come first"
+            span, ids, positions = train_span(segment, documents_of(segment), first=first, scale=scale_of(segment))
+            step.train.append(span)
+            step.token_ids += ids
+            step.positions += positions
+            places.append(~np.arange(span.arena, span.arena + span.tokens))
+            continue
+        step.token_ids += tokens_of(segment)
+        step.positions += range(segment.start, segment.end)
+        step.queries.append(segment.tokens)
+        step.contexts.append(segment.end)
+        step.blocks.append(segment.blocks)
+        at = np.arange(segment.start, segment.end)
+        places.append(np.asarray(segment.blocks, dtype=np.int64)[at // block_tokens] * block_tokens + at % block_tokens)
+        if segment.samples:
+            step.samples.append(len(step.token_ids) - 1)
+            step.sampled.append(segment)
+    step.places = np.concatenate(places)
+    return step
+
+
+def on_device(step: PackedStep, device: torch.device) -> StepInputs:
+    """The step's tensors as they are, without padding."""
+    tables = np.zeros((len(step.blocks), max(map(len, step.blocks), default=1)), dtype=np.int32)
+    for row, blocks in zip(tables, step.blocks, strict=True):
+        row[: len(blocks)] = blocks
     return StepInputs(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64).to(device),
-        positions=torch.tensor(positions, dtype=torch.int64).to(device),
-        layout=SegmentLayout.build(entries, device) if bucket is None else padded_layout(entries, bucket, device),
-        train=train,
-        num_train_rows=num_train,
-        places=torch.from_numpy(np.concatenate(destinations)).to(device),
+        token_ids=torch.tensor(step.token_ids, dtype=torch.int64).to(device),
+        positions=torch.tensor(step.positions, dtype=torch.int64).to(device),
+        places=torch.from_numpy(step.places).to(device),
+        layout=SegmentLayout.build(step.entries, device),
+        documents=Documents.of(step.train, device) if step.train else None,
+        keeps=step.keeps,
         block_tables=torch.from_numpy(tables).to(device),
-        cu_seqlens_q=_cumulative([s.tokens for s in inference], device),
-        context_lens=torch.tensor(context, dtype=torch.int32).to(device),
-        max_seqlen_q=max((s.tokens for s in inference), default=0),
-        max_context=max(context, default=0),
-        samples=torch.tensor(samples, dtype=torch.int64).to(device),
-        sampled=[s for s in inference if s.samples],
-        bucket=bucket,
+        cu_seqlens_q=_cumulative(step.queries, device, step.num_train_rows),
+        context_lens=_int32(step.contexts, device),
+        max_seqlen_q=max(step.queries, default=0),
+        max_context=max(step.contexts, default=0),
+        samples=torch.tensor(step.samples, dtype=torch.int64).to(device),
     )
 
 
-def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+def _int32(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32).to(device)
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device, first: int = 0) -> Tensor:
+    return _int32(list(accumulate(lengths, initial=first)), device)

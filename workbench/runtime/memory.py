@@ -32,7 +32,7 @@ MARGIN_SHARE = 0.05
 GRAPH_BYTES = (
     10 << 20
 )  # what is set aside for what the driver keeps of one recorded step; on an H100 all of them took 1.02 times 8 MiB each
-PIECE_KINDS = 4  # of recorded mixed steps a bucket: with and without adapters, with and without fine-tune rows
+MIXED_KINDS = 10  # of recorded mixed steps a bucket: the seven that are recorded ahead, and room for some that come up
 # What a job keeps of each weight beside its copy in the model's dtype: master, two moments of AdamW, two gradients, in fp32.
 JOB_BYTES_PER_PARAMETER = 5 * 4
 SPARE_ADAPTERS = 2  # beside those in slots: the last published one, and the next while it is being published
@@ -210,17 +210,18 @@ def report(
 
 
 def _graph_bytes(dims: Dims, config: EngineConfig, max_model_len: int, dtype: torch.dtype, gradients: int) -> int:
-    """What recorded steps are given: decode graphs with and without adapters keep their logits [rows, V], the pieces of mixed steps share
-    intermediates, a job's backward keeps its `gradients` in bytes, and the driver keeps something of each."""
+    """What recorded steps are given: decode graphs with and without adapters keep their logits [rows, V], mixed ones share theirs and what
+    lies between, a job's backward keeps its `gradients` in bytes, and the driver keeps something of each."""
     largest = row_bucket(min(config.max_requests, ROW_BUCKETS[-1])) or ROW_BUCKETS[-1]
     rows = [bucket for bucket in ROW_BUCKETS if bucket <= largest]
     contexts = {context_bucket(bucket, max_model_len) for bucket in (*CONTEXT_BUCKETS, max_model_len)}
     decodes = 2 * len(contexts) * (sum(rows) * dims.vocab_size * dtype.itemsize + len(rows) * GRAPH_BYTES)
     tokens = {token_bucket(min(bucket, config.max_batch_tokens), config.max_batch_tokens) for bucket in TOKEN_BUCKETS}
     qkv = (dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim
-    intermediates = config.max_batch_tokens * (4 * dims.hidden + 2 * qkv + 6 * dims.intermediate) * dtype.itemsize
-    pieces = PIECE_KINDS * len(tokens) * GRAPH_BYTES + intermediates
-    return decodes + pieces + config.max_jobs * (gradients + GRAPH_BYTES)
+    intermediates = config.max_batch_tokens * (5 * dims.hidden + 2 * qkv + 6 * dims.intermediate) * dtype.itemsize
+    logits = config.max_requests * dims.vocab_size * dtype.itemsize
+    mixed = MIXED_KINDS * len(tokens) * GRAPH_BYTES + intermediates + logits
+    return decodes + mixed + config.max_jobs * (gradients + GRAPH_BYTES)
 
 
 def fit(
