@@ -157,7 +157,8 @@ def mixed_rows(engine: Engine, folder: Path, adapters: dict, jobs: list[Finetune
             if not driver._segments:
                 continue
             driver.step()
-            logits = F.linear(hidden[-1], engine.fused.lm_head)
+            is_decode = all(s.kind == "decode" for s in driver.batch.segments)  # such a step may be one graph, which leaves logits alone
+            logits = torch.stack(list(engine.last_logits.values())) if is_decode else F.linear(hidden[-1], engine.fused.lm_head)
             first = 0
             for segment in driver.batch.segments:
                 found = logits[first : first + segment.tokens]
