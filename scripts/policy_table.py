@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from workbench.fleet.routers import ROUTERS, StaticSplit  # noqa: E402
 from workbench.policies import CATALOGUE  # noqa: E402  (scripts are no package)
-from workbench.routers import ROUTERS, StaticSplit  # noqa: E402
 
 TABLE = ROOT / "docs" / "policies.md"
 HEAD = """# Policies

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench import metrics
 from workbench.config import SLO
 from workbench.core import ExecutorInfo, Request
 from workbench.features import INDEX, NAMES
+from workbench.results import metrics
 
 SLOS = SLO(ttft_s=0.5, itl_s=0.08)
 INFO = ExecutorInfo(

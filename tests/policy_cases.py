@@ -4,12 +4,12 @@ from random import Random
 
 from workbench.config import FinetuneJob, RandomTokens
 from workbench.core import Request, StepResult
-from workbench.ledger import Ledger
-from workbench.plan import Plan
+from workbench.loop.ledger import Ledger
+from workbench.loop.plan import Plan
+from workbench.loop.views import Oracle
 from workbench.policy import View
 from workbench.replay import replay
 from workbench.testing import FixedCost, FixedShape, fixed_info
-from workbench.views import Oracle
 
 
 def one(name, arrival_s=0.0, prompt=20, output=8, adapter=None, **more):

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workbench import plots
-from workbench.attribution import CAUSE_COLUMNS, CAUSES, by_policy
 from workbench.config import SLO, FinetuneJob, RandomTokens
 from workbench.core import Request
 from workbench.policies import FCFS, LoquetierStatic, PeftSequential, ServeFirst
 from workbench.replay import load_replay, replay
-from workbench.step_parts import PARTS, step_parts
+from workbench.results.attribution import CAUSE_COLUMNS, CAUSES, by_policy
+from workbench.results.step_parts import PARTS, step_parts
 from workbench.testing import FixedCost, FixedShape, fixed_info
 
 # 4 ms a step, 40 us a prefill token, 0.2 ms a decode row, 50 us a fine-tune token, 20 us a backward token and layer, 2 ms a load

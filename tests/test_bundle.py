@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import workbench as wb
-from workbench.bundle import BUNDLE_FILE, file_checksums
+from workbench.experiments.bundle import BUNDLE_FILE, file_checksums
 from workbench.policies import FCFS, ServeFirst
 from workbench.testing import FixedCost
 from workbench.verify import main, verify

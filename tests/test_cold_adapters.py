@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 import workbench as wb
 from workbench.core import AdapterInfo, Request, StepResult
 from workbench.latency import LatencyModel
-from workbench.ledger import Ledger
-from workbench.plan import Plan
+from workbench.loop.ledger import Ledger
+from workbench.loop.plan import Plan
+from workbench.loop.tiers import AdapterSpec, fit_reads
 from workbench.policies import FCFS, LFU, LRU, CostAware
 from workbench.recorded import Recorded
 from workbench.replay import ReplayError
 from workbench.testing import FixedCost, fixed_info
-from workbench.tiers import AdapterSpec, fit_reads
 
 READ_S = 0.05
 

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 
 from workbench.config import FinetuneJob, RandomTokens
-from workbench.conservation import ConservationError, check_conservation, check_littles_law
 from workbench.core import Request
-from workbench.facts import Rows
 from workbench.policies import FCFS, LoquetierStatic, PeftSequential, ServeFirst
 from workbench.replay import Replay, ReplayError, replay
+from workbench.results.conservation import ConservationError, check_conservation, check_littles_law
+from workbench.results.facts import Rows
 from workbench.testing import FixedCost, fixed_info
 
 

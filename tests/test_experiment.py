@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import workbench as wb
-from workbench.experiment import Comparison, run_order, window_of
+from workbench.experiments.compare import Comparison, run_order, window_of
 from workbench.testing import FixedCost, fixed_info
 
 SLOS = wb.SLO(ttft_s=0.2, itl_s=0.05)

@@ -13,10 +13,10 @@ import workbench as wb
 from tests.policy_cases import one
 from tests.test_replay import job, requests
 from workbench.config import SLO, FinetuneJob, RandomTokens
-from workbench.conservation import ConservationError, check_conservation
+from workbench.fleet.routers import AdapterAffinity, LeastLoaded, PowerOfTwo, RankAware, RoundRobin
 from workbench.policies import FCFS, FairCounters, FCFSSkip, LoquetierStatic, ServeFirst
 from workbench.replay import ReplayError, load_replay, replay
-from workbench.routers import AdapterAffinity, LeastLoaded, PowerOfTwo, RankAware, RoundRobin
+from workbench.results.conservation import ConservationError, check_conservation
 from workbench.testing import FixedCost, FixedShape, fixed_info
 
 ROUTERS = [RoundRobin(), LeastLoaded(), PowerOfTwo(), AdapterAffinity(), RankAware()]

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from workbench import metrics
 from workbench.config import SLO
-from workbench.experiment import Comparison
-from workbench.imports import import_replay
+from workbench.experiments.compare import Comparison
+from workbench.results import metrics
+from workbench.results.imports import import_replay
 
 # vLLM: the keys of `result` in vllm/benchmarks/serve.py at 009e6d4a (2026), `--save-result --save-detailed`; per-request lists in order
 # of sending, times in seconds of perf_counter. The first request: 3 tokens at 0.5, 0.6 and 0.8 s after it was sent.

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH_FREE = ("core", "config", "features", "data", "traces", "policy", "policies", "ledger", "replay", "latency", "metrics", "experiment")
+TORCH_FREE = ("core", "config", "features", "data", "traces", "policy", "policies", "loop.ledger", "replay", "latency", "fleet")
+TORCH_FREE += ("results.metrics", "experiments.compare", "server.replay")
 HEAVY = ("torch", "transformers", "peft", "triton", "matplotlib", "IPython", "ipywidgets", "httpx", "tornado", "tokenizers")
 # pandas and pyarrow are most of it; the rest is a margin for a busy machine.
 MAX_IMPORT_CPU_S = 4.0

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench import latency
 from workbench.config import FinetuneJob, RandomTokens
 from workbench.core import AdapterInfo, Backward, Batch, Executor, ExecutorInfo, Request, Segment
 from workbench.features import INDEX, NAMES, Work, of_batch
 from workbench.latency import LatencyModel
-from workbench.latency_fit import classes_of, design, fit_costs, term_names
+from workbench.latency import model as latency
+from workbench.latency.fit import classes_of, design, fit_costs, term_names
 
 INFO = ExecutorInfo(
     name="Engine(tiny)",

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from workbench.config import FinetuneJob, RandomTokens
 from workbench.core import AdapterInfo, Batch, Request, StepResult
 from workbench.features import of_batch
-from workbench.ledger import Ledger
-from workbench.plan import Plan
+from workbench.loop.ledger import Ledger
+from workbench.loop.plan import Plan
+from workbench.loop.prefix_cache import prompt_keys
+from workbench.loop.views import View
 from workbench.policies import FCFS
-from workbench.prefix_cache import prompt_keys
 from workbench.replay import ReplayError, replay
 from workbench.testing import FixedCost, FixedShape, fixed_info
-from workbench.views import View
 
 LIMITS = (
     fixed_info(),

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench import metrics
 from workbench.config import SLO, FinetuneJob, RandomTokens
 from workbench.core import Event, Request
 from workbench.features import NAMES
+from workbench.results import metrics
 
 SLOS = SLO(ttft_s=1.0, itl_s=0.5, itl_quantile=1.0)
 

@@ -9,7 +9,7 @@ from test_attribution import AnythingGoes, job, one, run, serve_and_train
 
 from workbench.features import NAMES
 from workbench.latency import LatencyModel
-from workbench.perfetto import ADAPTERS, JOBS, PREDICTED, PROCESSES, REQUESTS, STEPS
+from workbench.results.perfetto import ADAPTERS, JOBS, PREDICTED, PROCESSES, REQUESTS, STEPS
 from workbench.testing import FixedCost, FixedShape, fixed_info
 
 

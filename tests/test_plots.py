@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 
 from tests.fake_replays import INFO, SLOS, fake_replay, trace_of
-from workbench import metrics, plots
-from workbench.experiment import Comparison
-from workbench.search import Capacity
-from workbench.statistics import Difference
+from workbench import plots
+from workbench.experiments.compare import Comparison
+from workbench.experiments.search import Capacity
+from workbench.experiments.statistics import Difference
+from workbench.results import metrics
 
 
 @dataclass(frozen=True)

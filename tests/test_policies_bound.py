@@ -5,10 +5,10 @@ from random import Random
 import pytest
 from policy_cases import one
 
-from workbench.bound import upper_bound
 from workbench.config import SLO, FinetuneJob, RandomTokens
 from workbench.policies import CATALOGUE
 from workbench.replay import replay
+from workbench.results.bound import upper_bound
 from workbench.testing import FixedCost, FixedShape, fixed_info
 
 POLICIES = [policy() for chosen in CATALOGUE.values() for policy in chosen]

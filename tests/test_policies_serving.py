@@ -4,7 +4,7 @@ import pytest
 from policy_cases import Desk, began, one, run
 
 from workbench.config import SLO
-from workbench.plan import Plan
+from workbench.loop.plan import Plan
 from workbench.policies import (
     EDF,
     AdapterCycling,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from workbench.config import SLO, FinetuneJob, RandomTokens
 from workbench.core import Request, StepResult
-from workbench.ledger import Ledger
-from workbench.plan import Plan
+from workbench.loop.ledger import Ledger
+from workbench.loop.plan import Plan
 from workbench.policy import AdapterView, JobView, PlanError, RequestView, Room, View, policy_label
 from workbench.testing import FixedCost, FixedShape, fixed_info
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tests.fake_replays import INFO, fake_replay, trace_of
-from workbench.experiment import Comparison
-from workbench.prediction import replay_errors
+from workbench.experiments.compare import Comparison
+from workbench.latency.prediction import replay_errors
 
 
 def comparison(gap_s: float, *, simulated: bool, seeds=(0, 1)) -> Comparison:

@@ -15,13 +15,13 @@ from workbench.config import FinetuneJob, RandomTokens
 from workbench.core import AdapterInfo, Batch, Request, StepResult
 from workbench.data import PREFIX_TOKENS, prompt_token_ids
 from workbench.latency import LatencyModel
-from workbench.ledger import Ledger
-from workbench.plan import Plan
+from workbench.loop.ledger import Ledger
+from workbench.loop.plan import Plan
+from workbench.loop.prefix_cache import prompt_keys
+from workbench.loop.views import View
 from workbench.policies import FCFS, ServeFirst
-from workbench.prefix_cache import prompt_keys
 from workbench.replay import replay
 from workbench.testing import FixedCost, fixed_info
-from workbench.views import View
 
 WIDE = dict(prefix_cache=True, num_blocks=300, max_model_len=3000, max_batch_tokens=2048)
 
@@ -190,7 +190,7 @@ def test_a_preempted_request_finds_its_own_prompt_again_but_not_its_generated_to
 
 
 def _frame(rows):
-    from workbench.frames import EVENT_COLUMNS, rows_to_frame
+    from workbench.results.frames import EVENT_COLUMNS, rows_to_frame
 
     return rows_to_frame(rows, EVENT_COLUMNS)
 

@@ -8,12 +8,12 @@ import simpy
 
 from tests.policy_cases import one
 from workbench.config import SLO, FinetuneJob, RandomTokens
-from workbench.fleet_view import ArrivalView, Book, ReplicaView
-from workbench.ledger import Ledger
-from workbench.routers import AdapterAffinity, LeastLoaded, PowerOfTwo, RankAware, RoundRobin, Split, StaticSplit, place, route
-from workbench.states import JobState, RequestState
+from workbench.fleet.routers import AdapterAffinity, LeastLoaded, PowerOfTwo, RankAware, RoundRobin, Split, StaticSplit, place, route
+from workbench.fleet.view import ArrivalView, Book, ReplicaView
+from workbench.loop.ledger import Ledger
+from workbench.loop.states import JobState, RequestState
+from workbench.loop.views import JobView
 from workbench.testing import FixedCost, FixedShape, fixed_info
-from workbench.views import JobView
 
 
 class Replica:

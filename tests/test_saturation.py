@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench import metrics
+from workbench.results import metrics
 
 COLUMNS = ["time_s", "step", "kind", "owner", "adapter", "value", "note"]
 

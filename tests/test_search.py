@@ -6,8 +6,8 @@ import pytest
 
 import workbench as wb
 from workbench import search as search_module  # the function, by the package's name for it
+from workbench.experiments.search import _bracket, _points, _row
 from workbench.policies import FCFS
-from workbench.search import _bracket, _points, _row
 from workbench.testing import FixedCost, fixed_info
 
 LENGTHS = pd.DataFrame({"prompt_tokens": [20], "output_tokens": [1]})

@@ -16,7 +16,7 @@ from tests.scripted_server import ScriptedServer
 from workbench.config import UnknownAdapterError
 from workbench.core import Request, Sampling
 from workbench.policies import FCFS
-from workbench.server_protocol import EventDecoder
+from workbench.server.protocol import EventDecoder
 from workbench.testing import FixedCost
 from workbench.verify import verify
 

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 import workbench as wb
-from workbench.differences import over_blocks
-from workbench.statistics import (
+from workbench.experiments.differences import over_blocks
+from workbench.experiments.statistics import (
     block_length,
     expanded_percentile,
     holm,
@@ -18,8 +18,8 @@ from workbench.statistics import (
     seed_difference,
     stationary_blocks,
 )
+from workbench.experiments.time_blocks import METRICS, binned
 from workbench.testing import FixedCost
-from workbench.time_blocks import METRICS, binned
 
 REPETITIONS = 200
 SLOS = wb.SLO(ttft_s=0.012, tpot_s=0.005, itl_s=0.006, e2e_s=0.05)

@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from workbench.config import FinetuneJob, RandomTokens, UnknownAdapterError
-from workbench.conservation import ConservationError, check_conservation
 from workbench.core import Request
 from workbench.policies import FCFS, LoquetierStatic, ServeFirst
 from workbench.replay import ReplayError, replay
+from workbench.results.conservation import ConservationError, check_conservation
 from workbench.testing import FixedCost, fixed_info
 
 
@@ -32,7 +32,7 @@ def run(policy=FCFS(), executor=None, **options):
 @pytest.mark.parametrize("policy", [FCFS(), ServeFirst(), LoquetierStatic()], ids=lambda p: type(p).__name__)
 def test_written_rows_are_the_rows_that_would_be_kept(policy, tmp_path, monkeypatch):
     kept = run(policy)
-    monkeypatch.setattr("workbench.stream.MAX_ROWS", 150)
+    monkeypatch.setattr("workbench.results.stream.MAX_ROWS", 150)
     written = run(policy, events=tmp_path / "rows")
     assert pq.ParquetFile(tmp_path / "rows" / "events.parquet").num_row_groups > 5
     for name in ("events", "steps", "work", "requests", "jobs"):
@@ -42,7 +42,7 @@ def test_written_rows_are_the_rows_that_would_be_kept(policy, tmp_path, monkeypa
 
 
 def test_memory_holds_only_the_rows_that_are_not_written_yet(tmp_path, monkeypatch):
-    monkeypatch.setattr("workbench.stream.MAX_ROWS", 150)
+    monkeypatch.setattr("workbench.results.stream.MAX_ROWS", 150)
     most = 0
 
     def watches(view, plan):
@@ -64,7 +64,7 @@ def test_a_law_broken_in_any_part_is_seen(tmp_path, monkeypatch):
             object.__setattr__(batch, "segments", batch.segments[:-1]) if batch.step == 40 else None
             return result
 
-    monkeypatch.setattr("workbench.stream.MAX_ROWS", 150)
+    monkeypatch.setattr("workbench.results.stream.MAX_ROWS", 150)
     with pytest.raises(ReplayError, match="tokens must be") as caught:
         run(executor=Drops(info=fixed_info(num_blocks=24)), events=tmp_path)
     assert isinstance(caught.value.__cause__, ConservationError)

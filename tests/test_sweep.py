@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 
 import workbench as wb
-from workbench import content_key as keys
-from workbench.run_cache import ENTRY_FILE
+from workbench.experiments import content_key as keys
+from workbench.experiments.run_cache import ENTRY_FILE
 from workbench.testing import FixedCost, fixed_info
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -405,7 +405,7 @@ def test_a_change_of_the_code_that_runs_makes_earlier_results_old(monkeypatch, t
     log = tmp_path / "log"
     options = {"policies": [Chunked(log=str(log))], "cache": tmp_path / "cache", "seeds": [0]}
     sweep(**options)
-    monkeypatch.setattr("workbench.sweep_plan.code_version", lambda: "another version")
+    monkeypatch.setattr("workbench.experiments.sweep_plan.code_version", lambda: "another version")
     sweep(**options)
     assert lines(log) == 2
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench import traces
-from workbench.trace import Trace
+from workbench.traces.trace import Trace
 
 COLUMNS = {"arrival_s": "When", "prompt_tokens": "in", "output_tokens": "out", "adapter": "lora"}
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from workbench import traces
-from workbench.trace import Trace
+from workbench.traces.trace import Trace
 
 
 def small(**columns):

@@ -7,8 +7,8 @@ from scipy.stats import ks_2samp, kstest
 
 from workbench import plots, traces
 from workbench.config import FinetuneJob, RandomTokens
-from workbench.trace import Trace
-from workbench.trace_fit import LogNormal, TraceGenerator
+from workbench.traces.fitting import LogNormal, TraceGenerator
+from workbench.traces.trace import Trace
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from workbench import traces
 from workbench.core import Sampling
-from workbench.trace import Trace
+from workbench.traces.trace import Trace
 
 
 def small(times=(0.0, 1.0, 1.0, 4.0), **columns):

@@ -7,8 +7,9 @@ import re
 import pandas as pd
 import pytest
 
-from workbench import trace_io, traces
-from workbench.trace import Trace
+from workbench import traces
+from workbench.traces import io as trace_io
+from workbench.traces.trace import Trace
 
 COUNTS = {
     "azure-conv": (19_366, 3_502, 1020, 129),

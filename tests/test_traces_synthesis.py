@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench import traces
-from workbench.popularity import Popularity
+from workbench.traces.popularity import Popularity
 
 
 def gaps(trace):
@@ -61,7 +61,7 @@ def test_piecewise_follows_its_phases():
 
 def test_servegen_clients_keep_their_rates_and_lengths():
     trace = traces.servegen("deepseek-r1", seed=0, clients=3, start_s=36_000, duration_s=1800).validate()
-    table = pd.read_parquet(traces.trace_io.shipped("servegen_deepseek-r1_client_windows.parquet"))
+    table = pd.read_parquet(traces.io.shipped("servegen_deepseek-r1_client_windows.parquet"))
     span = table[table["t"].between(36_000, 37_200)]
     expected = span.groupby("client")["rate"].mean()
     counts = trace.frame.groupby("tenant").size()
@@ -75,9 +75,9 @@ def test_servegen_clients_keep_their_rates_and_lengths():
 
 def test_servegen_lengths_follow_the_clients_quantiles_independently():
     frame = traces.servegen("deepseek-r1", seed=0, clients=[35], start_s=43_200, duration_s=3600).frame
-    table = pd.read_parquet(traces.trace_io.shipped("servegen_deepseek-r1_length_quantiles.parquet"))
+    table = pd.read_parquet(traces.io.shipped("servegen_deepseek-r1_length_quantiles.parquet"))
     own = table[(table["client"] == 35) & (table["t"] == 43_200)].iloc[0]
-    levels = json.loads(traces.trace_io.shipped("servegen_quantile_levels.json").read_text())
+    levels = json.loads(traces.io.shipped("servegen_quantile_levels.json").read_text())
     for column, source in (("prompt_tokens", "prompt_q"), ("output_tokens", "output_q")):
         measured = [(frame[column] <= quantile).mean() for quantile in own[source]]
         assert measured == pytest.approx(levels, abs=0.025)

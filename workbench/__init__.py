@@ -8,27 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 # Now, not when first used: each function shares its name with its module, which would take the name once anything imports it.
 from workbench.replay import ReplayError, replay
-from workbench.search import Capacity, search
 from workbench.serve import serve
-from workbench.sweep import Sweep, sweep
 
 _NAMES = {
     "traces": "workbench.traces:",
     "policies": "workbench.policies:",
-    "routers": "workbench.routers:",
-    "metrics": "workbench.metrics:",
+    "routers": "workbench.fleet.routers:",
+    "metrics": "workbench.results.metrics:",
     "lengths": "workbench.lengths:",
-    "attribution": "workbench.attribution:",
+    "attribution": "workbench.results.attribution:",
     "plots": "workbench.plots:",
     "widgets": "workbench.widgets:",
-    "Trace": "workbench.trace:Trace",
-    "uniform": "workbench.popularity:uniform",
-    "zipf": "workbench.popularity:zipf",
-    "geometric": "workbench.popularity:geometric",
-    "s_lora_power": "workbench.popularity:s_lora_power",
-    "round_robin": "workbench.popularity:round_robin",
-    "per_phase": "workbench.popularity:per_phase",
-    "clients": "workbench.popularity:clients",
+    "Trace": "workbench.traces:Trace",
+    "uniform": "workbench.traces.popularity:uniform",
+    "zipf": "workbench.traces.popularity:zipf",
+    "geometric": "workbench.traces.popularity:geometric",
+    "s_lora_power": "workbench.traces.popularity:s_lora_power",
+    "round_robin": "workbench.traces.popularity:round_robin",
+    "per_phase": "workbench.traces.popularity:per_phase",
+    "clients": "workbench.traces.popularity:clients",
     "Request": "workbench.core:Request",
     "Sampling": "workbench.core:Sampling",
     "Batch": "workbench.core:Batch",
@@ -43,25 +41,29 @@ _NAMES = {
     "PlanError": "workbench.policy:PlanError",
     "Router": "workbench.policy:Router",
     "Evict": "workbench.policy:Evict",
-    "AdapterSpec": "workbench.tiers:AdapterSpec",
-    "tiers": "workbench.tiers:",
+    "AdapterSpec": "workbench.loop.tiers:AdapterSpec",
+    "tiers": "workbench.loop.tiers:",
     "check_policy": "workbench.check:check_policy",
-    "Replay": "workbench.replay_result:Replay",
-    "load_replay": "workbench.replay_result:load_replay",
-    "import_replay": "workbench.imports:import_replay",
-    "replay_server": "workbench.server_replay:replay_server",
-    "ServerReplay": "workbench.server_result:ServerReplay",
+    "Replay": "workbench.results.replay:Replay",
+    "load_replay": "workbench.results.replay:load_replay",
+    "import_replay": "workbench.results.imports:import_replay",
+    "replay_server": "workbench.server.replay:replay_server",
+    "ServerReplay": "workbench.server.result:ServerReplay",
     "Server": "workbench.serve:Server",
     "Recorded": "workbench.recorded:Recorded",
     "LatencyModel": "workbench.latency:LatencyModel",
     "Fleet": "workbench.fleet:Fleet",
-    "StaticSplit": "workbench.routers:StaticSplit",
-    "UpperBound": "workbench.bound:UpperBound",
-    "upper_bound": "workbench.bound:upper_bound",
-    "replay_errors": "workbench.prediction:replay_errors",
-    "compare": "workbench.experiment:compare",
-    "Difference": "workbench.statistics:Difference",
-    "Comparison": "workbench.experiment:Comparison",
+    "StaticSplit": "workbench.fleet.routers:StaticSplit",
+    "UpperBound": "workbench.results.bound:UpperBound",
+    "upper_bound": "workbench.results.bound:upper_bound",
+    "replay_errors": "workbench.latency.prediction:replay_errors",
+    "sweep": "workbench.experiments.sweep:sweep",
+    "Sweep": "workbench.experiments.sweep:Sweep",
+    "search": "workbench.experiments.search:search",
+    "Capacity": "workbench.experiments.search:Capacity",
+    "compare": "workbench.experiments.compare:compare",
+    "Difference": "workbench.experiments.statistics:Difference",
+    "Comparison": "workbench.experiments.compare:Comparison",
     "Engine": "workbench.runtime.engine:Engine",
     "OutOfMemory": "workbench.runtime.engine:OutOfMemory",
     "PeftBaseline": "workbench.runtime.peft_baseline:PeftBaseline",
@@ -69,30 +71,34 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from workbench import attribution, lengths, metrics, plots, policies, routers, tiers, traces, widgets
-    from workbench.bound import UpperBound, upper_bound
+    from workbench import lengths, plots, policies, traces, widgets
     from workbench.check import check_policy
     from workbench.config import SLO, EngineConfig, FinetuneJob, RandomTokens
     from workbench.core import Batch, Request, Sampling, Segment, StepResult
-    from workbench.experiment import Comparison, compare
-    from workbench.fleet import Fleet
-    from workbench.imports import import_replay
+    from workbench.experiments.compare import Comparison, compare
+    from workbench.experiments.search import Capacity, search
+    from workbench.experiments.statistics import Difference
+    from workbench.experiments.sweep import Sweep, sweep
+    from workbench.fleet import Fleet, routers
+    from workbench.fleet.routers import StaticSplit
     from workbench.latency import LatencyModel
+    from workbench.latency.prediction import replay_errors
+    from workbench.loop import tiers
+    from workbench.loop.tiers import AdapterSpec
     from workbench.policy import Evict, Plan, PlanError, Router, View
-    from workbench.popularity import clients, geometric, per_phase, round_robin, s_lora_power, uniform, zipf
-    from workbench.prediction import replay_errors
     from workbench.recorded import Recorded
-    from workbench.replay_result import Replay, load_replay
-    from workbench.routers import StaticSplit
+    from workbench.results import attribution, metrics
+    from workbench.results.bound import UpperBound, upper_bound
+    from workbench.results.imports import import_replay
+    from workbench.results.replay import Replay, load_replay
     from workbench.runtime.engine import Engine, OutOfMemory
     from workbench.runtime.peft_baseline import PeftBaseline
     from workbench.runtime.virtual import VirtualModule
     from workbench.serve import Server
-    from workbench.server_replay import replay_server
-    from workbench.server_result import ServerReplay
-    from workbench.statistics import Difference
-    from workbench.tiers import AdapterSpec
-    from workbench.trace import Trace
+    from workbench.server.replay import replay_server
+    from workbench.server.result import ServerReplay
+    from workbench.traces.popularity import clients, geometric, per_phase, round_robin, s_lora_power, uniform, zipf
+    from workbench.traces.trace import Trace
 
 
 def __getattr__(name: str) -> Any:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from workbench.config import FinetuneJob, RandomTokens
 from workbench.core import Batch, ExecutorInfo, Request
-from workbench.plan import Plan
-from workbench.plan_accounts import PlanError
+from workbench.loop.plan import Plan
+from workbench.loop.plan_accounts import PlanError
+from workbench.loop.views import RequestView, View
 from workbench.policy import Policy, policy_label
 from workbench.replay import Replay, ReplayError, replay
 from workbench.testing import FixedCost, FixedShape, fixed_info
-from workbench.views import RequestView, View
 
 FindingKind = Literal[
     "raises", "named twice", "exceeds budgets", "starves a request", "starves a job", "plans nothing", "hidden state", "never ends"

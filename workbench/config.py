@@ -61,7 +61,7 @@ class EngineConfig:
     `graphs` records steps as CUDA graphs; `warm_up` records them all before a replay begins (tens of seconds on a fresh machine) instead
     of each at the first step that needs it.
     `prefix_cache` keeps the KV blocks of prompts, so that a request whose prompt begins as an earlier one's did on the same adapter
-    version skips what is there (`workbench.prefix_cache`).
+    version skips what is there (`workbench.loop.prefix_cache`).
     `ranges` names the parts of every step for profilers (NVTX; LOQUETIER_RANGES=1 in the environment does too). `progress` shows bars of
     long work, such as recording graphs and calibrating: None after three seconds, True at once, False never.
 

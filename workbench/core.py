@@ -228,9 +228,9 @@ class ExecutorInfo:
 
     `max_batch_tokens` and `max_requests` bound one step, `num_blocks` the KV pool (blocks of `block_tokens` tokens), `num_slots`
     the adapter versions on the device, `activation_tokens` the arena of kept fine-tune activations. With `prefix_cache` the ledger lets
-    requests share the blocks of equal prompt prefixes (`workbench.prefix_cache`); the executor only has to read what it wrote earlier.
+    requests share the blocks of equal prompt prefixes (`workbench.loop.prefix_cache`); the executor only has to read what it wrote earlier.
     `host_bytes` bounds the adapters in host memory (None: it holds them all); the others are read from disk in `read_s` seconds and
-    `read_s_per_byte` for each byte, before they are copied to a slot (`workbench.tiers`).
+    `read_s_per_byte` for each byte, before they are copied to a slot (`workbench.loop.tiers`).
     """
 
     name: str

@@ -181,7 +181,7 @@ def predictions(replay: Any, predictor: Any) -> pd.DataFrame:
 
     It sees what it would have seen: requests as they arrive, lengths as they finish.
     """
-    from workbench.expected import length_predictor
+    from workbench.loop.expected import length_predictor
 
     expected = length_predictor(predictor, replay.seed)
     requests = {r.request_id: r for r in replay.trace_requests}

@@ -7,12 +7,12 @@ It may declare `needs = frozenset({"oracle"})`. It is copied for each replay.
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from workbench.plan import Plan
-from workbench.plan_accounts import PlanError, Why
-from workbench.views import AdapterView, JobView, Oracle, RequestView, Room, StepView, View
+from workbench.loop.plan import Plan
+from workbench.loop.plan_accounts import PlanError, Why
+from workbench.loop.views import AdapterView, JobView, Oracle, RequestView, Room, StepView, View
 
 if TYPE_CHECKING:
-    from workbench.fleet_view import ReplicaView
+    from workbench.fleet.view import ReplicaView
 
 __all__ = [
     "AdapterView",
@@ -37,7 +37,7 @@ Evict = Callable[[AdapterView, Sequence[AdapterView], View], Sequence[str]]
 
 
 class Router(Protocol):
-    """Spreads requests and jobs over the replicas of a `Fleet`: what `workbench.routers` says of it.
+    """Spreads requests and jobs over the replicas of a `Fleet`: what `workbench.fleet.routers` says of it.
 
     `route` and `place` give a position in `fleet`, `moves` the adapters to be copied to a replica that lacks them.
     """

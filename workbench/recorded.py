@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from workbench.config import FinetuneJob, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Predictor, Request, StepResult
-from workbench.replay_result import Replay
+from workbench.results.replay import Replay
 
 
 class Recorded:

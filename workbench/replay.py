@@ -15,27 +15,27 @@ import pandas as pd
 import simpy
 import simpy.rt
 
-from workbench.arrivals import Arrivals
-from workbench.clock import Clock
 from workbench.config import SLO, FinetuneJob, Provenance, UnknownAdapterError, require
-from workbench.conservation import ConservationError, check_conservation
 from workbench.core import NOTHING, AdapterInfo, Batch, Executor, JobShape, Request, StepResult
-from workbench.expected import length_predictor
 from workbench.features import Work
 from workbench.fleet import Fleet
-from workbench.jump import is_alone, jump
-from workbench.ledger import Ledger
-from workbench.plan import Plan
+from workbench.loop.arrivals import Arrivals
+from workbench.loop.checks import check_duration, check_options, check_slo, checked_requests, warn_of_refusals, warn_of_ties
+from workbench.loop.clock import Clock
+from workbench.loop.expected import length_predictor
+from workbench.loop.jump import is_alone, jump
+from workbench.loop.ledger import Ledger
+from workbench.loop.plan import Plan
+from workbench.loop.redo import can_go_on, is_same_work, redo
+from workbench.loop.states import RequestState
+from workbench.loop.tape import Tape
+from workbench.loop.tiers import eviction_rules
+from workbench.loop.views import Oracle, View
 from workbench.policy import Evict, Policy, policy_label
 from workbench.progress import progress_bar
-from workbench.redo import can_go_on, is_same_work, redo
-from workbench.replay_checks import check_duration, check_options, check_slo, checked_requests, warn_of_refusals, warn_of_ties
-from workbench.replay_result import Replay, commit_of_code, load_replay, versions_of_code
-from workbench.states import RequestState
-from workbench.stream import Stream
-from workbench.tape import Tape
-from workbench.tiers import eviction_rules
-from workbench.views import Oracle, View
+from workbench.results.conservation import ConservationError, check_conservation
+from workbench.results.replay import Replay, commit_of_code, load_replay, versions_of_code
+from workbench.results.stream import Stream
 
 __all__ = ["Replay", "ReplayError", "load_replay", "replay"]
 
@@ -78,7 +78,7 @@ def replay(
     then counts. `until`: "requests" ends once every request has ended (the default; jobs stop there), "jobs" once all jobs have ended too
     (the default without requests), a number at that second. Within `measure=(start_s, end_s)` tokens and requests count for `summary()`;
     None is the whole replay. `evict` chooses the adapter that makes room for another in a device slot or in host memory: a rule for
-    both, or {"gpu": rule, "host": rule} (`workbench.tiers`); None: the least recently used.
+    both, or {"gpu": rule, "host": rule} (`workbench.loop.tiers`); None: the least recently used.
     `events`: a folder into which the rows are written as parquet files while the replay runs, so that a long one needs little memory; the
     result then reads its frames from there, and keeps neither `results` nor what `Recorded` needs.
     `progress=None` shows a bar when the replay is long. Ctrl-C ends it and gives what there is, `interrupted`. On a `Fleet` every replica
@@ -88,7 +88,7 @@ def replay(
     """
     kind: Any = _Run
     if isinstance(executor, Fleet):
-        from workbench.fleet_run import FleetRun as kind
+        from workbench.fleet.run import FleetRun as kind
     elif hasattr(policy, "routed"):
         raise ValueError(f"{policy_label(policy)} needs several replicas, got one executor. Pass executor=wb.Fleet(executor, replicas=2).")
     return kind(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until, evict, events).run(progress)

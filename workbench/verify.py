@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from workbench.bundle import BUNDLE_FILE, DIFFERENCES_FILE, REPLAYS, TABLES, comparison_tables, file_checksums
-from workbench.comparison import Comparison
-from workbench.conservation import ConservationError, check_conservation
-from workbench.replay_result import load_replay
+from workbench.experiments.bundle import BUNDLE_FILE, DIFFERENCES_FILE, REPLAYS, TABLES, comparison_tables, file_checksums
+from workbench.experiments.comparison import Comparison
+from workbench.results.conservation import ConservationError, check_conservation
+from workbench.results.replay import load_replay
 
 TOLERANCE = 1e-9
 EXACT = ("policy", "seed", "run", "error")

@@ -79,7 +79,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         defect=7,
         claim="A request that ends gives back its KV blocks.",
-        file="workbench/ledger.py",
+        file="workbench/loop/ledger.py",
         old="        self.free(s)\n        s.phase = phase",
         new="        s.phase = phase",
         test="tests/test_replay.py::test_in_use_is_zero_after_every_replay_and_the_counts_in_steps_are_plain",
@@ -112,7 +112,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         defect=9,
         claim="A job that is done ends alone; the others go on.",
-        file="workbench/commit.py",
+        file="workbench/loop/commit.py",
         old="        ledger.drop_job(job)",
         new="        [ledger.drop_job(other) for other in list(ledger.jobs.values())]",
         test="tests/test_mutations_jobs.py::test_jobs_end_each_with_its_own_data",

@@ -6,8 +6,8 @@ import torch
 
 import workbench as wb
 from tests.runtime.references import SMALL, job, make_adapter, make_base
+from workbench.fleet.routers import RoundRobin
 from workbench.replay import ReplayError
-from workbench.routers import RoundRobin
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 from workbench.bench import machine
 from workbench.bench.session import Session
 from workbench.fleet import Fleet
+from workbench.fleet.routers import LeastLoaded
 from workbench.latency import LatencyModel
-from workbench.routers import LeastLoaded
 
 NUM_REPLICAS = 8
 CELL = f"{NUM_REPLICAS} replicas, repeat()"

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from workbench.replay_result import commit_of_code, versions_of_code
+from workbench.results.replay import commit_of_code, versions_of_code
 
 # (bytes/s copied, bf16 FLOP/s) measured on the device; no floor is claimed for any other.
 MEASURED_RATES = {"H100": (3.02e12, 711e12)}

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from workbench.bench import machine
 from workbench.config import require
 from workbench.features import NAMES
-from workbench.latency_fit import CLASSES, classes_of
+from workbench.latency.fit import CLASSES, classes_of
 from workbench.plots.style import COLOURS, MARKERS, NotebookFigure, finish, log_ticks, new_axes, styles
 
 QUANTITIES = {

@@ -8,12 +8,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from workbench import metrics
-from workbench.bound import UpperBound
 from workbench.config import SLO
+from workbench.experiments.search import Capacity
+from workbench.experiments.statistics import Difference
 from workbench.plots.style import SLO_COLOUR, NotebookFigure, finish, new_axes, styles
-from workbench.search import Capacity
-from workbench.statistics import Difference
+from workbench.results import metrics
+from workbench.results.bound import UpperBound
 
 TARGET_NAMES = {
     "attainment": "all targets",

@@ -45,7 +45,7 @@ CATALOGUE: dict[int, tuple[type, ...]] = {
     22: (InferenceOnly, FinetuneOnly),
     23: (Clairvoyant,),
 }
-"""Number -> policies of one executor. 19, a static split of several replicas, is `workbench.routers.StaticSplit`."""
+"""Number -> policies of one executor. 19, a static split of several replicas, is `workbench.fleet.routers.StaticSplit`."""
 
 __all__ = [
     "CATALOGUE",

@@ -9,7 +9,7 @@ from workbench.config import SLO, FinetuneJob, require
 from workbench.policy import Policy, policy_label
 
 if TYPE_CHECKING:
-    from workbench.replay_result import Replay
+    from workbench.results.replay import Replay
 
 START_S, CLOSE_S = 30.0, 5.0
 

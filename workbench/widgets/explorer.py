@@ -11,7 +11,7 @@ from typing import Any
 import ipywidgets as widgets
 
 from workbench.config import SLO, FinetuneJob, require
-from workbench.experiment import Comparison, compare
+from workbench.experiments.compare import Comparison, compare
 from workbench.widgets.share import LimitedTraining
 
 Settings = tuple[float, float, float, float]  # rate_per_s, ttft_ms, itl_ms, share

@@ -1,0 +1,3 @@
+from workbench.fleet.fleet import Fleet
+
+__all__ = ["Fleet"]

@@ -1,0 +1,3 @@
+from workbench.latency.model import LatencyModel
+
+__all__ = ["LatencyModel"]

@@ -1,0 +1,561 @@
+"""`LatencyModel`: an executor that predicts the duration of a batch from steps that an engine measured.
+
+It runs the same serving loop, policies and ledger as an engine, in microseconds a step and without a GPU. A policy sees the mean
+(`predict`); the clock advances by the mean times a recorded residual, so that what a policy predicts is not what happens.
+"""
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from operator import mul
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workbench import data, features
+from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, require
+from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, StepResult
+from workbench.features import INDEX, NAMES, Work
+from workbench.latency.fit import (
+    CLASSES,
+    CostModel,
+    ErrorReport,
+    classes_of,
+    error_report,
+    fit_costs,
+    held_out_mask,
+    is_outside,
+    perturbed,
+    step_arrays,
+    term_names,
+)
+from workbench.loop.tiers import AdapterSpec, check_tiers, infos_of
+
+PROFILES = Path(__file__).parents[2] / "profiles"
+MODEL_FILE, STEPS_FILE = "model.json", "steps.parquet"
+RESIDUAL_BLOCK = 16  # consecutive residuals drawn together: slow steps come in runs
+DEFAULT_RANK = 8
+ANY_VOCABULARY = 1_000_000  # only sizes matter here: without a tokenizer no token id is refused for its value
+
+
+class LatencyModel:
+    """Predicts what a batch costs on the device whose steps it was fitted to. Make one with `fit` or `load`.
+
+    `adapters`: the adapters that requests may name (names, or the infos of an engine); None accepts every name, at rank 8. `info` holds
+    the limits that the ledger accounts against: an engine's own, or others by `with_limits`. `tokenizer` is needed only for jobs
+    whose data is text and not yet token ids, and for text prompts to find their prefixes in the cache.
+    """
+
+    redrawn = ("residuals",)  # what differs from seed to seed on one trace
+
+    def __init__(
+        self,
+        costs: CostModel,
+        steps: pd.DataFrame,
+        *,
+        info: ExecutorInfo,
+        report: ErrorReport,
+        provenance: Mapping[str, Any],
+        adapters: Mapping[str, AdapterInfo | AdapterSpec] | Iterable[str] | None = None,
+        vocab_size: int | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+        noise: float = 0.0,
+        seen: CostModel | None = None,
+    ) -> None:
+        self.costs, self.report, self.provenance = costs, report, dict(provenance)
+        self._extra_noise, self._seen = noise, seen
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size or (len(tokenizer) if isinstance(tokenizer, Sized) else ANY_VOCABULARY)
+        self._info = replace(info, simulated=True)
+        self._steps = steps
+        values, duration = step_arrays(steps)
+        self._largest = values.max(axis=0)
+        self._noise = _Residuals(values, duration / costs.predict_all(values) - 1.0)
+        loads = values[:, INDEX["loads"]].sum()
+        self._bytes = int(values[:, INDEX["load_bytes"]].sum() / loads) if loads else 0
+        self._open = adapters is None
+        self._declared = _infos(adapters or {}, self._bytes)
+        self._adapters = dict(self._declared)
+        self._prepared: dict[int, tuple[FinetuneJob, data.PreparedJob]] = {}
+        self._jobs: dict[str, tuple[FinetuneJob, data.PreparedJob]] = {}
+        self._draw: _Stream | None = None
+
+    # Making one
+
+    @classmethod
+    def fit(
+        cls,
+        steps: Any,
+        *,
+        info: ExecutorInfo | None = None,
+        adapters: Mapping[str, AdapterInfo] | Iterable[str] | None = None,
+        vocab_size: int | None = None,
+        tokenizer: Callable[..., Any] | None = None,
+        commit: str | None = None,
+    ) -> "LatencyModel":
+        """Fit to measured steps: a replay on an engine, its `.steps` frame, or a list of either.
+
+        `report` holds the error on steps that were held out (one block of ten in five); the costs are then fitted to all of them.
+        Raises ValueError without `info` (a replay brings its own), with too few steps, and with simulated ones.
+        """
+        first = steps[0] if isinstance(steps, Sequence) and len(steps) else steps
+        info = info or getattr(first, "executor", None)
+        if info is None:
+            raise ValueError("a latency model needs the executor's limits, got a frame of steps alone. Pass info=engine.info.")
+        require(not info.simulated, "steps must be measured by an engine, not simulated", info.name)
+        values, duration = step_arrays(steps)
+        held = held_out_mask(len(duration))
+        judged = held if held.any() else np.ones(len(duration), bool)
+        part = fit_costs(values[~held], duration[~held])
+        report = error_report(part, values[judged], duration[judged], values[~held].max(axis=0), held_out=bool(held.any()))
+        frame = pd.DataFrame(values, columns=list(NAMES)).assign(duration_s=duration)
+        return cls(
+            fit_costs(values, duration),
+            frame,
+            info=replace(info, name=f"LatencyModel({info.name})"),
+            report=report,
+            provenance=_provenance(info, len(duration), commit),
+            adapters=adapters,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+        )
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, *, tokenizer: Callable[..., Any] | None = None) -> "LatencyModel":
+        """A saved model: a folder, or the name of a profile that ships in `profiles/`. Raises FileNotFoundError with what there is."""
+        folder = Path(name_or_path)
+        if not (folder / MODEL_FILE).is_file():
+            folder = PROFILES / str(name_or_path)
+        if not (folder / MODEL_FILE).is_file():
+            known = sorted(p.parent.name for p in PROFILES.glob(f"*/{MODEL_FILE}"))
+            raise FileNotFoundError(
+                f"no latency model in the folder or profile {str(name_or_path)!r}. {did_you_mean(str(name_or_path), known)} "
+                "Or fit one: LatencyModel.fit(replay)."
+            )
+        record = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+        if record.get("format") != 1:
+            raise ValueError(
+                f"{folder / MODEL_FILE}: format must be 1, got {record.get('format')!r}. Load it with the version that wrote it."
+            )
+        info: dict[str, Any] = record["info"] | {name: frozenset(record["info"][name]) for name in ("can", "eos_token_ids")}
+        report = record["report"] | {"by_class": {name: tuple(v) for name, v in record["report"]["by_class"].items()}}
+        adapters = None if record["adapters"] is None else {name: AdapterInfo(**v) for name, v in record["adapters"].items()}
+        return cls(
+            CostModel(tuple(record["costs"].values())),
+            pd.read_parquet(folder / STEPS_FILE),
+            info=ExecutorInfo(**info),
+            report=ErrorReport(**report),
+            provenance=record["provenance"],
+            adapters=adapters,
+            vocab_size=record["vocab_size"],
+            tokenizer=tokenizer,
+            noise=record.get("noise", 0.0),
+            seen=None if record.get("seen_costs") is None else CostModel(tuple(record["seen_costs"])),
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `model.json` (costs, limits, error, provenance) and `steps.parquet` (the measured steps) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        info = asdict(self._info) | {"can": sorted(self._info.can), "eos_token_ids": sorted(self._info.eos_token_ids)}
+        record = {
+            "format": 1,
+            "costs": dict(zip(term_names(), self.costs.costs, strict=True)),
+            "info": info,
+            "report": asdict(self.report),
+            "adapters": None if self._open else {name: asdict(v) for name, v in self._declared.items()},
+            "vocab_size": self.vocab_size,
+            "provenance": self.provenance,
+            "noise": self._extra_noise,
+            "seen_costs": None if self._seen is None else self._seen.costs,
+        }
+        (folder / MODEL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        self._steps.to_parquet(folder / STEPS_FILE, compression="zstd")
+        return folder
+
+    def with_limits(self, **changes: Any) -> "LatencyModel":
+        """The same costs under other limits, e.g. `with_limits(max_requests=64, num_blocks=4096)`: fields of `ExecutorInfo`."""
+        return self._changed(dict(zip(term_names(), self.costs.costs, strict=True)), info=replace(self._info, **changes))
+
+    def with_adapters(
+        self,
+        adapters: Mapping[str, AdapterSpec | AdapterInfo],
+        *,
+        host_bytes: int | None = None,
+        read_s: float = 0.0,
+        read_s_per_byte: float = 0.0,
+        load_s: float | None = None,
+        load_s_per_byte: float | None = None,
+    ) -> "LatencyModel":
+        """The same device serving these adapters, which need no files: `{"adapter-0": AdapterSpec(8, 42_000_000, "disk"), ...}`.
+
+        `host_bytes` bounds those in host memory (None: all fit); the others are read from disk in `read_s` + bytes * `read_s_per_byte`,
+        declared or from `tiers.fit_reads`. A load from host memory costs what the fit says, or what `load_s` and `load_s_per_byte`
+        declare. Raises ValueError where the adapters do not fit their tiers, or a read would take no time.
+        """
+        found = infos_of(adapters)
+        info = replace(self._info, host_bytes=host_bytes, read_s=read_s, read_s_per_byte=read_s_per_byte)
+        for name, value in {"host_bytes": host_bytes, "read_s": read_s, "read_s_per_byte": read_s_per_byte}.items():
+            require(value is None or value >= 0, f"{name} must be at least 0", value)
+        check_tiers(found, info)
+        costs = dict(zip(term_names(), self.costs.costs, strict=True))
+        costs |= {name: c for name, c in (("loads", load_s), ("load_bytes", load_s_per_byte)) if c is not None}
+        return self._changed(costs, info=info, adapters=found)
+
+    def perturb(
+        self,
+        bias: float = 0.0,
+        *,
+        scale: Mapping[str, float] | None = None,
+        shift_s: Mapping[str, float] | None = None,
+        noise: float = 0.0,
+        hidden: bool = False,
+    ) -> "LatencyModel":
+        """Another device, for the sensitivity of a conclusion to the model's error: rerun it at plus and minus `report.bias`.
+
+        Every step is longer by the share `bias` (0.03: 3 %; negative: shorter), residuals as they were. `scale` multiplies the cost of
+        single terms (`latency.fit.term_names()`: {"backward_token_layers": 1.2}), `shift_s` adds seconds to every step that holds a kind
+        of work ("step" for any, "finetune", "evaluate", "prefill", "decode", "backward"), `noise` adds independent relative noise of that
+        standard deviation to each step. `hidden`: policies go on predicting with the model as it was, so that they err by what was changed.
+        An axis of a sweep: `axes={"executor": {"as fitted": model, "+3 %": model.perturb(0.03)}}`. Raises ValueError for an unknown term
+        or kind, and for a change that would make a cost negative.
+        """
+        require(bias > -1, "bias must be above -1", bias)
+        require(noise >= 0, "noise must be at least 0", noise)
+        changes = {"bias": bias, "scale": dict(scale or {}), "shift_s": dict(shift_s or {}), "noise": noise, "hidden": hidden}
+        changes = {name: value for name, value in changes.items() if value}
+        costs = perturbed(dict(zip(term_names(), self.costs.costs, strict=True)), bias, scale or {}, shift_s or {})
+        seen = dict(zip(term_names(), (self._seen or self.costs).costs, strict=True))
+        if not hidden:  # on top of what was hidden before
+            seen = perturbed(seen, bias, scale or {}, shift_s or {})
+        label = f" {bias:+.1%}" if bias else ""
+        label += "".join(f" {name}={value}" for name, value in changes.items() if name != "bias")
+        return self._changed(
+            costs,
+            info=replace(self._info, name=self._info.name + label),
+            provenance=self.provenance | {"perturbed": [*self.provenance.get("perturbed", ()), changes]},
+            noise=(self._extra_noise**2 + noise**2) ** 0.5,
+            seen=CostModel(tuple(seen.values())) if hidden or self._seen is not None else None,
+        )
+
+    def _changed(self, costs: Mapping[str, float], **changes: Any) -> "LatencyModel":
+        """This model with other costs by term (residuals stay as they are, relative), and other arguments."""
+        model = CostModel(tuple(costs.values()))
+        values = self._steps[list(NAMES)].to_numpy(float)
+        before, after = self.costs.predict_all(values), model.predict_all(values)
+        arguments: dict[str, Any] = {
+            "info": self._info,
+            "report": self.report,
+            "provenance": self.provenance,
+            "adapters": None if self._open else self._declared,
+            "vocab_size": self.vocab_size,
+            "tokenizer": self.tokenizer,
+            "noise": self._extra_noise,
+            "seen": self._seen,
+        }
+        return LatencyModel(model, self._steps.assign(duration_s=self._steps["duration_s"] * after / before), **(arguments | changes))
+
+    def replicas(self, num: int) -> "Sequence[LatencyModel]":
+        """`num` devices of this kind for a `Fleet`: the same costs and limits, and no state in common."""
+        return [copy.copy(self) for _ in range(num)]
+
+    def __repr__(self) -> str:
+        return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}"
+
+    def identity(self) -> str:
+        """What its predictions depend on, as 32 hex digits: costs, the recorded steps, limits, adapters, vocabulary."""
+        from workbench.experiments.content_key import content_key
+
+        steps = self._steps[[*NAMES, "duration_s"]].to_numpy(float)
+        tokenizer = None if self.tokenizer is None else (type(self.tokenizer).__name__, str(getattr(self.tokenizer, "name_or_path", "")))
+        adapters = None if self._open else self._declared
+        seen = None if self._seen is None else self._seen.costs
+        return content_key(self.costs.costs, steps, self._info, adapters, self._bytes, self.vocab_size, tokenizer, self._extra_noise, seen)
+
+    # Predicting
+
+    @property
+    def predictor(self) -> Predictor:
+        """What policies predict with: this model, but for a hidden perturbation."""
+        return self if self._seen is None else _Seen(self._seen)
+
+    def predict(self, work: Work) -> float:
+        """Mean duration in seconds of a step that does `work`, reading adapters from disk included."""
+        return self.costs.predict(work) + work.read_s
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """The measured steps that it was fitted to, with their features and `predicted_s`."""
+        return self._steps.assign(predicted_s=self.costs.predict_all(self._steps[list(NAMES)].to_numpy(float)))
+
+    @property
+    def held_out(self) -> pd.DataFrame:
+        """The steps that `report` judges, with `predicted_s` by a fit to all the others; no rows if there were too few to hold out."""
+        held = held_out_mask(len(self._steps))
+        if not held.any():
+            return self._steps[held].assign(predicted_s=0.0)
+        values, duration = step_arrays(self._steps)
+        return self._steps[held].assign(predicted_s=fit_costs(values[~held], duration[~held]).predict_all(values[held]))
+
+    def error(self, steps: Any) -> ErrorReport:
+        """Its error on other measured steps: a replay on an engine, a steps frame, or a list of either."""
+        values, duration = step_arrays(steps)
+        return error_report(self.costs, values, duration, self._largest)
+
+    def outside_share(self, steps: Any) -> float:
+        """The share of a replay's steps that lie outside the fitted range, where this model extrapolates."""
+        values, _ = step_arrays(steps)
+        return float(is_outside(values, self._largest).mean()) if len(values) else 0.0
+
+    # Executor
+
+    @property
+    def info(self) -> ExecutorInfo:
+        return self._info
+
+    @property
+    def adapter_infos(self) -> Mapping[str, AdapterInfo]:
+        return self._adapters
+
+    def begin(self, jobs: Sequence[FinetuneJob], *, seed: int) -> Mapping[str, data.PreparedJob]:
+        """Start a replay: job sizes, fresh adapter versions, residuals drawn from `seed`."""
+        self._adapters = dict(self._declared)
+        self._jobs = {job.id: (job, self._prepare(job)) for job in jobs}
+        require(len(self._jobs) == len(jobs), "every job needs an id of its own", [job.id for job in jobs], "Give job_id=.")
+        self._draw = self._noise.stream(seed, self._extra_noise)
+        return {job_id: prepared for job_id, (_, prepared) in self._jobs.items()}
+
+    def _prepare(self, job: FinetuneJob) -> data.PreparedJob:
+        # Keyed by identity: data may be a list, and many replays of one job should not tokenise it each time.
+        if id(job) not in self._prepared:
+            self._prepared[id(job)] = (job, data.prepare(job, tokenizer=self.tokenizer, vocab_size=self.vocab_size))
+        return self._prepared[id(job)][1]
+
+    def admissible(self, request: Request) -> Request:
+        """The request with `prompt_tokens` and `max_tokens` resolved; registers an unknown adapter unless `adapters` was given.
+
+        Raises ValueError for an unknown adapter, an empty prompt, one beyond the context, and one that the KV pool could never hold.
+        """
+        info, name = self._info, request.request_id
+        if request.adapter is not None and request.adapter not in self._adapters:
+            if not self._open:
+                raise UnknownAdapterError(
+                    f"{name}: unknown adapter {request.adapter!r}. {did_you_mean(request.adapter, list(self._adapters))} "
+                    "More adapters need no files: declare them with LatencyModel.with_adapters."
+                )
+            self._adapters |= _infos([request.adapter], self._bytes)
+        prompt, ids = request.prompt_tokens, request.prompt_token_ids
+        if ids is not None or (request.prompt is not None and self.tokenizer is not None):
+            ids = data.prompt_token_ids(request, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
+            prompt = len(ids)
+        require(prompt >= 1, f"{name}: a prompt must have at least 1 token", prompt)
+        room = info.max_model_len - prompt
+        require(room >= 1, f"{name}: a prompt must be shorter than the context of {info.max_model_len} tokens", prompt)
+        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        wanted = max_tokens if request.output_tokens is None else min(request.output_tokens, max_tokens)
+        blocks = -(-(prompt + wanted) // info.block_tokens)
+        require(
+            blocks <= info.num_blocks,
+            f"{name}: a request must fit the KV pool of {info.num_blocks} blocks of {info.block_tokens} tokens",
+            blocks,
+            "Raise num_blocks.",
+        )
+        return replace(request, prompt_tokens=prompt, prompt_token_ids=ids, max_tokens=max_tokens)
+
+    def step(self, batch: Batch) -> StepResult:
+        """Predicted duration with a recorded residual on it; the backward stops early where `stop_after_s` says so."""
+        if self._draw is None:
+            raise RuntimeError("step() needs begin() first: pass the model as executor= to replay().")
+        work = features.of_batch(batch)
+        result = self.simulate(work, batch)
+        return result if isinstance(result, StepResult) else StepResult(duration_s=result, gpu_s=result)
+
+    def simulate(self, work: Work, batch: Batch, predicted_s: float | None = None) -> StepResult | float:
+        """`step` for a batch whose work is summed up already: its prefill and decode rows are not read and may lack.
+
+        `predicted_s`: what `predict` says, if it was asked. A number is the duration of a step with nothing else to report.
+        """
+        if self._draw is None:
+            raise RuntimeError("simulate() needs begin() first: pass the model as executor= to replay().")
+        factor = self._draw(_class_of(work))
+        duration = factor * (self.predict(work) if predicted_s is None else predicted_s)
+        if not batch.backwards:
+            return duration
+        planned = done = {b.owner: b.num_layers for b in batch.backwards}
+        if batch.stop_after_s is not None and duration > batch.stop_after_s:
+            work, done = self._cut(work, batch, factor)
+            duration = factor * self.predict(work)
+        return StepResult(
+            duration_s=duration, gpu_s=duration, layers_done=done, stopped_early=done != planned, published=self._commit(batch, done)
+        )
+
+    def preview(self, work: Work, num_steps: int) -> tuple[list[float], list[float]]:
+        """Durations of the next steps, as policies predict them and as drawn, if each decodes the rows of `work`, which are all there is.
+
+        Exactly what `predictor` and `simulate` would give step by step. Nothing is drawn for good before `skip` says how many were made.
+        """
+        if self._draw is None:
+            raise RuntimeError("preview() needs begin() first: pass the model as executor= to replay().")
+        means = self.costs.predict_decodes(work, num_steps)
+        drawn = list(map(mul, self._draw.preview(_class_of(work), num_steps), means))
+        return means if self._seen is None else self._seen.predict_decodes(work, num_steps), drawn
+
+    def skip(self, num_steps: int) -> None:
+        """So many of the steps of the last `preview` were made."""
+        assert self._draw is not None
+        self._draw.skip(num_steps)
+
+    def _cut(self, work: Work, batch: Batch, factor: float) -> tuple[Work, dict[str, int]]:
+        """What is really done when the backward stops at the first layer boundary after `stop_after_s`, and the layers done."""
+        assert batch.stop_after_s is not None
+        done = {b.owner: 0 for b in batch.backwards}
+        kept = work.copy()
+        kept.drop_backwards()
+        ran = kept
+        for backward in batch.backwards:
+            for layers in range(backward.num_layers):
+                if factor * self.predict(ran) >= batch.stop_after_s:
+                    return ran, done
+                ran = kept.copy()
+                ran.add_backward(replace(backward, num_layers=layers + 1))
+                done[backward.owner] = layers + 1
+            kept = ran
+        return ran, done
+
+    def _commit(self, batch: Batch, done: Mapping[str, int]) -> dict[str, int]:
+        """Which adapters this step publishes, as an engine would: after each optimiser step, or after the job's last one."""
+        published: dict[str, int] = {}
+        for backward in batch.backwards:
+            if not (backward.is_last and backward.ends_window and done[backward.owner] == backward.num_layers):
+                continue
+            job, prepared = self._jobs[backward.owner]
+            last = backward.micro_batch == prepared.num_micro_batches - 1
+            if job.publish == "step" or (job.publish == "end" and last):
+                published |= self._publish(job)
+        return published
+
+    def _publish(self, job: FinetuneJob) -> dict[str, int]:
+        old = self._adapters.get(job.adapter)
+        size = old.bytes * job.rank // old.rank if old else self._bytes
+        info = AdapterInfo(name=job.adapter, version=old.version + 1 if old else 1, rank=job.rank, bytes=size)
+        self._adapters[job.adapter] = info
+        return {job.adapter: info.version}
+
+    def adopt(self, info: AdapterInfo, source: object) -> None:
+        """Serve an adapter, or a new version of one, that another replica has."""
+        old = self._adapters.get(info.name)
+        self._adapters[info.name] = replace(info, version=max(info.version, old.version + 1)) if old else info
+
+    def poll(self) -> Sequence[Command]:
+        """No commands: a simulated job has no user beside it."""
+        return ()
+
+    def end(self) -> None:
+        self._draw = None
+        self._jobs = {}
+
+
+class _Seen:
+    """Predicts with the costs that policies are to believe."""
+
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
+
+    def predict(self, work: Work) -> float:
+        """Mean duration in seconds of a step that does `work`."""
+        return self.costs.predict(work) + work.read_s
+
+
+class _Residuals:
+    """Relative residuals in the order of recording, standardised by class of step, drawn in blocks."""
+
+    def __init__(self, values: np.ndarray, residual: np.ndarray) -> None:
+        kinds = classes_of(values)
+        scale = np.array([residual[kinds == k].std() if (kinds == k).any() else residual.std() for k in range(len(CLASSES))])
+        centred = residual - np.array([residual[kinds == k].mean() if (kinds == k).any() else 0.0 for k in range(len(CLASSES))])[kinds]
+        self._standard: list[float] = (centred / np.maximum(scale[kinds], 1e-12)).tolist()
+        self._scale: list[float] = scale.tolist()
+
+    def stream(self, seed: int, noise: float = 0.0) -> "_Stream":
+        """The residuals of one replay, with independent noise of that standard deviation on top. Equal seeds give equal streams."""
+        return _Stream(self._standard, self._scale, seed, noise)
+
+
+class _Stream:
+    """Draws 1 + the relative residual of the next step, at least 0.1, given its class; or of the next ones, to be made or not."""
+
+    def __init__(self, standard: list[float], scale: list[float], seed: int, noise: float) -> None:
+        self._standard, self._scale, self._noise = standard, scale, noise
+        self._rng, self._extra_rng = random.Random(f"residuals:{seed}"), random.Random(f"noise:{seed}")
+        self._coming: list[float] = []
+        self._extra: list[float] = []
+        self._at = 0
+
+    def __call__(self, kind: int) -> float:
+        value = self.preview(kind, 1)[0]
+        self._at += 1
+        return value
+
+    def preview(self, kind: int, num: int) -> list[float]:
+        """What the next `num` calls would give."""
+        if self._at + num > len(self._coming):
+            self._fill(num)
+        first, last, scale = self._at, self._at + num, self._scale[kind]
+        if self._noise:
+            pairs = zip(self._coming[first:last], self._extra[first:last], strict=True)
+            return [1.0 + max(value * scale + extra, -0.9) for value, extra in pairs]
+        return [1.0 + (r if (r := value * scale) > -0.9 else -0.9) for value in self._coming[first:last]]
+
+    def skip(self, num: int) -> None:
+        self._at += num
+
+    def _fill(self, num: int) -> None:
+        """Let at least `num` residuals be at hand: whole blocks, from the recording's end on to its beginning."""
+        del self._coming[: self._at], self._extra[: self._at]
+        self._at = 0
+        standard, coming = self._standard, self._coming
+        while len(coming) < num:
+            first = self._rng.randrange(len(standard))
+            coming += standard[first : first + RESIDUAL_BLOCK]
+            for k in range(first + RESIDUAL_BLOCK - len(standard)):
+                coming.append(standard[k % len(standard)])
+        if self._noise:
+            self._extra += [self._extra_rng.gauss(0.0, self._noise) for _ in range(len(coming) - len(self._extra))]
+
+
+def _class_of(work: Work) -> int:
+    v = work.values
+    if v[0] or v[1] or v[12]:
+        return 0
+    return 1 if v[2] else 2
+
+
+def _infos(adapters: Mapping[str, AdapterInfo | AdapterSpec] | Iterable[str], size_bytes: int) -> dict[str, AdapterInfo]:
+    if isinstance(adapters, Mapping):
+        return infos_of(adapters)
+    return {name: AdapterInfo(name=name, version=1, rank=DEFAULT_RANK, bytes=size_bytes) for name in adapters}
+
+
+def _provenance(info: ExecutorInfo, num_steps: int, commit: str | None) -> dict[str, Any]:
+    """Where the fit comes from. Distributions that are not installed are left out; outside a repository the commit is empty."""
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in ("torch", "triton", "transformers", "numpy", "pandas", "scipy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if commit is None:
+        found = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        commit = found.stdout.strip()
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"device": info.device, "executor": info.name, "steps": num_steps, "versions": versions, "commit": commit, "date": date}

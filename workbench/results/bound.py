@@ -1,0 +1,247 @@
+"""What no schedule can exceed: attainment and fine-tune throughput bounded by work and capacity alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, floor, inf
+from typing import Any
+
+import numpy as np
+
+from workbench.config import FinetuneJob, require
+from workbench.core import Executor, ExecutorInfo, JobShape, Predictor, Request
+from workbench.features import INDEX, Work, causal_pairs
+from workbench.fleet import Fleet
+from workbench.results.metrics import SLOs, slo_of
+
+TOLERANCE_S = 1e-9  # what metrics forgive, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpperBound:
+    """No policy gets above these numbers on the same requests, jobs, limits and targets.
+
+    `attainment` is of the requests that arrive within the window, `finetune_tokens_per_s` is without serving anybody.
+    """
+
+    requests: int
+    attainment: float
+    finetune_tokens_per_s: float
+    _program: "_Program" = field(repr=False)
+
+    def finetune_at(self, attainment: float) -> float:
+        """At most so many committed fine-tune tokens/s beside at least this attainment. Raises ValueError above the bound on it."""
+        require(0 <= attainment <= self.attainment, f"attainment must lie in [0, {self.attainment:.4g}], its own bound", attainment)
+        return self._program.finetune_at(attainment * self.requests)
+
+
+def upper_bound(
+    trace: Any,
+    *,
+    executor: Executor,
+    slo: SLOs,
+    jobs: Sequence[FinetuneJob] = (),
+    measure: tuple[float, float] | None = None,
+    points: int = 48,
+) -> UpperBound:
+    """The relaxation of a replay on `executor` to work and capacity; `measure` as in `replay` (None: up to the last arrival).
+
+    Relaxed: requests may be met in fractions; steps are left out except that each holds at most `max_requests` rows, and a forward of
+    `max_batch_tokens` fine-tune tokens (its constants are counted where that many tokens share them best); adapters, slots,
+    loads, the arena, prefix sharing (a prompt that could be shared counts one token) and when jobs arrive cost nothing; of the
+    intervals, about `points` starts and ends are looked at.
+
+    Why it is a bound: a step lasts its constant plus at least the sum of its rows' own costs, so whatever is met by its deadline has put
+    its own seconds, and 1 / `max_requests` of the constant for each of its tokens, into the time between arrival and deadline, and for
+    every interval these sums are at most its length (its KV blocks times seconds at most the pool times that length). Every
+    schedule therefore is a feasible point of the linear program that maximises the requests met, or the tokens trained, under just these
+    inequalities, and the maximum, rounded down to whole requests, is no less than what it attains.
+
+    It holds for durations that are a non-negative sum of the features, of constants for what is present and of hinges: `FixedCost`,
+    and a `LatencyModel` without its residuals. Raises ValueError without a predictor, for closed sessions (arrivals then depend on the
+    schedule), and for requests whose length the text decides.
+    """
+    require(not isinstance(executor, Fleet), "a bound is of one executor", executor.info.name, "Bound a replica on its share of the trace.")
+    require(executor.predictor is not None, "a bound needs an executor with a predictor", executor.info.name, "Fit a LatencyModel first.")
+    requests = list(trace.requests if hasattr(trace, "requests") else trace)
+    for r in requests:
+        require(r.parent_id is None, "a bound needs arrivals that do not depend on the schedule", f"{r.request_id} after {r.parent_id}")
+        require(r.output_tokens is not None, "a bound needs output_tokens of every request", r.request_id, "Use with_lengths on the trace.")
+    last = max((r.arrival_s for r in requests), default=0.0)
+    start, end = measure or (0.0, last)
+    rule = "measure must be (start_s, end_s) with 0 <= start_s < end_s"
+    require(0 <= start < end, rule, (start, end), "Name the window: without arrivals after 0 s there is none to take.")
+    assert executor.predictor is not None
+    shapes = executor.begin(jobs, seed=0)
+    try:
+        needs = [_need(r, executor, executor.predictor, slo) for r in requests if start <= r.arrival_s <= end]
+        token_s, tokens = _training(shapes, executor.predictor, executor.info)
+    finally:
+        executor.end()
+    program = _Program.of([n for n in needs if n is not None], executor.info.num_blocks, (start, end), token_s, tokens, points)
+    met = floor(program.most_met() + 1e-6)
+    return UpperBound(
+        requests=len(needs),
+        attainment=met / len(needs) if needs else float("nan"),
+        finetune_tokens_per_s=program.finetune_at(0.0),
+        _program=program,
+    )
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What a request that meets its targets takes: seconds by its first and by its last deadline, and block-seconds by the last."""
+
+    arrival_s: float
+    first_due_s: float
+    last_due_s: float
+    first_s: float
+    total_s: float
+    block_seconds: float
+
+
+def _seconds(predictor: Predictor, **features: float) -> float:
+    """The part of a step's duration that grows with these features, and with them alone: constants and hinges are left out."""
+    scale = 1.0 / (1.0 + sum(features.values()))
+    once, twice = Work(), Work()
+    for name, value in features.items():
+        once.values[INDEX[name]], twice.values[INDEX[name]] = value * scale, 2 * value * scale
+    return max(0.0, (predictor.predict(twice) - predictor.predict(once)) / scale)
+
+
+def _need(request: Request, executor: Executor, predictor: Predictor, slo: SLOs) -> _Need | None:
+    """None when the request misses its targets even alone."""
+    try:
+        r = executor.admissible(request)
+    except ValueError:
+        return None
+    info, target = executor.info, slo_of(slo, r.slo_class)
+    output = min(r.output_tokens or 0, r.max_tokens if r.max_tokens is not None else info.max_model_len - r.prompt_tokens)
+    may_share = bool(r.prefix_ids or r.session or r.prompt or r.prompt_token_ids)
+    prompt = 1 if may_share else r.prompt_tokens
+    decodes = output - 1
+    contexts = decodes * prompt + decodes * (decodes + 1) // 2
+    first_s = _seconds(predictor, prefill_tokens=prompt, prefill_pairs=prompt * (prompt + 1) // 2, requests=1, samples=1)
+    decode_s = _seconds(predictor, decode_tokens=decodes, decode_context=contexts, requests=decodes, samples=decodes) if decodes else 0.0
+    step_s = predictor.predict(Work())
+    shortest_ttft_s = first_s + step_s * ceil(prompt / info.max_batch_tokens)
+    shortest_tpot_s = step_s + decode_s / decodes if decodes else 0.0
+    ttft, tpot, itl, e2e = (inf if t is None else t + TOLERANCE_S for t in (target.ttft_s, target.tpot_s, target.itl_s, target.e2e_s))
+    if shortest_ttft_s > ttft or shortest_tpot_s > tpot or shortest_ttft_s + decodes * shortest_tpot_s > e2e:
+        return None
+    # a quantile that leaves no gap out bounds every gap, and the smallest possible one is a step with one decode
+    if ceil(target.itl_quantile * decodes - 1e-9) < decodes:
+        itl = inf
+    if decodes and step_s + _seconds(predictor, decode_tokens=1, decode_context=prompt + 1, requests=1, samples=1) > itl:
+        return None
+    pace = min(tpot, itl)
+    first_due = r.arrival_s + ttft
+    last_due = min(r.arrival_s + e2e, first_due + decodes * pace if decodes else first_due)
+    share_s = step_s / min(info.max_requests, info.max_batch_tokens)
+    blocks = 0 if may_share else -(-prompt // info.block_tokens)
+    total_s = first_s + decode_s
+    return _Need(
+        arrival_s=r.arrival_s,
+        first_due_s=min(first_due, last_due),
+        last_due_s=last_due,
+        first_s=first_s + share_s,
+        total_s=total_s + share_s * output,
+        block_seconds=blocks * (total_s + step_s * output),
+    )
+
+
+def _training(shapes: Mapping[str, JobShape], predictor: Predictor, info: ExecutorInfo) -> tuple[float, int]:
+    """The fewest seconds that one committed token takes, and how many tokens there are."""
+    batches = [s.micro_batch(i).documents for s in shapes.values() for i in range(s.first_micro_batch, s.num_micro_batches)]
+    if not batches:
+        return 0.0, 0
+    # what any forward costs is counted here, once a step, and nowhere else; a hinge on all packed tokens is at least that on these
+    forward_s = min(_beyond_s(predictor, 0.0, finetune_tokens=n) / n for n in range(1, info.max_batch_tokens + 1))
+    are_alike = len({sum(documents) for documents in batches}) == 1
+    cheapest, layers = inf, info.num_layers
+    for documents in set(batches):
+        tokens = sum(documents)
+        pairs = causal_pairs(documents, 0, tokens)
+        seconds = tokens * forward_s + _seconds(predictor, finetune_pairs=pairs)
+        if are_alike:  # each layer of each backward has as many tokens: hinges on that add up, however layers share steps
+            seconds += _beyond_s(predictor, 1e-9, backward_token_layers=tokens * layers, backward_layers=layers)
+        else:
+            seconds += _seconds(predictor, backward_token_layers=tokens * layers)
+        seconds += _seconds(predictor, backward_pair_layers=pairs * layers)
+        cheapest = min(cheapest, seconds / tokens)
+    return cheapest, sum(map(sum, batches))
+
+
+def _beyond_s(predictor: Predictor, least: float, **features: float) -> float:
+    """What a step with these features takes longer than with the share `least` of them: above 0, constants for what is there drop out."""
+    most, little = Work(), Work()
+    for name, value in features.items():
+        most.values[INDEX[name]], little.values[INDEX[name]] = value, least * value
+    return max(0.0, predictor.predict(most) - predictor.predict(little))
+
+
+@dataclass(frozen=True)
+class _Program:
+    """maximise over x in [0, 1]^n, and trained tokens: rows [m, n] @ x <= lengths [m], and the window's seconds."""
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    inside_s: np.ndarray
+    window: tuple[float, float]
+    token_s: float
+    tokens: int
+
+    @classmethod
+    def of(cls, needs: list[_Need], num_blocks: int, window: tuple[float, float], token_s: float, tokens: int, points: int) -> "_Program":
+        columns = np.array([[n.arrival_s, n.first_due_s, n.last_due_s, n.first_s, n.total_s, n.block_seconds] for n in needs]).reshape(
+            -1, 6
+        )
+        arrival, first_due, last_due, first_s, total_s, block_seconds = columns.T
+        starts = _some(arrival, points)
+        ends = _some(np.concatenate([first_due, last_due]), points)
+        rows, lengths = [], []
+        for a in starts:
+            for b in ends[ends > a]:
+                inside = arrival >= a
+                seconds = np.where(inside & (last_due <= b), total_s, np.where(inside & (first_due <= b), first_s, 0.0))
+                rows += [seconds, np.where(inside & (last_due <= b), block_seconds, 0.0)]
+                lengths += [b - a, num_blocks * (b - a)]
+        end = window[1]
+        inside_s = np.where(last_due <= end, total_s, np.where(first_due <= end, first_s, 0.0))
+        return cls(np.array(rows).reshape(len(rows), len(needs)), np.array(lengths), inside_s, window, token_s, tokens)
+
+    def most_met(self) -> float:
+        """The largest sum of x."""
+        num = len(self.inside_s)
+        if num == 0 or not len(self.rows):
+            return float(num)
+        return -self._solve(np.append(-np.ones(num), 0.0), self.rows, self.lengths)
+
+    def finetune_at(self, met: float) -> float:
+        """The most trained tokens per second of the window beside at least `met` requests."""
+        if self.tokens == 0:
+            return 0.0
+        num, (start, end) = len(self.inside_s), self.window
+        if self.token_s == 0:
+            return self.tokens / (end - start)
+        # tokens in units of the most that the window holds, so that every coefficient is about 1
+        most = min(float(self.tokens), end / self.token_s)
+        window = np.append(self.inside_s, most * self.token_s)[None]
+        rows = np.vstack([np.hstack([self.rows, np.zeros((len(self.rows), 1))]), window, np.append(-np.ones(num), 0.0)[None]])
+        bounds = np.concatenate([self.lengths, [end + TOLERANCE_S, -met + 1e-6]])
+        return -self._solve(np.append(np.zeros(num), -1.0), rows, bounds) * most / (end - start)
+
+    def _solve(self, objective: np.ndarray, rows: np.ndarray, lengths: np.ndarray) -> float:
+        from scipy.optimize import linprog
+
+        padded = rows if rows.shape[1] == len(objective) else np.hstack([rows, np.zeros((len(rows), 1))])
+        found = linprog(objective, A_ub=padded, b_ub=lengths, bounds=(0, 1), method="highs")
+        assert found.status == 0, found.message
+        return float(found.fun)
+
+
+def _some(values: np.ndarray, most: int) -> np.ndarray:
+    """Up to `most` of the finite values, evenly over their order; any choice of intervals gives a bound."""
+    finite = np.unique(values[np.isfinite(values)])
+    if len(finite) <= most:
+        return finite
+    return finite[np.linspace(0, len(finite) - 1, most).round().astype(int)]
