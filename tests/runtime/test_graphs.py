@@ -1,5 +1,9 @@
-"""What a recorded decode graph depends on; recording and replaying themselves need CUDA (tests/gpu)."""
+"""What recorded steps depend on and read; recording and replaying themselves need CUDA (tests/gpu)."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,3 +196,13 @@ def test_facts_only_widen_so_that_adapters_come_and_go_under_one_graph():
     assert table.facts == before
     table.expect(init_adapter(DIMS, "x", rank=24).tensors)
     assert table.facts != before and {fact[1:] for fact in table.facts} == {(32, 8)}
+
+
+def test_a_padded_mixed_step_equals_the_references_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/runtime/interpreted.py"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "1 passed" in done.stdout
