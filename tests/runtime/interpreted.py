@@ -13,13 +13,15 @@ TOLERANCE = 1e-4
 def test_a_padded_mixed_step_equals_transformers_and_peft_run_separately(tmp_path):
     assert IS_INTERPRETED
     folder, base, adapters = make_family(tmp_path, "qwen3")
-    engine = Engine.from_pretrained(base, adapters=adapters, device="cpu", config=replace(SMALL, max_batch_tokens=96, max_requests=8))
-    graphs = engine.runner.mixed = MixedGraphs(engine.runner, 96, 8, engine.info.max_model_len)
-    jobs = [job("first", length=9, evaluation=rows_of(6, 2, 9), evaluate_every=1), job("second", length=7, rank=8, targets=("v_proj",))]
-    kinds = set()
+    engine = Engine.from_pretrained(base, adapters=adapters, device="cpu", config=replace(SMALL, max_batch_tokens=128, max_requests=8))
+    graphs = engine.runner.mixed = MixedGraphs(engine.runner, 128, 8, engine.info.max_model_len)
+    jobs = [job("first", length=9, evaluation=rows_of(6, 2, 9), evaluate_every=1), job("second", length=33, rank=8, targets=("v_proj",))]
+    kinds, is_cut = set(), False
     for segment, found, expected in mixed_rows(engine, folder, adapters, jobs, seed=1, steps=2):
         kinds.add(segment.kind)
+        is_cut |= segment.kind == "finetune" and segment.start > 0
         exact = expected(base)
         assert float((found - exact).abs().max() / exact.abs().max()) <= TOLERANCE, segment
     assert kinds >= {"finetune", "evaluate", "prefill"}
+    assert is_cut, "rows that attend to an earlier chunk"
     assert graphs.recorded, "every step went through the padded path"
