@@ -25,7 +25,10 @@ from workbench.bench import (
     targets,
     unified,
 )
+from workbench.bench.kept import Kept, load_all
 from workbench.bench.session import Session
+from workbench.latency.whole_replays import ReplayErrors
+from workbench.testing import FixedCost
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = "NVIDIA H100 80GB HBM3"
@@ -237,6 +240,62 @@ def test_whole_replays_are_compared_with_the_models_and_the_worst_error_has_the_
     assert {(modelling.WORST, rows.OURS, f"error of {metric}") for metric in modelling.METRICS} <= found
     both = [r for r in tiny.rows if r.metric == "error of finetune_tokens_per_s"]
     assert len(both) == 3 and both[2].p50 == max(both[0].p50, both[1].p50)
+
+
+def test_a_profile_is_judged_and_kept_replays_give_the_same_rows_without_the_engine(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(modelling, "LOADS", (12,))
+    profile = tiny.engine.calibrate(seconds=0.2, progress=False).perturb(1.0)
+    monkeypatch.setattr(tiny, "profile", wb.LatencyModel.load(profile.save(tmp_path / "slow")))
+    monkeypatch.setattr(tiny, "replays", tmp_path / "kept")
+    run(tiny, "model", ("BurstGPT, 12 req/s, ServeFirst",))
+    monkeypatch.setattr(wb.Engine, "random", lambda *_, **__: pytest.fail("no engine is needed"))
+    made = {}
+    for name, model in (("again", tmp_path / "slow"), ("fitted", tmp_path / "kept" / "model")):
+        assert cli.main(["model", "--from", str(tmp_path / "kept"), "--profile", str(model), "--into", str(tmp_path / name)]) == 0
+        made[name] = ReplayErrors.read(tmp_path / name / modelling.PREDICTIONS_FILE)
+    there = ReplayErrors.read(tiny.into / modelling.PREDICTIONS_FILE)
+    assert made["again"] == there != made["fitted"], "the profile was judged, not the model of the run"
+    assert {(p.trace, p.load, p.device) for p in there.predictions} == {("BurstGPT", 12.0, "CPU")}
+    written = rows.read(tmp_path / "again")
+    assert set(written["shape"]) == {"tiny-llama"} and modelling.WORST in set(written["cell"])
+    shipped = wb.LatencyModel.load(tmp_path / "kept" / "model").with_replays(made["fitted"])
+    assert "1 replays on CPU" in str(shipped.info.model_error.on("attainment"))
+    capsys.readouterr()
+
+
+def test_every_policy_of_the_bench_comes_back_from_a_kept_replay(tmp_path):
+    request = wb.Request(request_id="r", arrival_s=0.0, prompt_tokens=4, output_tokens=2)
+    for policy in modelling.POLICIES:
+        job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1)
+        measured = wb.replay([request], executor=FixedCost(), policy=policy, jobs=[job], progress=False)
+        one = Kept(trace="t", load=2, policy=policy, job=job, shape="tiny", date="2026-01-01", replay=measured)
+        again = Kept.load_from(one.save(tmp_path))
+        assert (again.policy, again.job, again.name) == (policy, job, one.name)
+    assert len(load_all(tmp_path)) == len(modelling.POLICIES)
+    with pytest.raises(FileNotFoundError, match="got none. Keep some"):
+        load_all(tmp_path / "nowhere")
+
+
+def test_a_profile_of_another_device_is_refused_before_anything_is_measured(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "profile", wb.LatencyModel.load("h100-llama3-8b"))
+    monkeypatch.setattr(modelling, "_measured", lambda *_: pytest.fail("measured"))
+    tiny.start("model", 30.0)
+    with pytest.raises(ValueError, match="the profile must be of the device of the replays, CPU"):
+        modelling.run(tiny)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["w1", "--profile", "h100-llama3-8b"], "are of the workload model alone"),
+        (["model", "--from", "kept"], "it needs --profile"),
+        (["model", "--from", "kept", "--profile", "h100-llama3-8b", "--replays", "other"], "takes no --replays"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(given, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(given)
+    assert message in capsys.readouterr().err
 
 
 def test_policies_are_ranked_only_where_they_differ_by_more_than_the_model_errs():

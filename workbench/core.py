@@ -8,7 +8,10 @@ import marshal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from workbench.model_error import ModelError
 
 Kind = Literal["finetune", "evaluate", "prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("finetune", "evaluate", "prefill", "decode")
@@ -230,7 +233,8 @@ class ExecutorInfo:
     the adapter versions on the device, `activation_tokens` the arena of kept fine-tune activations. With `prefix_cache` the ledger lets
     requests share the blocks of equal prompt prefixes (`workbench.loop.prefix_cache`); the executor only has to read what it wrote earlier.
     `host_bytes` bounds the adapters in host memory (None: it holds them all); the others are read from disk in `read_s` seconds and
-    `read_s_per_byte` for each byte, before they are copied to a slot (`workbench.loop.tiers`).
+    `read_s_per_byte` for each byte, before they are copied to a slot (`workbench.loop.tiers`). `model_error` is no limit: it says beside a
+    simulated result how far this model's whole replays were from measured ones, as far as anyone looked.
     """
 
     name: str
@@ -251,6 +255,7 @@ class ExecutorInfo:
     host_bytes: int | None = None
     read_s: float = 0.0
     read_s_per_byte: float = 0.0
+    model_error: "ModelError | None" = None
 
 
 @dataclass(frozen=True, slots=True)

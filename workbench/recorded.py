@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from workbench.config import FinetuneJob, did_you_mean, require
 from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, JobShape, Predictor, Request, StepResult
+from workbench.model_error import ModelError
 from workbench.results.replay import Replay
 
 
@@ -18,9 +19,12 @@ class Recorded:
     def __init__(self, recording: Replay, *, predictor: Predictor | None = None) -> None:
         parts = getattr(recording, "replicas", None)
         step = "Pass executor=Fleet([Recorded(part) for part in replay.replicas], router=...)."
-        require(parts is None, "a recording must be of one executor", recording, step)
+        require(parts is None, "a recording must be of one executor", type(recording).__name__, step)
         self.recording = recording
-        self.info: ExecutorInfo = replace(recording.executor, name=f"Recorded({recording.executor.name})", simulated=True)
+        played = recording.executor
+        # steps that were measured are played as they were
+        error = played.model_error if played.simulated else ModelError(step_error=0.0)
+        self.info: ExecutorInfo = replace(played, name=f"Recorded({played.name})", simulated=True, model_error=error)
         self.predictor = predictor or recording.predictor
         self.digests: list[str] = list(recording.digests)
         self.known = {r.request_id: r for r in recording.trace_requests}

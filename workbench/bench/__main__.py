@@ -1,6 +1,8 @@
 """`python -m workbench.bench`: run workloads, check the rows against the targets, write README's table, draw the roofline.
 
     python -m workbench.bench w1 w4 --into benchmarks          workloads (w1 to w6 by default; `replay` needs no GPU)
+    python -m workbench.bench model --profile NAME --replays D  how well a profile predicts whole replays; what was measured is kept in D
+    python -m workbench.bench model --from D --profile NAME    the same of the replays kept in D: needs no GPU
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
     python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
     python -m workbench.bench roofline benchmarks FILE.png     the kernels against the roofline
@@ -18,6 +20,7 @@ from typing import Any
 from workbench.bench import check, rows, table, targets
 from workbench.bench.session import Session
 from workbench.config import did_you_mean
+from workbench.latency import LatencyModel
 
 MODULES = {
     "w1": "decode",
@@ -60,11 +63,19 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--baseline", choices=["peft"], help="transformers + PEFT beside W1 and W4, in the same run")
     parser.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", metavar="NAME_OR_DIR", help="`model` judges this latency model instead of one fitted in the run")
+    parser.add_argument("--replays", type=Path, metavar="DIR", help="`model` keeps what it measures here, and the model fitted in the run")
+    parser.add_argument("--from", type=Path, dest="kept", metavar="DIR", help="`model` measures nothing: it simulates what is kept here")
     parser.add_argument("--check", type=Path, metavar="DIR", help="measure nothing: compare the rows of DIR with the targets")
     options = parser.parse_args(given)
     for name in options.workloads:
         if name not in targets.WORKLOADS:
             parser.error(f"a workload must be one of {', '.join(targets.WORKLOADS)}, got {name!r}. {did_you_mean(name, targets.WORKLOADS)}")
+    given_of_model = [name for name in ("profile", "replays", "kept") if getattr(options, name) is not None]
+    if given_of_model and options.workloads != ["model"]:
+        parser.error(f"--profile, --replays and --from are of the workload model alone, got {options.workloads}")
+    if options.kept is not None and (options.profile is None or options.replays is not None):
+        parser.error("--from simulates what was kept earlier: it needs --profile, and takes no --replays")
     if options.seconds is not None and not options.seconds > 0:
         parser.error(f"--seconds must be above 0, got {options.seconds}")
     return options
@@ -72,14 +83,23 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace) -> int:
     session = Session(
-        shape=options.shape, into=options.into, seconds=options.seconds, only=options.only, seed=options.seed, device=options.device
+        shape=options.shape,
+        into=options.into,
+        seconds=options.seconds,
+        only=options.only,
+        seed=options.seed,
+        device=options.device,
+        profile=None if options.profile is None else LatencyModel.load(options.profile),
+        replays=options.replays,
     )
     for name in options.workloads or targets.BY_DEFAULT:
         module: Any = import_module(f"workbench.bench.{MODULES[name]}")
-        if name not in WITHOUT_ENGINE:
+        if name not in WITHOUT_ENGINE and options.kept is None:
             _ = session.engine  # built before the workload's time begins
         session.start(name, module.SECONDS)
-        if module.run(session) and options.baseline == "peft":
+        if options.kept is not None:
+            module.run_kept(session, options.kept)
+        elif module.run(session) and options.baseline == "peft":
             import_module("workbench.bench.peft").run(session, name)
     for cell in session.skipped:
         print(f"not measured, no time: {cell}")

@@ -1,24 +1,32 @@
 """How well whole replays are predicted: the same traces, loads and policies on the engine and on a latency model fitted to its steps.
 
-The model is fitted to steps of a random mix, measured just before; it has seen none of the replays. Errors are |simulated - measured|:
-points of attainment, per cent of fine-tune throughput and of the percentiles of TTFT and TPOT; their notes have both values with the sign.
-The targets hold for the largest error of all replays, and for the share of pairs of policies (of one trace and load) that the model puts
-in the engine's order, of those that differ by more than either's error.
+The model is a profile (`--profile`), or is fitted to steps of a random mix, measured just before; it has seen none of the replays. Errors
+are |simulated - measured|: points of attainment, per cent of throughput and of the percentiles of TTFT and TPOT; their notes have both
+values with the sign. The targets hold for the largest error of all replays, and for the share of pairs of policies (of one trace and
+load) that the model puts in the engine's order, of those that differ by more than either's error.
+
+`model_replays.csv` beside the rows is the file that a profile ships as `replays.csv`. Measured replays can be kept (`--replays`), and
+simulated again with any profile on a machine without the device (`--from`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from workbench import traces
-from workbench.bench import correctness, serving
+from workbench.bench import correctness, machine, serving
 from workbench.bench.finetune import tuning_job
+from workbench.bench.kept import Kept, cell_name, check_fits, load_all
 from workbench.bench.session import Session
-from workbench.config import SLO, FinetuneJob
+from workbench.config import SLO, FinetuneJob, require
 from workbench.core import Request
+from workbench.latency import LatencyModel
+from workbench.latency.whole_replays import REPLAYS_FILE, Prediction, ReplayErrors
+from workbench.model_error import METRICS
 from workbench.policies import LatencyBudget, LoquetierStatic, ServeFirst, SLOSlack, TemporalSharing
-from workbench.replay import replay
 
 SECONDS = 500.0
 CALIBRATE_SHARE = 0.08  # of the workload's time
@@ -33,16 +41,10 @@ LOADS = (2, 6, 12)  # requests per second
 FEWEST = 4  # requests
 LONGEST = (1024, 256)  # tokens of prompt and output
 SLO_OF_ALL = SLO(ttft_s=5.0, itl_s=0.045)
-METRICS: Mapping[str, str] = {
-    "attainment": "points",
-    "finetune_tokens_per_s": "%",
-    "ttft_p50_s": "%",
-    "ttft_p99_s": "%",
-    "tpot_p50_s": "%",
-    "tpot_p99_s": "%",
-}
 RANKED = ("attainment", "finetune_tokens_per_s")
 WORST = "all replays"
+PREDICTIONS_FILE = "model_replays.csv"
+FITTED = "model"  # the folder of the model that was fitted in the run, beside the replays that are kept
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.trace}, {self.rate} req/s"
+        return cell_name(self.trace, self.rate)
 
 
 def run(session: Session) -> bool:
@@ -63,22 +65,51 @@ def run(session: Session) -> bool:
     if not session.check(correctness.serving_errors(session) | correctness.gradient_errors(session)):
         return False
     engine, before = session.engine, session.engine.config
+    if session.profile is not None:
+        check_fits(session.profile, engine.info)
     try:
         with session.adapters(serving.ADAPTER_RANKS) as names:
             engine.config = replace(before, warm_up=True)
-            model = engine.calibrate(seconds=max(session.sizes.calibrate_s, CALIBRATE_SHARE * session.left_s))
-            print(model.report, flush=True)
-            found = [
-                _compare(session, model, cell, policy)
+            fitted = engine.calibrate(seconds=max(session.sizes.calibrate_s, CALIBRATE_SHARE * session.left_s))
+            print(fitted.report, flush=True)
+            if session.replays is not None:
+                fitted.save(session.replays / FITTED)
+            wanted = (
+                (cell, policy)
                 for cell in _cells(session, names)
                 for policy in POLICIES
                 if session.wants(f"{cell.name}, {type(policy).__name__}")
-            ]
-            if found:
-                record_worst(session, found)
+            )
+            _judge(session, session.profile or fitted, (_measured(session, cell, policy) for cell, policy in wanted))
     finally:
         engine.config = before
     return True
+
+
+def run_kept(session: Session, folder: Path) -> None:
+    """The replays that a run kept in `folder`, simulated with the session's profile; no engine is built. Raises where there are none."""
+    model = session.profile
+    assert model is not None
+    kept = load_all(folder)
+    places = sorted({(one.shape, one.replay.executor.device) for one in kept})
+    require(len(places) == 1, "kept replays must be of one model shape on one device", places, "Put them into a folder each.")
+    shape, device = places[0]
+    _judge(session, model, (one for one in kept if session.wants(one.name)), shape=shape, device=device)
+
+
+def _judge(session: Session, model: LatencyModel, measured: Iterable[Kept], *, shape: str | None = None, device: str | None = None) -> None:
+    """Simulate each of the replays with the model; rows, and the file that a profile ships."""
+    pairs: list[Pair] = []
+    predictions: list[Prediction] = []
+    for one in measured:
+        found = one.predictions(model)
+        predictions += found
+        pairs.append(Pair.of(one, found))
+        _record(session, one, pairs[-1], model.info.name, shape=shape, device=device)
+    if pairs:
+        record_worst(session, pairs, shape=shape, device=device)
+        file = ReplayErrors(tuple(predictions)).save(session.into / PREDICTIONS_FILE)
+        print(f"{len(pairs)} replays by {model.info.name} in {file}; the folder of that profile ships it as {REPLAYS_FILE}", flush=True)
 
 
 def _cells(session: Session, names: Sequence[str]) -> Iterator[Cell]:
@@ -100,22 +131,38 @@ class Pair:
     measured: Mapping[str, float]
     simulated: Mapping[str, float]
 
+    @classmethod
+    def of(cls, kept: Kept, found: Sequence[Prediction]) -> "Pair":
+        scale = {p.metric: 100 if METRICS[p.metric] == "points" else 1 for p in found}
+        measured = {p.metric: p.measured * scale[p.metric] for p in found}
+        simulated = {p.metric: p.simulated * scale[p.metric] for p in found}
+        return cls(kept.cell, type(kept.policy).__name__, measured, simulated)
+
     def error(self, metric: str) -> float:
         """Simulated less measured: in points, or in per cent of what was measured."""
         a, b = self.simulated[metric], self.measured[metric]
         return a - b if METRICS[metric] == "points" else 100 * (a / b - 1) if b else float("nan")
 
 
-def record_worst(session: Session, found: Sequence[Pair]) -> None:
-    """The largest error of each metric, and how many pairs of policies stand in the right order."""
+def record_worst(session: Session, found: Sequence[Pair], *, shape: str | None = None, device: str | None = None) -> None:
+    """The largest error of each metric, and how many pairs of policies stand in the right order.
+
+    `shape` and `device`: as of `Session.record`.
+    """
     for metric, unit in METRICS.items():
-        worst = max(found, key=lambda pair: abs(pair.error(metric)))
+        defined = [pair for pair in found if isfinite(pair.error(metric))]
+        if not defined:
+            print(f"no error of {metric}: nothing was measured of it", flush=True)
+            continue
+        worst = max(defined, key=lambda pair: abs(pair.error(metric)))
         note = f"{worst.cell}, {worst.policy}: {worst.error(metric):+.1f} {unit}"
-        session.record(WORST, f"error of {metric}", [abs(worst.error(metric))], unit, n=len(found), note=note)
+        session.record(WORST, f"error of {metric}", [abs(worst.error(metric))], unit, n=len(defined), note=note, shape=shape, device=device)
     for metric in RANKED:
         order = [right for a, b in combinations(found, 2) if a.cell == b.cell and (right := in_order(a, b, metric)) is not None]
         if order:
-            session.record(WORST, f"pairs in order by {metric}", [100 * sum(order) / len(order)], "%", n=len(order))
+            session.record(
+                WORST, f"pairs in order by {metric}", [100 * sum(order) / len(order)], "%", n=len(order), shape=shape, device=device
+            )
 
 
 def in_order(a: Pair, b: Pair, metric: str) -> bool | None:
@@ -125,26 +172,26 @@ def in_order(a: Pair, b: Pair, metric: str) -> bool | None:
     return None if abs(measured) <= error else (a.simulated[metric] - b.simulated[metric]) * measured > 0
 
 
-def _compare(session: Session, model: Any, cell: Cell, policy: Any) -> Pair:
-    """Both replays of one policy (`model`: the engine's LatencyModel), and a row for each metric's error."""
+def _measured(session: Session, cell: Cell, policy: Any) -> Kept:
+    """One policy on the engine."""
     job: FinetuneJob = tuning_job(session, "tuned", 2)
+    date = machine.now()
     try:
         measured = serving.run(session, cell.requests, policy, [job], slo=SLO_OF_ALL)
     finally:
         session.engine.unload_adapter(job.adapter)
-    planning = float(measured.steps["plan_s"].mean())
-    simulated = replay(
-        cell.requests, executor=model, policy=policy, jobs=[job], slo=SLO_OF_ALL, seed=session.seed, planning=planning, progress=False
-    )
-    pair = Pair(cell.name, type(policy).__name__, _values(measured), _values(simulated))
+    kept = Kept(trace=cell.trace, load=cell.rate, policy=policy, job=job, shape=session.shape, date=date, replay=measured)
+    if session.replays is not None:
+        kept.save(session.replays)
+    return kept
+
+
+def _record(session: Session, kept: Kept, pair: Pair, model: str, *, shape: str | None = None, device: str | None = None) -> None:
+    """A row for each metric's error of one replay."""
     for metric, unit in METRICS.items():
-        note = f"{policy}; simulated {pair.simulated[metric]:.4g}, measured {pair.measured[metric]:.4g}, {pair.error(metric):+.1f} {unit}"
-        session.record(
-            f"{pair.cell}, {pair.policy}", f"error of {metric}", [abs(pair.error(metric))], unit, n=len(cell.requests), note=note
-        )
-    return pair
-
-
-def _values(result: Any) -> dict[str, float]:
-    summary = result.summary()
-    return {metric: float(summary[metric]) * (100 if unit == "points" else 1) for metric, unit in METRICS.items()}
+        if not isfinite(pair.error(metric)):
+            continue  # nothing was measured of it; the predictions have it
+        values = f"simulated {pair.simulated[metric]:.4g}, measured {pair.measured[metric]:.4g}, {pair.error(metric):+.1f} {unit}"
+        note = f"{kept.policy}; {values}; measured {kept.date[:10]} at {kept.replay.provenance.commit}, simulated by {model}"
+        n = len(kept.replay.trace_requests)
+        session.record(kept.name, f"error of {metric}", [abs(pair.error(metric))], unit, n=n, note=note, shape=shape, device=device)

@@ -107,8 +107,11 @@ def _text(value: Any) -> Any:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Every row of a folder, in the order written. Raises FileNotFoundError where there is no row file."""
-    files = sorted(folder.glob("*.csv"))
+    """Every row of a folder, in the order written. Raises FileNotFoundError where there is no row file.
+
+    Files with an underscore in their names hold something else beside the rows.
+    """
+    files = [file for file in sorted(folder.glob("*.csv")) if "_" not in file.stem]
     if not files:
         raise FileNotFoundError(f"{folder} must hold row files (WORKLOAD.csv), got none. Run python -m workbench.bench --into {folder}.")
     frames = [pd.read_csv(file, dtype=DTYPES, keep_default_na=False, na_values=BLANK) for file in files]

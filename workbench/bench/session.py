@@ -15,6 +15,7 @@ from workbench.config import EngineConfig
 from workbench.core import Request
 
 if TYPE_CHECKING:
+    from workbench.latency import LatencyModel
     from workbench.runtime.engine import Engine
 
 
@@ -88,14 +89,24 @@ class Session:
     """Workloads call `check`, ask `wants` for each cell and give what they measured to `record`.
 
     `seconds` is each workload's time, begun by `start`: a cell is begun while some of it is left, and a cell of repeated steps repeats
-    fewer of them when it runs short. `only` keeps the cells whose name contains one of these.
+    fewer of them when it runs short. `only` keeps the cells whose name contains one of these. `profile` is the model that `model` judges
+    (None: one fitted in the run), `replays` the folder in which it keeps what it measured.
     """
 
     def __init__(
-        self, *, shape: str, into: Path, seconds: float | None = None, only: Sequence[str] = (), seed: int = 0, device: str | None = None
+        self,
+        *,
+        shape: str,
+        into: Path,
+        seconds: float | None = None,
+        only: Sequence[str] = (),
+        seed: int = 0,
+        device: str | None = None,
+        profile: "LatencyModel | None" = None,
+        replays: Path | None = None,
     ) -> None:
         self.shape, self.into, self.seconds, self.only, self.seed = shape, into, seconds, tuple(only), seed
-        self.device = device
+        self.device, self.profile, self.replays = device, profile, replays
         self.workload = ""
         self.offered: list[str] = []
         self.rows: list[Row] = []
@@ -225,15 +236,19 @@ class Session:
         flops: float | None = None,
         correct: bool = True,
         device: str | None = None,
+        shape: str | None = None,
         note: str = "",
     ) -> Row:
-        """Write one row and print its line. `spread` gives p20 and p80 where `values` is one number already."""
+        """Write one row and print its line. `spread` gives p20 and p80 where `values` is one number already.
+
+        `device` and `shape`: where and on what it was measured, if not by this session's engine.
+        """
         p20, p50, p80 = quantiles(values)
         p20, p80 = spread or (p20, p80)
         on_device = device is None
         device = device or self.device_name
         target = targets.find(self.workload, cell, metric) if system == OURS else None
-        target = target if targets.applies(self.workload, self.shape, device) else None
+        target = target if targets.applies(self.workload, shape or self.shape, device) else None
         uses_cuda = on_device and self.on_cuda
         row = Row(
             workload=self.workload,
@@ -252,7 +267,7 @@ class Session:
             correct=correct,
             num_bytes=num_bytes,
             flops=flops,
-            shape=self.shape if on_device else "",
+            shape=self.shape if on_device else shape or "",
             device=device,
             date=machine.now(),
             seed=self.seed,

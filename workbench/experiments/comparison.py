@@ -1,5 +1,6 @@
 """`Comparison`: the replays of several policies on the same traces, as tables, figures, differences and files."""
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,8 @@ import pandas as pd
 
 from workbench.config import did_you_mean, require
 from workbench.experiments.statistics import RESAMPLES, Difference
+from workbench.model_error import HEADLINE as JUDGED
+from workbench.model_error import METRICS, MetricError, error_of, errors_said, how, labelled
 from workbench.results import metrics
 
 COMPARISON_FILE = "comparison.json"
@@ -89,14 +92,18 @@ class Comparison:
     @cached_property
     def runs(self) -> pd.DataFrame:
         """One row per run: policy, seed and every number of `metrics.summary`, policies in the order given."""
-        return pd.DataFrame(
-            [
-                {"policy": label, "seed": seed} | dict(self.replays[label, seed].summary())
-                for label in self.labels
-                for seed in self.seeds
-                if (label, seed) in self.replays
-            ]
-        )
+        rows = [{"policy": label, "seed": seed} | dict(self.replays[label, seed].summary()) for label, seed in self._keys()]
+        return labelled(pd.DataFrame(rows), self._executors())
+
+    def model_error(self, metric: str = "attainment") -> MetricError | None:
+        """How far the latency model was from measured replays in a metric of `runs`; printed, a sentence. None of measured results.
+
+        Of executors that differ, the first (the caption has all of them).
+        """
+        return error_of(self.executor, metric)
+
+    def _executors(self) -> list[Any]:
+        return [self.replays[key].executor for key in self._keys()]
 
     def table(self, by: str = "policy", columns: Sequence[str] | None = None) -> pd.DataFrame:
         """Results by policy, seed, or a column of the requests (`adapter`, `tenant`, `slo_class`, `priority`, `outcome`).
@@ -168,7 +175,10 @@ class Comparison:
 
     @property
     def caption(self) -> str:
-        """What a figure of this comparison has to say: n, seeds and what they redraw, executor, device, simulated or not, window."""
+        """What a figure of this comparison has to say: n, seeds and what they redraw, window, executor, device.
+
+        And of simulated results the model's errors on attainment and throughput.
+        """
         runs = self.runs
         low, high = int(runs["requests"].min()), int(runs["requests"].max())
         n = f"{low}" if low == high else f"{low}–{high}"
@@ -176,10 +186,10 @@ class Comparison:
         drawn = f" (redrawn: {', '.join(self.redrawn) or 'nothing'}; bars and bands: range)" if len(self.seeds) > 1 else ""
         window = f"{runs['measure_start_s'].min():.0f}–{runs['measure_end_s'].max():.0f} s"
         firsts = {label: self.replays[label, seed].executor for label, seed in reversed(self._keys())}
-        hows = {label: _how(firsts[label]) for label in self.labels if label in firsts}
-        how = "; ".join(f"{label}: {said}" for label, said in hows.items()) if len(set(hows.values())) > 1 else _how(self.executor)
+        hows = {label: how(firsts[label], *JUDGED) for label in self.labels if label in firsts}
+        said = "; ".join(f"{label}: {text}" for label, text in hows.items()) if len(set(hows.values())) > 1 else next(iter(hows.values()))
         flag = "; saturated" if runs["saturated"].any() else ""
-        text = f"{self.trace_name}: n = {n} requests a run, {seeds}{drawn}, window {window}{flag}; {how}"
+        text = f"{self.trace_name}: n = {n} requests a run, {seeds}{drawn}, window {window}{flag}; {said}"
         return "; ".join([text, *self.notes])
 
     def plot(self) -> Any:
@@ -237,9 +247,15 @@ class Comparison:
             return ["color: #999999" if is_tail and few[i] else "" for i in column.index]
 
         styled = table.style.format("{:.4g}").apply(grey)
-        if few.any():
-            styled = styled.set_caption(f"Greyed: a p99 of fewer than {FEW_REQUESTS:,} requests rests on fewer than ten of them.")
-        return styled.to_html()
+        notes = [f"Greyed: a p99 of fewer than {FEW_REQUESTS:,} requests rests on fewer than ten of them."] if few.any() else []
+        shown = [metric for metric in METRICS if metric in table]
+        notes += [f"Simulated; {said}."] if (said := errors_said(self._executors(), *shown)) else []
+        return styled.set_caption(html.escape(" ".join(notes))).to_html() if notes else styled.to_html()
+
+    def __repr__(self) -> str:
+        text = f"Comparison({', '.join(self.labels)} on {self.trace_name}, {len(self.replays)} replays)"
+        said = errors_said(self._executors(), "attainment")
+        return f"{text}\nsimulated; {said}" if said else text
 
     def save(self, folder: str | Path) -> Path:
         """Every replay with its own provenance in a folder of its own, and `comparison.json` beside them."""
@@ -284,8 +300,3 @@ class Comparison:
         replays = {key: load_replay(folder / run["folder"]) for key, run in zip(order, record["runs"], strict=True)}
         values = {name: tuple(record[name]) for name in ("labels", "seeds", "redrawn", "notes")}
         return cls(replays=replays, trace_name=record["trace_name"], order=order, **values)
-
-
-def _how(info: Any) -> str:
-    """How an executor's numbers came about, for a caption."""
-    return f"simulated by {info.name} fitted on {info.device}" if info.simulated else f"measured on {info.name}, {info.device}"

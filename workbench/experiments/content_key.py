@@ -28,6 +28,8 @@ NOT_PART_OF_A_RUN = (
     "bench/",
     "experiments/",
     "latency/prediction.py",
+    "latency/whole_replays.py",
+    "model_error.py",
     "plots/",
     "policies/",
     "runtime/",

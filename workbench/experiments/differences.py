@@ -20,6 +20,7 @@ from workbench.experiments.statistics import (
     stationary_blocks,
 )
 from workbench.experiments.time_blocks import binned
+from workbench.model_error import with_error
 from workbench.policy import policy_label
 from workbench.results import metrics
 
@@ -38,7 +39,7 @@ def label_of(policy: Any, labels: Sequence[str]) -> str:
 
 
 def over_seeds(frame: pd.DataFrame, a: str, b: str, metric: str, redrawn: Sequence[str], confidence: float, resamples: int) -> Difference:
-    """From rows with `policy`, `seed` and the metric."""
+    """From rows with `policy`, `seed` and the metric; of simulated ones the note says the model's error."""
     numbers = [c for c in frame.columns if c not in ("policy", "seed")]
     if metric not in numbers:
         raise ValueError(f"metric must be a number of the summary, got {metric!r}. {did_you_mean(metric, numbers)}")
@@ -58,7 +59,7 @@ def over_seeds(frame: pd.DataFrame, a: str, b: str, metric: str, redrawn: Sequen
         "confidence": confidence,
         "resamples": resamples,
         "redrawn": tuple(redrawn),
-        "note": note,
+        "note": with_error(note, frame, metric),
     }
     return Difference(
         over="seeds", estimate=found.estimate, low=found.low, high=found.high, p_value=found.p_value, method=found.method, **common
@@ -140,7 +141,8 @@ def difference(
         note, common = f"The {len(common)} seeds redraw nothing, so one of them counts", common[:1]
     first, second = ([comparison.replays[p, s] for s in common] for p in (a, b))
     found = over_blocks(first, second, a, b, metric, block_s, confidence, resamples)
-    return replace(found, note="; ".join(n for n in (found.note, note) if n))
+    note = "; ".join(n for n in (found.note, note) if n)
+    return replace(found, note=with_error(note, comparison.runs, metric))
 
 
 def differences(

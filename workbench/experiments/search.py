@@ -12,6 +12,7 @@ import pandas as pd
 from workbench.config import SLO, FinetuneJob, require
 from workbench.experiments.statistics import mean_interval
 from workbench.experiments.sweep import sweep
+from workbench.model_error import with_error
 from workbench.policy import policy_label
 
 Status = Literal["found", "below low", "above high"]
@@ -46,7 +47,8 @@ class Capacity:
                 text = f"none found for {self.metric} >= {target:g}: {side} it"
             parts.append(text + ("" if row["monotone"] else "; NOT MONOTONE: a larger load met the target again"))
         drawn = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}, redrawn: {', '.join(self.redrawn) or 'nothing'}"
-        return f"Largest load of {self.policy}: {'; '.join(parts)}; {len(self.points)} loads evaluated, {drawn}."
+        evaluated = with_error(f"{len(self.points)} loads evaluated, {drawn}", self.runs, self.metric)
+        return f"Largest load of {self.policy}: {'; '.join(parts)}; {evaluated}."
 
 
 def search(
@@ -124,6 +126,7 @@ def search(
     points = _points(frames, metric)
     table = pd.DataFrame([_row(points, target) for target in targets]).set_index("target")
     runs = pd.concat([frames[load] for load in sorted(frames)], ignore_index=True)
+    runs.attrs = next(iter(frames.values())).attrs
     return Capacity(policy=policy_label(policy), metric=metric, table=table, points=points, seeds=seeds, redrawn=tuple(redrawn), runs=runs)
 
 

@@ -4,6 +4,7 @@ A run is one policy on one trace and one executor with one seed. Its key is the 
 a sweep that is started again, after Ctrl-C, a crash or with one more value, computes only what is missing.
 """
 
+import html
 import sys
 import tempfile
 import warnings
@@ -22,6 +23,7 @@ from workbench.experiments.differences import label_of, over_seeds
 from workbench.experiments.run_cache import REPLAY_FOLDER, RunCache, plain
 from workbench.experiments.statistics import RESAMPLES, Difference
 from workbench.experiments.sweep_plan import Run, SweepPlan, variants_of
+from workbench.model_error import METRICS, labelled, with_error
 
 Result = tuple[str, dict[str, Any], dict[str, bytes]]
 """Of one run: its key, its row, and the files of its replay where they are kept."""
@@ -32,7 +34,7 @@ class Sweep:
     """The runs of a sweep.
 
     `frame`: a row per run; `redrawn` names what its seeds redraw; `policies`: every policy by its label, parameters included;
-    `interrupted`: Ctrl-C came before the last.
+    `interrupted`: Ctrl-C came before the last. What simulated it, and how wrong that is, stands in `frame.attrs` and so below its figures.
     """
 
     frame: pd.DataFrame
@@ -121,8 +123,18 @@ class Sweep:
 
         return bundle_sweep(self, folder)
 
+    def model_error(self, metric: str = "attainment") -> str:
+        """How far the latency models that ran it were from measured replays in a metric, in words; empty where nothing was simulated."""
+        return with_error("", self.frame, metric)
+
+    def __repr__(self) -> str:
+        text = f"Sweep({len(self.frame)} runs, axes: {', '.join(self.axes) or 'none'}, interrupted={self.interrupted})"
+        return f"{text}\nsimulated; {said}" if (said := self.model_error()) else text
+
     def _repr_html_(self) -> str:
-        return self.frame._repr_html_()  # type: ignore[operator]
+        said = with_error("", self.frame, *(metric for metric in METRICS if metric in self.frame))
+        table: str = self.frame._repr_html_()  # type: ignore[operator]
+        return f"{table}<p>Simulated; {html.escape(said)}.</p>" if said else table
 
 
 def sweep(
@@ -191,6 +203,7 @@ def sweep(
     finally:
         results.close()
     frame = pd.DataFrame([{"run": r.key, **r.columns, **rows[r.key]} for r in runs if r.key in rows])
+    labelled(frame, [r.arguments["executor"].info for r in runs if r.key in rows])
     _warn_of_errors(frame)
     return Sweep(
         frame=frame,

@@ -7,6 +7,7 @@ from typing import Any
 from workbench.config import require
 from workbench.core import AdapterInfo, Executor, ExecutorInfo
 from workbench.fleet.routers import LeastLoaded
+from workbench.model_error import of_fleet
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Fleet:
         """The limits of replica 0, under the fleet's name."""
         executors = self.open()
         names = list(dict.fromkeys(e.info.name for e in executors))
-        return replace(executors[0].info, name=f"{self.num} x {', '.join(names)}", simulated=all(e.info.simulated for e in executors))
+        name, simulated = f"{self.num} x {', '.join(names)}", all(e.info.simulated for e in executors)
+        return replace(executors[0].info, name=name, simulated=simulated, model_error=of_fleet([e.info for e in executors]))
 
     @property
     def redrawn(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import pandas as pd
 from workbench.config import SLO, FinetuneJob
 from workbench.core import ExecutorInfo, Request, StepResult
 from workbench.loop.tape import Tape
+from workbench.model_error import of_fleet
 from workbench.results.replay import RECORD_FILE, Replay, job_of, job_record, load_replay, read_requests, write_requests
 
 
@@ -112,8 +113,8 @@ class FleetReplay(Replay):
 
         return by_replica(self.replicas, self.measure)
 
-    def __repr__(self) -> str:
-        return f"Fleet{super().__repr__()[:-1]}, router={self.settings['router']})"
+    def _brief(self) -> str:
+        return f"Fleet{super()._brief()[:-1]}, router={self.settings['router']})"
 
     def save(self, folder: str | Path) -> Path:
         """Write every replica's replay into a folder of its own, and `replay.json` beside them; `load_replay` reads it back."""
@@ -137,6 +138,7 @@ class FleetReplay(Replay):
     def load(cls, folder: Path, record: Mapping[str, Any]) -> "FleetReplay":
         """What `save` wrote, for `load_replay`."""
         parts = [load_replay(folder / f"replica-{number}") for number in range(record["replicas"])]
-        executor = replace(parts[0].executor, name=record["name"], simulated=record["simulated"])
+        error = of_fleet([part.executor for part in parts])
+        executor = replace(parts[0].executor, name=record["name"], simulated=record["simulated"], model_error=error)
         jobs = [job_of(job) for job in record["jobs"]]
         return cls(parts, requests=read_requests(folder), jobs=jobs, executor=executor, router=record["router"])

@@ -34,6 +34,7 @@ from workbench.latency.fit import (
     step_arrays,
     term_names,
 )
+from workbench.latency.whole_replays import REPLAYS_FILE, ReplayErrors
 from workbench.loop.tiers import AdapterSpec, check_tiers, infos_of
 
 PROFILES = Path(__file__).parents[2] / "profiles"
@@ -48,7 +49,8 @@ class LatencyModel:
 
     `adapters`: the adapters that requests may name (names, or the infos of an engine); None accepts every name, at rank 8. `info` holds
     the limits that the ledger accounts against: an engine's own, or others by `with_limits`. `tokenizer` is needed only for jobs
-    whose data is text and not yet token ids, and for text prompts to find their prefixes in the cache.
+    whose data is text and not yet token ids, and for text prompts to find their prefixes in the cache. `replays` holds whole replays of
+    an engine beside this model's, where anyone made them (`with_replays`): their errors are said beside every simulated result.
     """
 
     redrawn = ("residuals",)  # what differs from seed to seed on one trace
@@ -66,12 +68,17 @@ class LatencyModel:
         tokenizer: Callable[..., Any] | None = None,
         noise: float = 0.0,
         seen: CostModel | None = None,
+        replays: ReplayErrors | None = None,
     ) -> None:
         self.costs, self.report, self.provenance = costs, report, dict(provenance)
         self._extra_noise, self._seen = noise, seen
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or (len(tokenizer) if isinstance(tokenizer, Sized) else ANY_VOCABULARY)
-        self._info = replace(info, simulated=True)
+        devices = sorted({p.device for p in replays.predictions} - {info.device}) if replays is not None else []
+        require(not devices, f"replays must be measured on the model's device, {info.device}", devices)
+        self.replays = replays
+        said = (replays or ReplayErrors(())).brief(report.mape, self.provenance.get("changed", ()))
+        self._info = replace(info, simulated=True, model_error=said)
         self._steps = steps
         values, duration = step_arrays(steps)
         self._largest = values.max(axis=0)
@@ -156,13 +163,18 @@ class LatencyModel:
             tokenizer=tokenizer,
             noise=record.get("noise", 0.0),
             seen=None if record.get("seen_costs") is None else CostModel(tuple(record["seen_costs"])),
+            replays=ReplayErrors.read(folder / REPLAYS_FILE) if (folder / REPLAYS_FILE).is_file() else None,
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write `model.json` (costs, limits, error, provenance) and `steps.parquet` (the measured steps) into `folder`."""
+        """Write `model.json` (costs, limits, error, provenance) and `steps.parquet` (the measured steps) into `folder`.
+
+        And `replays.csv` (whole replays, measured and simulated), where there are any; an older one is removed where there are none.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         info = asdict(self._info) | {"can": sorted(self._info.can), "eos_token_ids": sorted(self._info.eos_token_ids)}
+        del info["model_error"]  # made again from the replays
         record = {
             "format": 1,
             "costs": dict(zip(term_names(), self.costs.costs, strict=True)),
@@ -176,11 +188,33 @@ class LatencyModel:
         }
         (folder / MODEL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self._steps.to_parquet(folder / STEPS_FILE, compression="zstd")
+        if self.replays is None:
+            (folder / REPLAYS_FILE).unlink(missing_ok=True)
+        else:
+            self.replays.save(folder / REPLAYS_FILE)
         return folder
+
+    def with_replays(self, measured: Any, simulated: Any = None, *, date: str | None = None) -> "LatencyModel":
+        """This model with its errors over whole replays, said from now on beside every result that it simulates, instead of earlier ones.
+
+        `measured` and `simulated` are replays of the same requests, policies, jobs, seeds and targets on an engine and on this model: two
+        Replays, two Comparisons, or two lists of Replays in the same order; or one `ReplayErrors`. The fit should not have seen them.
+        `date`: when they were measured. Raises ValueError where the two differ in anything but the executor.
+        """
+        if isinstance(measured, ReplayErrors):
+            require(simulated is None, "ReplayErrors hold what was simulated already", type(simulated).__name__)
+            errors = measured
+        else:
+            require(simulated is not None, "measured replays need simulated ones beside them", simulated, "Replay them on this model.")
+            errors = ReplayErrors.of(measured, simulated, date=date)
+        provenance = {name: value for name, value in self.provenance.items() if name != "changed"}
+        return self._changed(dict(zip(term_names(), self.costs.costs, strict=True)), replays=errors, provenance=provenance)
 
     def with_limits(self, **changes: Any) -> "LatencyModel":
         """The same costs under other limits, e.g. `with_limits(max_requests=64, num_blocks=4096)`: fields of `ExecutorInfo`."""
-        return self._changed(dict(zip(term_names(), self.costs.costs, strict=True)), info=replace(self._info, **changes))
+        info = replace(self._info, **changes)
+        provenance = self.provenance if info == self._info else self._since("limits")
+        return self._changed(dict(zip(term_names(), self.costs.costs, strict=True)), info=info, provenance=provenance)
 
     def with_adapters(
         self,
@@ -205,7 +239,7 @@ class LatencyModel:
         check_tiers(found, info)
         costs = dict(zip(term_names(), self.costs.costs, strict=True))
         costs |= {name: c for name, c in (("loads", load_s), ("load_bytes", load_s_per_byte)) if c is not None}
-        return self._changed(costs, info=info, adapters=found)
+        return self._changed(costs, info=info, adapters=found, provenance=self._since("adapters"))
 
     def perturb(
         self,
@@ -238,10 +272,15 @@ class LatencyModel:
         return self._changed(
             costs,
             info=replace(self._info, name=self._info.name + label),
-            provenance=self.provenance | {"perturbed": [*self.provenance.get("perturbed", ()), changes]},
+            provenance=(self._since("costs (perturbed)") if changes else self.provenance)
+            | {"perturbed": [*self.provenance.get("perturbed", ()), changes]},
             noise=(self._extra_noise**2 + noise**2) ** 0.5,
             seen=CostModel(tuple(seen.values())) if hidden or self._seen is not None else None,
         )
+
+    def _since(self, what: str) -> dict[str, Any]:
+        """The provenance, after a change to what its replays were judged with."""
+        return self.provenance | {"changed": list(dict.fromkeys([*self.provenance.get("changed", ()), what]))}
 
     def _changed(self, costs: Mapping[str, float], **changes: Any) -> "LatencyModel":
         """This model with other costs by term (residuals stay as they are, relative), and other arguments."""
@@ -257,15 +296,17 @@ class LatencyModel:
             "tokenizer": self.tokenizer,
             "noise": self._extra_noise,
             "seen": self._seen,
+            "replays": self.replays,
         }
-        return LatencyModel(model, self._steps.assign(duration_s=self._steps["duration_s"] * after / before), **(arguments | changes))
+        return LatencyModel(model, self._steps.assign(duration_s=self._steps["duration_s"] * (after / before)), **(arguments | changes))
 
     def replicas(self, num: int) -> "Sequence[LatencyModel]":
         """`num` devices of this kind for a `Fleet`: the same costs and limits, and no state in common."""
         return [copy.copy(self) for _ in range(num)]
 
     def __repr__(self) -> str:
-        return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}"
+        whole = "whole replays: not measured" if self.replays is None else str(self.replays)
+        return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}\n{whole}"
 
     def identity(self) -> str:
         """What its predictions depend on, as 32 hex digits: costs, the recorded steps, limits, adapters, vocabulary."""
@@ -275,7 +316,8 @@ class LatencyModel:
         tokenizer = None if self.tokenizer is None else (type(self.tokenizer).__name__, str(getattr(self.tokenizer, "name_or_path", "")))
         adapters = None if self._open else self._declared
         seen = None if self._seen is None else self._seen.costs
-        return content_key(self.costs.costs, steps, self._info, adapters, self._bytes, self.vocab_size, tokenizer, self._extra_noise, seen)
+        info = replace(self._info, model_error=None)
+        return content_key(self.costs.costs, steps, info, adapters, self._bytes, self.vocab_size, tokenizer, self._extra_noise, seen)
 
     # Predicting
 

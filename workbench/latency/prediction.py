@@ -6,16 +6,9 @@ import numpy as np
 import pandas as pd
 
 from workbench.config import require
+from workbench.model_error import METRICS
 
-POINTS = ("attainment",)
-RELATIVE = (
-    "ttft_p50_s",
-    "ttft_p99_s",
-    "tpot_p50_s",
-    "tpot_p99_s",
-    "decode_tokens_per_s",
-    "finetune_tokens_per_s",
-)
+POINTS = tuple(metric for metric, unit in METRICS.items() if unit == "points")
 
 
 def replay_errors(measured: Any, simulated: Any) -> pd.DataFrame:
@@ -32,7 +25,7 @@ def replay_errors(measured: Any, simulated: Any) -> pd.DataFrame:
     require(
         first.equals(second), "both must be of the same policies, seeds, requests and windows", (len(first), len(second)), "Pass measure=."
     )
-    metrics = [*POINTS, *RELATIVE]
+    metrics = list(METRICS)
     means = [one.runs.groupby("policy", sort=False)[metrics].mean().stack() for one in (measured, simulated)]
     frame = pd.DataFrame({"measured": means[0], "simulated": means[1]}).rename_axis(["policy", "metric"])
     frame["error"] = [_error(metric, *row) for (_, metric), row in zip(frame.index, frame.to_numpy(float), strict=True)]

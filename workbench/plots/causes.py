@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from workbench.model_error import how
 from workbench.plots.style import finish, new_axes
 
 CAUSE_STYLES = {
@@ -59,5 +60,4 @@ def _said_of(frame: pd.DataFrame, source: Any) -> str:
     n = f"n = {low if low == high else f'{low}–{high}'} requests a run, {seeds} seed{'s' if seeds != 1 else ''}"
     if source is None:
         return n
-    info = source.executor
-    return f"{n}; {f'simulated by {info.name} fitted on' if info.simulated else f'measured on {info.name},'} {info.device}"
+    return f"{n}; {how(source.executor, 'ttft_p50_s', 'ttft_p99_s')}"

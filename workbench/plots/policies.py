@@ -1,4 +1,7 @@
-"""Policies beside each other: attainment and throughput, over a load, against each other, and how sure a difference is."""
+"""Policies beside each other: attainment and throughput, over a load, against each other, and how sure a difference is.
+
+Captions end with the model's error on what is drawn, where rows are those of a Comparison, Sweep or Capacity and were simulated.
+"""
 
 from collections.abc import Mapping, Sequence
 from textwrap import fill
@@ -11,6 +14,7 @@ from matplotlib.figure import Figure
 from workbench.config import SLO
 from workbench.experiments.search import Capacity
 from workbench.experiments.statistics import Difference
+from workbench.model_error import with_error
 from workbench.plots.style import SLO_COLOUR, NotebookFigure, finish, new_axes, styles
 from workbench.results import metrics
 from workbench.results.bound import UpperBound
@@ -35,8 +39,11 @@ def overview(runs: pd.DataFrame, *, caption: str = "", slo: metrics.SLOs = None)
     labels = list(dict.fromkeys(runs["policy"]))
     figure = NotebookFigure(figsize=(10.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    attainment(runs, ax=left, slo=slo, legend=False)
-    throughput(runs, ax=right, legend=False)
+    bare = runs.copy()
+    bare.attrs = {}  # said once, below both
+    attainment(bare, ax=left, slo=slo, legend=False)
+    throughput(bare, ax=right, legend=False)
+    caption = with_error(caption, runs, "attainment", *THROUGHPUTS)
     handles, names = left.get_legend_handles_labels()
     figure.legend(
         handles, [fill(n, 90) for n in names], loc="outside upper left", ncols=1 if max(map(len, labels)) > 40 else 2, frameon=False
@@ -54,7 +61,7 @@ def attainment(runs: pd.DataFrame, *, ax: Axes | None = None, slo: metrics.SLOs 
     ax.set_xticks(range(len(names)), [_target_label(n, slo) for n in names])
     ax.set_ylim(0, 109)
     ax.set_ylabel("SLO attainment (% of arrived requests)")
-    return finish(ax, caption, legend)
+    return finish(ax, with_error(caption, runs, "attainment"), legend)
 
 
 def throughput(runs: pd.DataFrame, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
@@ -64,7 +71,7 @@ def throughput(runs: pd.DataFrame, *, ax: Axes | None = None, caption: str = "",
     ax.set_xticks(range(len(THROUGHPUTS)), [n.replace(", ", ",\n") for n in THROUGHPUTS.values()])
     ax.set_ylim(0, ax.get_ylim()[1] * 1.08)
     ax.set_ylabel("throughput (tokens/s)")
-    return finish(ax, caption, legend)
+    return finish(ax, with_error(caption, runs, *THROUGHPUTS), legend)
 
 
 def by_load(
@@ -82,7 +89,7 @@ def by_load(
     ax.set_xlabel(LOADS.get(x, x))
     ax.set_ylabel("SLO attainment (% of arrived requests)" if scale == 100.0 else THROUGHPUTS.get(y, y) + " (tokens/s)")
     ax.set_ylim(0, 105 if scale == 100.0 else None)
-    return finish(ax, caption, legend)
+    return finish(ax, with_error(caption, runs, y), legend)
 
 
 def tradeoff(
@@ -122,7 +129,7 @@ def tradeoff(
     ax.set_xlim(left=-0.01 * ax.get_xlim()[1])
     if legend:
         ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    return finish(ax, caption, legend=False)
+    return finish(ax, with_error(caption, runs, y, x), legend=False)
 
 
 def differences(found: Mapping[str, Difference], *, unit: str, ax: Axes | None = None, caption: str = "") -> Axes:
@@ -158,7 +165,7 @@ def capacity(found: Sequence[Capacity], *, ax: Axes | None = None, caption: str 
         ax.plot(met["capacity"], heights, linestyle="none", marker="o", markersize=11, markerfacecolor="none", color=style.colour)
     lowest = min(float(one.points[one.metric].min()) for one in found)
     ax.set(xlabel=LOADS["load"], ylabel="SLO attainment (% of arrived requests)", ylim=(max(0.0, lowest * 100 - 8), 102))
-    return finish(ax, caption, legend)
+    return finish(ax, with_error(caption, [one.runs for one in found], *dict.fromkeys(one.metric for one in found)), legend)
 
 
 def _bars(ax: Axes, runs: pd.DataFrame, names: Sequence[str], *, scale: float, digits: int) -> None:

@@ -16,6 +16,7 @@ from workbench.config import SLO, FinetuneJob, Provenance
 from workbench.core import ExecutorInfo, Predictor, Request, Sampling, StepResult
 from workbench.loop.history import History
 from workbench.loop.tape import Tape
+from workbench.model_error import METRICS, MetricError, ModelError, error_of, how
 from workbench.results.frames import text_as_objects
 from workbench.results.stream import Stream
 
@@ -123,6 +124,17 @@ class Replay:
 
         return summary(self)
 
+    def model_error(self, metric: str = "attainment") -> MetricError | None:
+        """How far the latency model was from measured replays in a metric; printed, a sentence. None where this was measured."""
+        return error_of(self.executor, metric)
+
+    def headline(self) -> pd.DataFrame:
+        """The metrics that models are judged by, as numbers of the summary, and beside each the model's error (or "measured")."""
+        summary = self.summary()
+        errors = [self.model_error(metric) for metric in METRICS]
+        said = ["measured" if error is None else error.amount for error in errors]
+        return pd.DataFrame({"value": [summary[m] for m in METRICS], "model error": said}, index=pd.Index(METRICS, name="metric"))
+
     def by_class(self, **options: Any) -> pd.DataFrame:
         """One row per SLO class: outcomes, attainment, latencies, deadlines, slowdown. By `tables.requests_by`, whose options it takes."""
         from workbench.results.tables import requests_by
@@ -175,6 +187,9 @@ class Replay:
         return save_trace(self, path, predicted)
 
     def __repr__(self) -> str:
+        return f"{self._brief()}\n{how(self.executor, 'attainment')}" if self.executor.simulated else self._brief()
+
+    def _brief(self) -> str:
         end = f", interrupted={self.interrupted}, error={self.error!r}" if self.interrupted or self.error else ""
         loop, num = self.settings.get("loop", "open"), len(self.trace_requests)
         return f"Replay({self.policy} on {self.executor.name}, {num} requests ({loop} loop), {self.num_steps} steps{end})"
@@ -236,6 +251,8 @@ def load_replay(folder: str | Path) -> Replay:
 
         return ServerReplay.loaded(folder, executor=executor, **values)
     executor |= {name: frozenset(executor[name]) for name in ("can", "eos_token_ids")}
+    if executor.get("model_error") is not None:
+        executor["model_error"] = ModelError.of_record(executor["model_error"])
     return Replay(executor=ExecutorInfo(**executor), **values)
 
 

@@ -12,6 +12,7 @@ import ipywidgets as widgets
 
 from workbench.config import SLO, FinetuneJob, require
 from workbench.experiments.compare import Comparison, compare
+from workbench.model_error import METRICS
 from workbench.widgets.share import LimitedTraining
 
 Settings = tuple[float, float, float, float]  # rate_per_s, ttft_ms, itl_ms, share
@@ -124,7 +125,10 @@ def _target_slider(name: str, value_ms: float) -> widgets.FloatSlider:
 
 
 def table_html(comparison: Comparison, settings: Settings) -> str:
-    """The numbers as an HTML table. The attainment cells carry class `loquetier-attainment` and the exact value and settings as data."""
+    """The numbers as an HTML table, the latency model's error on each below them.
+
+    The attainment cells carry class `loquetier-attainment` and the exact value and settings as data.
+    """
     rate, ttft_ms, itl_ms, share = settings
     head = "".join(f"<th>{name}</th>" for name, _ in SHOWN.values())
     rows = []
@@ -136,7 +140,12 @@ def table_html(comparison: Comparison, settings: Settings) -> str:
             mark = f' class="loquetier-attainment" {where}' if name == "attainment" else ""
             cells.append(f"<td{mark}>{form.format(row[name])}</td>")
         rows.append(f'<tr><th style="text-align:left">{html.escape(row["policy"])}</th>{"".join(cells)}</tr>')
-    return f'<table class="loquetier-numbers"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    errors = {name: comparison.model_error(name) for name in SHOWN if name in METRICS}
+    cells = [f"<td>{html.escape(error.amount) if (error := errors.get(name)) else ''}</td>" for name in SHOWN]
+    judged = next((f" ({e.tried} replays on {e.where})" for e in errors.values() if e is not None and e.tried), "")
+    foot = f'<tr class="loquetier-model-error"><th style="text-align:left">model error{html.escape(judged)}</th>{"".join(cells)}</tr>'
+    body = f"<tbody>{''.join(rows)}</tbody><tfoot>{foot}</tfoot>"
+    return f'<table class="loquetier-numbers"><thead><tr><th></th>{head}</tr></thead>{body}</table>'
 
 
 def explorer(

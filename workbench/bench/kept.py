@@ -1,0 +1,126 @@
+"""Measured replays that are kept with all that it takes to simulate them again, later and on a machine without the device."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from workbench import policies
+from workbench.config import FinetuneJob, RandomTokens, require
+from workbench.core import ExecutorInfo
+from workbench.latency import LatencyModel
+from workbench.latency.whole_replays import Prediction, ReplayErrors
+from workbench.replay import replay
+from workbench.results.replay import Replay, load_replay
+
+KEPT_FILE = "kept.json"
+NO_LIMITS = ("name", "device", "simulated", "model_error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """One policy on one cell, measured on a model shape at `date` (ISO 8601); `load` in requests/s. Beside it one job on random tokens."""
+
+    trace: str
+    load: float
+    policy: Any
+    job: FinetuneJob
+    shape: str
+    date: str
+    replay: Replay
+
+    @property
+    def cell(self) -> str:
+        return cell_name(self.trace, self.load)
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell}, {type(self.policy).__name__}"
+
+    def save(self, folder: Path) -> Path:
+        """Write it into a folder of its own below `folder`."""
+        place = self.replay.save(folder / re.sub(r"[^a-z0-9]+", "-", self.name.lower()))
+        assert isinstance(self.job.data, RandomTokens)
+        record = {
+            "format": 1,
+            "trace": self.trace,
+            "load": self.load,
+            "policy": {
+                "name": type(self.policy).__name__,
+                "fields": {f.name: getattr(self.policy, f.name) for f in fields(self.policy) if f.init},
+            },
+            "data": asdict(self.job.data),
+            "shape": self.shape,
+            "date": self.date,
+        }
+        (place / KEPT_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return place
+
+    @classmethod
+    def load_from(cls, place: Path) -> "Kept":
+        """What `save` wrote."""
+        record = json.loads((place / KEPT_FILE).read_text(encoding="utf-8"))
+        require(
+            record["format"] == 1, f"{place / KEPT_FILE}: format must be 1", record["format"], "Read it with the version that wrote it."
+        )
+        measured = load_replay(place)
+        policy = getattr(policies, record["policy"]["name"])(**record["policy"]["fields"])
+        job = replace(measured.finetune_jobs[0], data=RandomTokens(**record["data"]))
+        rest = {name: record[name] for name in ("trace", "load", "shape", "date")}
+        return cls(policy=policy, job=job, replay=measured, **rest)
+
+    def simulated(self, model: LatencyModel) -> Replay:
+        """The same requests, policy, job and seed on a latency model under the limits and adapters of the measurement.
+
+        Planning costs its measured mean. Raises ValueError for a model of another device or depth.
+        """
+        measured = self.replay
+        executor: Any = under(model, measured)
+        return replay(
+            measured.trace_requests,
+            executor=executor,
+            policy=self.policy,
+            jobs=[self.job],
+            slo=measured.slo,
+            seed=measured.seed,
+            planning=float(measured.steps["plan_s"].mean()),
+            measure=measured.measure,
+            progress=False,
+        )
+
+    def predictions(self, model: LatencyModel) -> tuple[Prediction, ...]:
+        """What was measured and what the model makes of it, metric by metric."""
+        found = ReplayErrors.of(self.replay, self.simulated(model), date=self.date)
+        return tuple(replace(p, trace=self.trace, load=self.load) for p in found.predictions)
+
+
+def under(model: LatencyModel, measured: Replay) -> LatencyModel:
+    """The model with the limits and the adapters that a replay was measured with."""
+    info = measured.executor
+    check_fits(model, info)
+    limits = {f.name: getattr(info, f.name) for f in fields(ExecutorInfo) if f.name not in NO_LIMITS}
+    adapters = {name: found for poll, name, found in measured.tape.adapters if poll == 0 and found is not None}
+    return model.with_limits(**limits).with_adapters(adapters)
+
+
+def check_fits(model: LatencyModel, info: ExecutorInfo) -> None:
+    """Raise ValueError unless a latency model is of the device and of the depth of what an executor runs."""
+    own = model.info
+    require(own.device == info.device, f"the profile must be of the device of the replays, {info.device}", own.device)
+    require(own.num_layers == info.num_layers, f"the profile must be of a model of {info.num_layers} layers", own.num_layers)
+
+
+def cell_name(trace: str, load: float) -> str:
+    return f"{trace}, {load:g} req/s"
+
+
+def load_all(folder: Path) -> Sequence[Kept]:
+    """Every kept replay below a folder. Raises FileNotFoundError where there is none."""
+    found = [Kept.load_from(file.parent) for file in sorted(folder.glob(f"*/{KEPT_FILE}"))]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} must hold kept replays (NAME/{KEPT_FILE}), got none. Keep some: python -m workbench.bench model --replays {folder}."
+        )
+    return found

@@ -1,0 +1,171 @@
+"""`ReplayErrors`: whole replays of an engine beside those of its latency model, metric by metric, as a file that a profile ships."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from math import inf, isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from workbench.config import require
+from workbench.model_error import METRICS, MetricError, ModelError
+
+REPLAYS_FILE = "replays.csv"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One metric of one replay, as `Replay.summary()` has it, measured on `device` and simulated.
+
+    `load` in requests/s (inf: all arrive at once). `commit` and `date` are those of the measurement.
+    """
+
+    trace: str
+    load: float
+    policy: str
+    metric: str
+    measured: float
+    simulated: float
+    commit: str
+    date: str
+    device: str
+
+    @property
+    def error(self) -> float:
+        """Simulated less measured: points of attainment, per cent of what was measured of all else (nan where that is nothing)."""
+        if METRICS[self.metric] == "points":
+            return 100 * (self.simulated - self.measured)
+        return 100 * (self.simulated / self.measured - 1) if self.measured else nan
+
+
+COLUMNS = tuple(f.name for f in fields(Prediction))
+NUMBERS = ("load", "measured", "simulated")
+
+
+@dataclass(frozen=True)
+class ReplayErrors:
+    """How well a latency model predicted whole replays that its fit had not seen: a row for each replay and metric of `METRICS`."""
+
+    predictions: tuple[Prediction, ...]
+
+    def __post_init__(self) -> None:
+        unknown = sorted({p.metric for p in self.predictions} - METRICS.keys())
+        require(not unknown, f"metrics must be among {', '.join(METRICS)}", unknown)
+
+    @classmethod
+    def of(cls, measured: Any, simulated: Any, *, date: str | None = None) -> "ReplayErrors":
+        """From replays of an engine and of a model: two Replays, two Comparisons, or two lists of Replays in the same order.
+
+        `date`: when they were measured (ISO 8601); now unless given. Raises ValueError where the two are not replays of the same requests,
+        policies, seeds, jobs, targets and windows on the same device, or where `measured` was simulated.
+        """
+        pairs = list(zip(_replays(measured), _replays(simulated), strict=True))
+        require(len(pairs) > 0, "errors need at least one pair of replays", len(pairs))
+        date = date or datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(tuple(p for one, other in pairs for p in _predictions(one, other, date)))
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """A row for each replay and metric: the columns of `Prediction`, `error` and its `unit`."""
+        frame = pd.DataFrame([[getattr(p, name) for name in COLUMNS] for p in self.predictions], columns=list(COLUMNS))
+        return frame.assign(error=[p.error for p in self.predictions], unit=[METRICS[p.metric] for p in self.predictions])
+
+    def table(self) -> pd.DataFrame:
+        """A row for each metric: over how many replays, the largest absolute error, the mean error (signed), and their unit."""
+        brief = self.brief()
+        found = [brief.on(metric) for metric in METRICS]
+        rows = {e.metric: [e.replays, e.worst, e.mean, e.unit] for e in found}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["replays", "worst", "mean", "unit"]).rename_axis("metric")
+
+    def on(self, metric: str) -> MetricError:
+        """The error on one metric; printed, a sentence."""
+        return self.brief().on(metric)
+
+    def brief(self, step_error: float | None = None, changed: Sequence[str] = ()) -> ModelError:
+        """What travels with a simulated result. `step_error`: the mean error of single steps; `changed`: what was changed since."""
+        errors = []
+        for metric in METRICS:
+            found = [p.error for p in self.predictions if p.metric == metric and isfinite(p.error)]
+            if found:
+                errors.append((metric, len(found), max(map(abs, found)), sum(found) / len(found)))
+        return ModelError(
+            errors=tuple(errors),
+            tried=max((sum(p.metric == metric for p in self.predictions) for metric in METRICS), default=0),
+            where=", ".join([*dict.fromkeys(p.device for p in self.predictions), _days(self.predictions)]) if self.predictions else "",
+            step_error=step_error,
+            changed=tuple(changed),
+        )
+
+    def __str__(self) -> str:
+        brief = self.brief()
+        lines = [f"{brief.tried} whole replays on {brief.where}"]
+        return "\n".join([*lines, *(f"  {metric}: {brief.on(metric).amount}" for metric in METRICS)])
+
+    def save(self, file: str | Path) -> Path:
+        """Write the predictions as CSV."""
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.frame[list(COLUMNS)].to_csv(file, index=False)
+        return file
+
+    @classmethod
+    def read(cls, file: str | Path) -> "ReplayErrors":
+        """What `save` wrote. Raises ValueError for a file with other columns."""
+        words: Any = {name: str for name in COLUMNS if name not in NUMBERS}
+        frame = pd.read_csv(
+            file, dtype=words | dict.fromkeys(NUMBERS, float), keep_default_na=False, na_values={name: [""] for name in NUMBERS}
+        )
+        require(tuple(frame.columns) == COLUMNS, f"{file} must have the columns {', '.join(COLUMNS)}", tuple(frame.columns))
+        return cls(tuple(Prediction(**{str(k): v for k, v in row.items()}) for row in frame.to_dict("records")))
+
+
+def _replays(given: Any) -> list[Any]:
+    if hasattr(given, "labels"):
+        return [given.replays[label, seed] for label in given.labels for seed in given.seeds]
+    return list(given) if isinstance(given, Iterable) else [given]
+
+
+def _predictions(measured: Any, simulated: Any, date: str) -> list[Prediction]:
+    require(not measured.executor.simulated, "measured must come from an engine", measured.executor.name)
+    require(simulated.executor.simulated, "simulated must come from a latency model", simulated.executor.name)
+    same = [_what(one) for one in (measured, simulated)]
+    differ = [name if name == "requests" else f"{name}: {a!r}, {same[1][name]!r}" for name, a in same[0].items() if a != same[1][name]]
+    require(not differ, "both must be replays of the same requests, policy, seed, jobs, targets and window on one device", differ)
+    arrivals = [r.arrival_s for r in measured.trace_requests]
+    last = max(arrivals, default=0.0)
+    rows = measured.summary(), simulated.summary()
+    return [
+        Prediction(
+            trace=measured.settings["trace"],
+            load=round(len(arrivals) / last, 3) if last else inf,
+            policy=measured.policy,
+            metric=metric,
+            measured=float(rows[0][metric]),
+            simulated=float(rows[1][metric]),
+            commit=measured.provenance.commit,
+            date=date,
+            device=measured.executor.device,
+        )
+        for metric in METRICS
+    ]
+
+
+def _what(replay: Any) -> dict[str, Any]:
+    """What two replays must have in common."""
+    requests = [(r.request_id, r.arrival_s, r.prompt_tokens, r.output_tokens, r.adapter) for r in replay.trace_requests]
+    return {
+        "requests": requests,
+        "policy": replay.policy,
+        "seed": replay.seed,
+        "jobs": [(job.id, job.adapter) for job in replay.finetune_jobs],
+        "slo": replay.slo,
+        "measure": None if replay.measure is None else tuple(replay.measure),
+        "device": replay.executor.device,
+    }
+
+
+def _days(predictions: Sequence[Prediction]) -> str:
+    days = sorted({p.date[:10] for p in predictions})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
