@@ -1,4 +1,4 @@
-"""Measure this machine's engine on random mixes of steps and save the fitted latency model as a profile that travels.
+"""Measure this machine's engine on steps of every kind and size and save the fitted latency model as a profile that travels.
 
     python scripts/measure_profile.py --shape llama3-8b --adapters 4 --rank 8 --name h100-llama3-8b
 
@@ -20,14 +20,15 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=2000, help="at most")
+    parser.add_argument("--rounds", type=int, default=8, help="of steps that cover every bucket in every kind of step; then random mixes")
+    parser.add_argument("--steps", type=int, default=3000, help="at most")
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, after a first pass of the same length that compiles")
     parser.add_argument("--name", required=True, help="of the profile")
     parser.add_argument("--into", type=Path, default=ROOT / "profiles")
     args = parser.parse_args()
     config = wb.EngineConfig(max_model_len=args.max_model_len, activation_tokens=8192)
     engine = wb.Engine.random(args.shape, adapters=args.adapters, rank=args.rank, config=config)
-    model = engine.calibrate(max_steps=args.steps, seconds=args.seconds)
+    model = engine.calibrate(max_steps=args.steps, seconds=args.seconds, rounds=args.rounds)
     print(model.report)
     print(model.costs.table().to_string())
     print("saved", model.save(args.into / args.name))

@@ -12,7 +12,9 @@ from workbench.core import AdapterInfo, Backward, Batch, Executor, ExecutorInfo,
 from workbench.features import INDEX, NAMES, Work, of_batch
 from workbench.latency import LatencyModel
 from workbench.latency import model as latency
-from workbench.latency.fit import classes_of, design, fit_costs, term_names
+from workbench.latency.fit import fit_costs
+from workbench.latency.residuals import class_of
+from workbench.latency.terms import classes_of, design, term_names
 
 INFO = ExecutorInfo(
     name="Engine(tiny)",
@@ -145,7 +147,8 @@ def test_costs_are_never_negative_whatever_the_noise():
 def test_predict_equals_the_vectorised_design(noisy):
     steps = synthetic(200, seed=4)
     one_by_one = [noisy.predict(Work(row)) for row in steps[list(NAMES)].to_numpy()]
-    np.testing.assert_allclose(one_by_one, noisy.costs.predict_all(steps[list(NAMES)].to_numpy()), rtol=1e-12)
+    np.testing.assert_array_equal(one_by_one, noisy.costs.predict_all(steps[list(NAMES)].to_numpy()))
+    np.testing.assert_allclose(one_by_one, design(steps[list(NAMES)].to_numpy()) @ noisy.costs.costs, rtol=1e-12)
 
 
 def test_relative_error_counts_so_short_steps_are_not_sacrificed_to_long_ones():
@@ -287,10 +290,10 @@ def test_stepping_without_begin_is_an_error(exact):
 
 
 def test_classes_of_steps_follow_their_heaviest_kind():
-    values = np.zeros((3, len(NAMES)))
-    values[0, INDEX["backward_layers"]] = values[1, INDEX["prefill_tokens"]] = 1
-    values[:, INDEX["decode_tokens"]] = 1
-    assert list(classes_of(values)) == [0, 1, 2]
+    values = np.zeros((5, len(NAMES)))
+    values[0, INDEX["backward_layers"]] = values[:2, INDEX["finetune_tokens"]] = values[2, INDEX["evaluate_tokens"]] = 1
+    values[:4, INDEX["prefill_tokens"]] = values[:, INDEX["decode_tokens"]] = 1
+    assert list(classes_of(values)) == [0, 1, 1, 2, 3] == [class_of(Work(row)) for row in values.tolist()]
 
 
 def test_the_held_out_steps_are_the_ones_that_the_report_judges(noisy):
@@ -307,10 +310,10 @@ def test_the_held_out_steps_are_the_ones_that_the_report_judges(noisy):
 def test_shares_of_a_class_of_steps_sum_to_one_and_follow_the_costs(exact):
     steps = exact.steps
     shares = exact.costs.shares(steps)
-    assert list(shares.columns) == ["train", "prefill", "decode"]
+    assert list(shares.columns) == ["backward", "finetune", "prefill", "decode"]
     np.testing.assert_allclose(shares.sum(), 1.0)
     values = steps[list(NAMES)].to_numpy(float)
-    decode = classes_of(values) == 2
+    decode = classes_of(values) == 3
     by_hand = (
         steps.loc[decode, "decode_context"].sum() * exact.costs.table()["decode_context"] / 1e6 / steps.loc[decode, "predicted_s"].sum()
     )

@@ -7,6 +7,7 @@ import hashlib
 import marshal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["finetune", "evaluate", "prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("finetune", "evaluate", "prefill", "decode")
+BUCKETS = ("token_buckets", "sequence_buckets", "decode_buckets", "backward_buckets")  # fields of ExecutorInfo
 Capability = Literal["chunk", "mixed", "cut_backward", "safepoint", "merge"]
 
 
@@ -107,7 +109,8 @@ class Segment:
 class Backward:
     """A slice of a job's backward pass: `num_layers` decoder layers downwards from `top_layer` (exclusive upper end).
 
-    `documents` are the micro-batch's token counts. `ends_window` says that an optimiser step follows once layer 0 is done.
+    `documents` are the micro-batch's token counts. `ends_window` says that an optimiser step follows once layer 0 is done, `is_first`
+    that the slice begins at the model's last layer, where an executor prepares the pass.
     """
 
     owner: str
@@ -118,6 +121,7 @@ class Backward:
     top_layer: int
     num_layers: int
     ends_window: bool
+    is_first: bool = False
 
     @property
     def tokens(self) -> int:
@@ -141,8 +145,10 @@ class AdapterLoad:
     read_s: float = 0.0
 
 
-# read_s is a time and no work
-_VALUES = {kind: attrgetter(*(f.name for f in fields(kind) if f.name != "read_s")) for kind in (Segment, Backward, AdapterLoad)}
+# read_s is a time and no work, is_first follows from top_layer
+_VALUES = {
+    kind: attrgetter(*(f.name for f in fields(kind) if f.name not in ("read_s", "is_first"))) for kind in (Segment, Backward, AdapterLoad)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +241,9 @@ class ExecutorInfo:
     `host_bytes` bounds the adapters in host memory (None: it holds them all); the others are read from disk in `read_s` seconds and
     `read_s_per_byte` for each byte, before they are copied to a slot (`workbench.loop.tiers`). `model_error` is no limit: it says beside a
     simulated result how far this model's whole replays were from measured ones, as far as anyone looked.
+    An executor that pads says what to, ascending: `token_buckets` for the packed tokens of a step and `sequence_buckets` for its
+    requests, `decode_buckets` for the rows of one that holds nothing but decodes (more rows than the largest are padded as tokens),
+    `backward_buckets` for the tokens of a micro-batch in the backward. Nothing is padded beyond the largest, or where there are none.
     """
 
     name: str
@@ -255,7 +264,18 @@ class ExecutorInfo:
     host_bytes: int | None = None
     read_s: float = 0.0
     read_s_per_byte: float = 0.0
+    token_buckets: tuple[int, ...] = ()
+    sequence_buckets: tuple[int, ...] = ()
+    decode_buckets: tuple[int, ...] = ()
+    backward_buckets: tuple[int, ...] = ()
     model_error: "ModelError | None" = None
+
+    def __post_init__(self) -> None:
+        for name in BUCKETS:
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
+            ascending = all(a < b for a, b in pairwise((0, *getattr(self, name))))
+            if not ascending:
+                raise ValueError(f"{name} must ascend from at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)

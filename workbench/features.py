@@ -24,6 +24,7 @@ NAMES: tuple[str, ...] = (
     "optimizer_steps",
     "loads",
     "load_bytes",
+    "backward_starts",  # slices that begin at the model's last layer
 )
 INDEX = {name: i for i, name in enumerate(NAMES)}
 
@@ -82,10 +83,12 @@ class Work:
         v[11] += causal_pairs(b.documents, 0, b.tokens) * b.num_layers
         v[12] += b.num_layers
         v[13] += b.is_last and b.ends_window
+        v[16] += b.is_first and b.num_layers > 0
 
     def drop_backwards(self) -> None:
         """Leave the backward slices and their optimiser steps out."""
         self.values[10:14] = [0.0] * 4
+        self.values[16] = 0.0
 
     def add_load(self, size_bytes: int, read_s: float = 0.0) -> None:
         self.values[14] += 1

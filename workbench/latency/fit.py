@@ -1,163 +1,53 @@
-"""How long a step takes, as a small model that can be read: a non-negative sum of what the step did.
+"""Fitting the costs of a step to measured ones, and the error of a fit on steps that it has not seen.
 
-    duration = sum over terms of cost * term(work),  cost >= 0
+Costs are found by non-negative least squares on *relative* errors, so that a 10 ms decode step matters as much as a 300 ms training
+step, with Huber's weights (Huber 1964, Robust estimation of a location parameter): the few steps that the host delayed count as if they
+were a little late, and no more. So a prediction is what such a step usually lasts; what delays it now and then is in the residuals.
 
-The terms (`term_names`) are: one per step; the sixteen sums of `features.NAMES`; a constant for each kind of work that is present (its
-kernel launches) and one for a forward of whatever kind (the weights are read once); and hinges max(0, tokens - knee) on the packed
-tokens of the forward and on the tokens of each backward layer, so that the cost of a token may rise once a matrix product leaves the
-memory-bound regime. Costs are seconds per unit, found by non-negative least squares on *relative* errors, so that a 10 ms decode step
-matters as much as a 300 ms training step.
+Where an executor pads, a bucket's cost is a smooth curve through all buckets (a constant and hinges, as without padding, at the bucket's
+size) plus a deviation of its own, drawn towards 0 by a ridge: three steps are enough to say where a bucket stands off the curve, one that
+was delayed is not believed, and a bucket without steps lies between its neighbours.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from operator import itemgetter, mul
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from workbench.config import did_you_mean, require
-from workbench.features import INDEX, NAMES, Work
+from workbench.features import NAMES
+from workbench.latency.costs import CostModel
+from workbench.latency.terms import (
+    BACKWARD,
+    BACKWARD_HINGE,
+    BACKWARD_KNEES,
+    CLASSES,
+    DECODING,
+    FORWARD,
+    FORWARD_HINGE,
+    FORWARD_KNEES,
+    IN_TABLE,
+    SERVING,
+    TABLES,
+    TRAINING,
+    UNPADDED,
+    Padding,
+    Places,
+    classes_of,
+    smooth_design,
+    smooth_terms,
+    table_design,
+    table_terms,
+)
 
-FORWARD_KNEES = (32, 64, 128, 256, 512, 1024)
-BACKWARD_KNEES = (128, 256, 512, 1024)
-PRESENT = ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens", "backward_layers")
-TOKENS = ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens")
-FORWARD = "has a forward"
-CLASSES = ("train", "prefill", "decode")  # a step's class is the first of these kinds of work that it holds
 HELD_OUT_BLOCK, HELD_OUT_EVERY = 10, 5  # one block of 10 consecutive steps in 5 is held out: neighbours are correlated
-REWEIGHTINGS = 4
-_CONTEXT = INDEX["decode_context"]
-
-
-def term_names() -> tuple[str, ...]:
-    """The model's terms, in the order of its costs."""
-    hinges = [f"tokens above {knee}" for knee in FORWARD_KNEES] + [f"backward token-layers above {knee} tokens" for knee in BACKWARD_KNEES]
-    return ("step", *NAMES, *(f"has {name}" for name in PRESENT), FORWARD, *hinges)
-
-
-def design(values: np.ndarray) -> np.ndarray:
-    """Terms [n, terms] of steps given as features [n, len(NAMES)]."""
-    tokens = values[:, [INDEX[name] for name in TOKENS]].sum(axis=1)
-    layers, token_layers = values[:, INDEX["backward_layers"]], values[:, INDEX["backward_token_layers"]]
-    columns = [np.ones(len(values)), *values.T]
-    columns += [(values[:, INDEX[name]] > 0).astype(float) for name in PRESENT]
-    columns += [(tokens > 0).astype(float)]
-    columns += [np.maximum(0.0, tokens - knee) for knee in FORWARD_KNEES]
-    columns += [np.maximum(0.0, token_layers - knee * layers) for knee in BACKWARD_KNEES]
-    return np.column_stack(columns)
-
-
-def classes_of(values: np.ndarray) -> np.ndarray:
-    """Each step's class as an index into `CLASSES` [n]: train beats prefill beats decode."""
-    train = values[:, [INDEX[n] for n in ("finetune_tokens", "evaluate_tokens", "backward_layers")]].any(axis=1)
-    return np.select([train, values[:, INDEX["prefill_tokens"]] > 0], [0, 1], 2)
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Fitted costs in seconds per unit of each term. `predict` is plain Python floats, a few microseconds a call."""
-
-    costs: tuple[float, ...]
-    _linear: tuple[float, ...] = field(init=False, repr=False, compare=False)
-    _values: Callable[[Sequence[float]], tuple[float, ...]] = field(init=False, repr=False, compare=False)
-    _context: float = field(init=False, repr=False, compare=False)
-    _any_forward: float = field(init=False, repr=False, compare=False)
-    _present: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
-    _forward: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
-    _backward: tuple[tuple[int, float], ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if len(self.costs) != len(term_names()):
-            raise ValueError(f"costs must hold {len(term_names())} terms, got {len(self.costs)}. Fit the model again with this version.")
-        costs = [float(c) for c in self.costs]
-        first = 1 + len(NAMES)
-        present = costs[first : first + len(PRESENT)]
-        hinges = costs[first + len(PRESENT) + 1 :]
-        forward, backward = hinges[: len(FORWARD_KNEES)], hinges[len(FORWARD_KNEES) :]
-        object.__setattr__(self, "costs", tuple(costs))
-        # those that cost nothing are left out; two at least, or the getter would give a single value
-        linear = {k: c for k, c in enumerate(costs[1:first]) if (c or k < 2) and k != _CONTEXT}
-        object.__setattr__(self, "_linear", tuple(linear.values()))
-        object.__setattr__(self, "_values", itemgetter(*linear))
-        object.__setattr__(self, "_context", costs[1 + _CONTEXT])
-        object.__setattr__(self, "_any_forward", costs[first + len(PRESENT)])
-        object.__setattr__(self, "_present", tuple((INDEX[n], c) for n, c in zip(PRESENT, present, strict=True) if c))
-        object.__setattr__(self, "_forward", tuple((k, c) for k, c in zip(FORWARD_KNEES, forward, strict=True) if c))
-        object.__setattr__(self, "_backward", tuple((k, c) for k, c in zip(BACKWARD_KNEES, backward, strict=True) if c))
-
-    def predict(self, work: Work) -> float:
-        """Mean duration in seconds of a step that does `work`."""
-        return self._without_context(work) + self._context * work.values[_CONTEXT]
-
-    def predict_decodes(self, work: Work, num_steps: int) -> list[float]:
-        """`predict`, bit for bit, of the next steps that decode the same rows: each reads one token more a row."""
-        fixed, cost = self._without_context(work), self._context
-        context, rows = work.values[_CONTEXT], work.values[INDEX["decode_tokens"]]
-        return [fixed + cost * (context + k * rows) for k in range(num_steps)]
-
-    def _without_context(self, work: Work) -> float:
-        v = work.values
-        total = self.costs[0] + sum(map(mul, self._linear, self._values(v)))
-        for index, cost in self._present:
-            if v[index]:
-                total += cost
-        tokens = v[0] + v[1] + v[2] + v[3]
-        if tokens:
-            total += self._any_forward
-            for knee, cost in self._forward:
-                if tokens > knee:
-                    total += cost * (tokens - knee)
-        if v[12]:
-            for knee, cost in self._backward:
-                if v[10] > knee * v[12]:
-                    total += cost * (v[10] - knee * v[12])
-        return total
-
-    def predict_all(self, values: np.ndarray) -> np.ndarray:
-        """Mean durations [n] of steps given as features [n, len(NAMES)]."""
-        return design(values) @ np.asarray(self.costs)
-
-    def parts(self, values: np.ndarray) -> pd.DataFrame:
-        """Seconds [n, terms] that each term with a cost adds to steps given as features [n, len(NAMES)]; a row sums to its prediction."""
-        seconds = pd.DataFrame(design(values) * np.asarray(self.costs), columns=list(term_names()))
-        return seconds.loc[:, np.asarray(self.costs) > 0]
-
-    def table(self) -> pd.Series:
-        """The costs that are not zero, in microseconds per unit of their term."""
-        costs = pd.Series(self.costs, index=list(term_names()), name="cost_us") * 1e6
-        return costs[costs > 0]
-
-    def shares(self, steps: pd.DataFrame) -> pd.DataFrame:
-        """How much of the predicted time each term makes: terms whose cost is not zero x classes of step, columns summing to 1.
-
-        `steps`: rows with the columns of `features.NAMES`.
-        """
-        values = steps[list(NAMES)].to_numpy(float)
-        seconds = pd.DataFrame(design(values) * np.asarray(self.costs), columns=list(term_names()))[self.table().index]
-        sums = seconds.groupby(np.asarray(CLASSES, object)[classes_of(values)], sort=False).sum().T
-        return sums[[name for name in CLASSES if name in sums]] / sums.sum()
-
-
-def perturbed(costs: Mapping[str, float], bias: float, scale: Mapping[str, float], shift_s: Mapping[str, float]) -> dict[str, float]:
-    """The costs with single terms times `scale`, seconds added to every step with a kind of work, and all of it times 1 + `bias`.
-
-    Raises ValueError for a term or kind that is not there, and where a cost would be negative.
-    """
-    kinds = {"step": "step"} | {name.split("_")[0]: f"has {name}" for name in PRESENT}
-    out = dict(costs)
-    for name, factor in scale.items():
-        if name not in out:
-            raise ValueError(f"scale must name terms of the model, got {name!r}. {did_you_mean(name, list(out))}")
-        require(factor >= 0, f"the factor on {name!r} must be at least 0", factor)
-        out[name] *= factor
-    for kind, seconds in shift_s.items():
-        if kind not in kinds:
-            raise ValueError(f"shift_s must name kinds of work, got {kind!r}. {did_you_mean(kind, list(kinds))}")
-        out[kinds[kind]] += seconds
-        require(out[kinds[kind]] >= 0, f"{kinds[kind]!r} must cost at least 0 seconds after the shift", out[kinds[kind]])
-    return {name: (1.0 + bias) * cost for name, cost in out.items()}
+REWEIGHTINGS = 8
+HUBER = 1.345  # in standard deviations of a class's errors: 95 % as efficient as least squares where errors are normal
+LEAST_SPREAD = 1e-3  # relative; of a class whose errors are all but 0
+SPREAD = 0.02  # of a usual step around its prediction, relative: what the ridges are weighed against
+CONSTANT = 1.0  # as DEVIATION, of constants that would otherwise be anywhere
+DEVIATION = {SERVING: 0.1, TRAINING: 0.05, DECODING: 0.1, BACKWARD: 0.1}  # of a bucket from the curve, relative to its steps' durations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,26 +99,101 @@ def step_arrays(steps: Any) -> tuple[np.ndarray, np.ndarray]:
     return values, duration
 
 
-def fit_costs(values: np.ndarray, duration_s: np.ndarray) -> CostModel:
-    """Non-negative costs that minimise the squared *relative* error. Raises ValueError for fewer than two steps.
+def fit_costs(values: np.ndarray, duration_s: np.ndarray, padding: Padding = UNPADDED) -> CostModel:
+    """Non-negative costs that minimise the relative error, robustly. Raises ValueError for fewer than two steps.
 
     Weights are 1 / predicted, refined a few times: weights of 1 / measured would pull the fit below the mean of noisy steps.
     """
-    from scipy.optimize import nnls
-
     if len(duration_s) < 2:
         raise ValueError(f"a fit needs at least 2 steps, got {len(duration_s)}. Record a replay on an engine and pass it.")
-    terms = design(values)
-    scale = np.maximum(np.abs(terms).max(axis=0), 1e-30)
-    expected = duration_s
-    costs = np.zeros(terms.shape[1])
+    places = Places.of(values, padding, rounded=True)
+    smooth, tables = smooth_design(values, places), _deviations(values, places, padding)
+    terms, kinds = np.hstack([smooth, tables]), classes_of(values)
+    shares = np.concatenate([_ridges(padding)] + [np.full(len(padding.buckets(table)), DEVIATION[table]) for table in TABLES])
+    expected, weights, costs = duration_s, np.ones(len(duration_s)), np.zeros(terms.shape[1])
     for _ in range(REWEIGHTINGS):
-        weighted = terms / scale / expected[:, None]
-        q, r = np.linalg.qr(weighted) if len(weighted) > weighted.shape[1] else (np.eye(len(weighted)), weighted)
-        solution, _ = nnls(r, q.T @ (duration_s / expected), maxiter=50 * terms.shape[1])
-        costs = solution / scale
+        costs = _solve(terms, duration_s, expected, np.sqrt(weights), smooth.shape[1], shares)
         expected = np.maximum(terms @ costs, 0.05 * duration_s)
-    return CostModel(tuple(costs))
+        error = (duration_s - expected) / expected
+        weights = np.minimum(1.0, HUBER * _spread(error, kinds) / np.maximum(np.abs(error), 1e-12))
+    return _with_tables(costs, np.abs(tables).sum(axis=0) > 0, padding)
+
+
+def _deviations(values: np.ndarray, places: Places, padding: Padding) -> np.ndarray:
+    """Columns [n, buckets] of the buckets' deviations: a serving forward's is shared by training ones, which have one on top."""
+    columns = table_design(values, places, padding)
+    num = len(padding.forward)
+    columns[:, :num] += columns[:, num : 2 * num]
+    return columns
+
+
+def _spread(error: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Each step's robust standard deviation [n]: 1.4826 times the median absolute error of its class."""
+    out = np.empty(len(error))
+    for kind in np.unique(kinds):
+        out[kinds == kind] = max(LEAST_SPREAD, 1.4826 * float(np.median(np.abs(error[kinds == kind]))))
+    return out
+
+
+def _ridges(padding: Padding) -> np.ndarray:
+    """How far each smooth term is drawn towards 0 [smooth terms]: infinitely little, but for the constants of a model with tables.
+
+    Steps without a forward are few or none: what all steps cost is then the forwards', which may cost less than the curve says.
+    """
+    is_constant = [name == "step" or (name.startswith("has ") and name != FORWARD) for name in smooth_terms()]
+    return np.where(np.asarray(is_constant) & (padding != UNPADDED), CONSTANT, np.inf)
+
+
+def _solve(
+    terms: np.ndarray, duration_s: np.ndarray, expected: np.ndarray, weights: np.ndarray, num_smooth: int, shares: np.ndarray
+) -> np.ndarray:
+    """One weighted least squares: terms from `num_smooth` on may be negative, and each pays for its size by its share of `expected`."""
+    from scipy.optimize import nnls
+
+    there = np.abs(terms).max(axis=0) > 0
+    per_step = np.where(terms > 0, expected[:, None] / np.where(terms > 0, terms, 1.0), np.nan)
+    sizes = np.array([np.nanmedian(column) if seen else 1.0 for column, seen in zip(per_step.T, there, strict=True)])
+    ridge = np.diag(1.0 / (shares * sizes))[np.isfinite(shares)]
+    rows = np.vstack([terms * (weights / (SPREAD * expected))[:, None], ridge])
+    right = np.concatenate([weights * duration_s / (SPREAD * expected), np.zeros(len(ridge))])
+    kept, signed = np.flatnonzero(there), np.flatnonzero(there[num_smooth:]) + num_smooth
+    both = np.hstack([rows[:, kept], -rows[:, signed]])
+    scale = np.abs(both).max(axis=0)
+    q, r = np.linalg.qr(both / scale) if len(both) > both.shape[1] else (np.eye(len(both)), both / scale)
+    found = nnls(r, q.T @ right, maxiter=50 * both.shape[1])[0] / scale
+    costs = np.zeros(terms.shape[1])
+    costs[kept] = found[: len(kept)]
+    costs[signed] -= found[len(kept) :]
+    return costs
+
+
+def _with_tables(costs: np.ndarray, seen: np.ndarray, padding: Padding) -> CostModel:
+    """The curve and the deviations as whole costs by bucket; where no step was seen, the deviation lies between its neighbours'."""
+    names = smooth_terms()
+    by_term, deviations = dict(zip(names, costs[: len(names)], strict=True)), costs[len(names) :]
+    first, shared = 0, np.zeros(len(padding.forward))
+    for table in TABLES:
+        buckets = np.asarray(padding.buckets(table), float)
+        here = slice(first, first + len(buckets))
+        first = here.stop
+        found = np.interp(buckets, buckets[seen[here]], deviations[here][seen[here]]) if seen[here].any() else np.zeros(len(buckets))
+        if table == TRAINING:
+            found = found + shared
+        elif table == SERVING:
+            shared = found
+        curve = _curve(by_term, buckets, table)
+        by_term |= dict(zip(table_terms(table, padding), np.maximum(0.0, curve + found).tolist(), strict=True))
+    return CostModel.of_terms(by_term, padding)
+
+
+def _curve(by_term: dict[str, float], buckets: np.ndarray, table: str) -> np.ndarray:
+    """What the smooth terms cost at the buckets' sizes [buckets]."""
+    held = [by_term[name] for name in IN_TABLE[table]]
+    if table == BACKWARD:
+        line, hinge, knees = held[0] + held[1] * buckets, BACKWARD_HINGE, BACKWARD_KNEES
+    else:
+        line, hinge, knees = np.full(len(buckets), by_term[FORWARD] + held[0]), FORWARD_HINGE, FORWARD_KNEES
+    return line + sum(by_term[hinge.format(knee)] * np.maximum(0.0, buckets - knee) for knee in knees)
 
 
 def held_out_mask(num_steps: int) -> np.ndarray:

@@ -1,12 +1,11 @@
 """`LatencyModel`: an executor that predicts the duration of a batch from steps that an engine measured.
 
-It runs the same serving loop, policies and ledger as an engine, in microseconds a step and without a GPU. A policy sees the mean
-(`predict`); the clock advances by the mean times a recorded residual, so that what a policy predicts is not what happens.
+It runs the same serving loop, policies and ledger as an engine, in microseconds a step and without a GPU. A policy sees what such a step
+usually lasts (`predict`); the clock advances by that times a recorded residual, so that what a policy predicts is not what happens.
 """
 
 import copy
 import json
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -19,27 +18,18 @@ import pandas as pd
 
 from workbench import data, features
 from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, require
-from workbench.core import AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, StepResult
+from workbench.core import BUCKETS, AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, StepResult
 from workbench.features import INDEX, NAMES, Work
-from workbench.latency.fit import (
-    CLASSES,
-    CostModel,
-    ErrorReport,
-    classes_of,
-    error_report,
-    fit_costs,
-    held_out_mask,
-    is_outside,
-    perturbed,
-    step_arrays,
-    term_names,
-)
+from workbench.latency.costs import CostModel, perturbed
+from workbench.latency.fit import ErrorReport, error_report, fit_costs, held_out_mask, is_outside, step_arrays
+from workbench.latency.residuals import Residuals, Stream, class_of
+from workbench.latency.terms import Padding
 from workbench.latency.whole_replays import REPLAYS_FILE, ReplayErrors
 from workbench.loop.tiers import AdapterSpec, check_tiers, infos_of
 
 PROFILES = Path(__file__).parents[2] / "profiles"
 MODEL_FILE, STEPS_FILE = "model.json", "steps.parquet"
-RESIDUAL_BLOCK = 16  # consecutive residuals drawn together: slow steps come in runs
+FORMAT = 2
 DEFAULT_RANK = 8
 ANY_VOCABULARY = 1_000_000  # only sizes matter here: without a tokenizer no token id is refused for its value
 
@@ -82,7 +72,7 @@ class LatencyModel:
         self._steps = steps
         values, duration = step_arrays(steps)
         self._largest = values.max(axis=0)
-        self._noise = _Residuals(values, duration / costs.predict_all(values) - 1.0)
+        self._noise = Residuals(values, duration / costs.predict_all(values) - 1.0)
         loads = values[:, INDEX["loads"]].sum()
         self._bytes = int(values[:, INDEX["load_bytes"]].sum() / loads) if loads else 0
         self._open = adapters is None
@@ -90,7 +80,7 @@ class LatencyModel:
         self._adapters = dict(self._declared)
         self._prepared: dict[int, tuple[FinetuneJob, data.PreparedJob]] = {}
         self._jobs: dict[str, tuple[FinetuneJob, data.PreparedJob]] = {}
-        self._draw: _Stream | None = None
+        self._draw: Stream | None = None
 
     # Making one
 
@@ -104,10 +94,12 @@ class LatencyModel:
         vocab_size: int | None = None,
         tokenizer: Callable[..., Any] | None = None,
         commit: str | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> "LatencyModel":
         """Fit to measured steps: a replay on an engine, its `.steps` frame, or a list of either.
 
         `report` holds the error on steps that were held out (one block of ten in five); the costs are then fitted to all of them.
+        `provenance`: where the steps come from, if not from this machine now. What the executor pads to is taken from its limits.
         Raises ValueError without `info` (a replay brings its own), with too few steps, and with simulated ones.
         """
         first = steps[0] if isinstance(steps, Sequence) and len(steps) else steps
@@ -118,15 +110,16 @@ class LatencyModel:
         values, duration = step_arrays(steps)
         held = held_out_mask(len(duration))
         judged = held if held.any() else np.ones(len(duration), bool)
-        part = fit_costs(values[~held], duration[~held])
+        padding = Padding.of(info)
+        part = fit_costs(values[~held], duration[~held], padding)
         report = error_report(part, values[judged], duration[judged], values[~held].max(axis=0), held_out=bool(held.any()))
         frame = pd.DataFrame(values, columns=list(NAMES)).assign(duration_s=duration)
         return cls(
-            fit_costs(values, duration),
+            fit_costs(values, duration, padding),
             frame,
             info=replace(info, name=f"LatencyModel({info.name})"),
             report=report,
-            provenance=_provenance(info, len(duration), commit),
+            provenance=_provenance(info, len(duration), commit) if provenance is None else provenance,
             adapters=adapters,
             vocab_size=vocab_size,
             tokenizer=tokenizer,
@@ -145,24 +138,25 @@ class LatencyModel:
                 "Or fit one: LatencyModel.fit(replay)."
             )
         record = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
-        if record.get("format") != 1:
+        if record.get("format") != FORMAT:
             raise ValueError(
-                f"{folder / MODEL_FILE}: format must be 1, got {record.get('format')!r}. Load it with the version that wrote it."
+                f"{folder / MODEL_FILE}: format must be {FORMAT}, got {record.get('format')!r}. Measure it again (engine.calibrate() and "
+                "save; scripts/measure_profile.py for a profile), or fit its own steps again: scripts/refit_profile.py."
             )
-        info: dict[str, Any] = record["info"] | {name: frozenset(record["info"][name]) for name in ("can", "eos_token_ids")}
+        info = ExecutorInfo(**_sets(record["info"]))
         report = record["report"] | {"by_class": {name: tuple(v) for name, v in record["report"]["by_class"].items()}}
-        adapters = None if record["adapters"] is None else {name: AdapterInfo(**v) for name, v in record["adapters"].items()}
+        adapters, padding = _adapters(record), Padding.of(info)
         return cls(
-            CostModel(tuple(record["costs"].values())),
+            CostModel.of_terms(record["costs"], padding),
             pd.read_parquet(folder / STEPS_FILE),
-            info=ExecutorInfo(**info),
+            info=info,
             report=ErrorReport(**report),
             provenance=record["provenance"],
             adapters=adapters,
             vocab_size=record["vocab_size"],
             tokenizer=tokenizer,
             noise=record.get("noise", 0.0),
-            seen=None if record.get("seen_costs") is None else CostModel(tuple(record["seen_costs"])),
+            seen=None if record.get("seen_costs") is None else CostModel.of_terms(record["seen_costs"], padding),
             replays=ReplayErrors.read(folder / REPLAYS_FILE) if (folder / REPLAYS_FILE).is_file() else None,
         )
 
@@ -176,15 +170,15 @@ class LatencyModel:
         info = asdict(self._info) | {"can": sorted(self._info.can), "eos_token_ids": sorted(self._info.eos_token_ids)}
         del info["model_error"]  # made again from the replays
         record = {
-            "format": 1,
-            "costs": dict(zip(term_names(), self.costs.costs, strict=True)),
+            "format": FORMAT,
+            "costs": self.costs.by_term(),
             "info": info,
             "report": asdict(self.report),
             "adapters": None if self._open else {name: asdict(v) for name, v in self._declared.items()},
             "vocab_size": self.vocab_size,
             "provenance": self.provenance,
             "noise": self._extra_noise,
-            "seen_costs": None if self._seen is None else self._seen.costs,
+            "seen_costs": None if self._seen is None else self._seen.by_term(),
         }
         (folder / MODEL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self._steps.to_parquet(folder / STEPS_FILE, compression="zstd")
@@ -208,13 +202,18 @@ class LatencyModel:
             require(simulated is not None, "measured replays need simulated ones beside them", simulated, "Replay them on this model.")
             errors = ReplayErrors.of(measured, simulated, date=date)
         provenance = {name: value for name, value in self.provenance.items() if name != "changed"}
-        return self._changed(dict(zip(term_names(), self.costs.costs, strict=True)), replays=errors, provenance=provenance)
+        return self._changed(self.costs.by_term(), replays=errors, provenance=provenance)
 
     def with_limits(self, **changes: Any) -> "LatencyModel":
-        """The same costs under other limits, e.g. `with_limits(max_requests=64, num_blocks=4096)`: fields of `ExecutorInfo`."""
+        """The same costs under other limits, e.g. `with_limits(max_requests=64, num_blocks=4096)`: fields of `ExecutorInfo`.
+
+        Raises ValueError for what an executor pads to: costs were measured at it.
+        """
+        for name in BUCKETS:
+            require(name not in changes, f"{name} must be as they were when the steps were measured", changes.get(name), "Fit again.")
         info = replace(self._info, **changes)
         provenance = self.provenance if info == self._info else self._since("limits")
-        return self._changed(dict(zip(term_names(), self.costs.costs, strict=True)), info=info, provenance=provenance)
+        return self._changed(self.costs.by_term(), info=info, provenance=provenance)
 
     def with_adapters(
         self,
@@ -237,7 +236,7 @@ class LatencyModel:
         for name, value in {"host_bytes": host_bytes, "read_s": read_s, "read_s_per_byte": read_s_per_byte}.items():
             require(value is None or value >= 0, f"{name} must be at least 0", value)
         check_tiers(found, info)
-        costs = dict(zip(term_names(), self.costs.costs, strict=True))
+        costs = self.costs.by_term()
         costs |= {name: c for name, c in (("loads", load_s), ("load_bytes", load_s_per_byte)) if c is not None}
         return self._changed(costs, info=info, adapters=found, provenance=self._since("adapters"))
 
@@ -253,9 +252,10 @@ class LatencyModel:
         """Another device, for the sensitivity of a conclusion to the model's error: rerun it at plus and minus `report.bias`.
 
         Every step is longer by the share `bias` (0.03: 3 %; negative: shorter), residuals as they were. `scale` multiplies the cost of
-        single terms (`latency.fit.term_names()`: {"backward_token_layers": 1.2}), `shift_s` adds seconds to every step that holds a kind
-        of work ("step" for any, "finetune", "evaluate", "prefill", "decode", "backward"), `noise` adds independent relative noise of that
-        standard deviation to each step. `hidden`: policies go on predicting with the model as it was, so that they err by what was changed.
+        single terms (those of `model.costs.table()`) or of all buckets of padded work ({"backward layer": 1.2}), `shift_s` adds seconds to
+        every step that holds a kind of work ("step" for any, "finetune", "evaluate", "prefill", "decode", "backward"), `noise` adds
+        independent relative noise of that standard deviation to each step. `hidden`: policies go on predicting with the model as it was, so
+        that they err by what was changed.
         An axis of a sweep: `axes={"executor": {"as fitted": model, "+3 %": model.perturb(0.03)}}`. Raises ValueError for an unknown term
         or kind, and for a change that would make a cost negative.
         """
@@ -263,8 +263,8 @@ class LatencyModel:
         require(noise >= 0, "noise must be at least 0", noise)
         changes = {"bias": bias, "scale": dict(scale or {}), "shift_s": dict(shift_s or {}), "noise": noise, "hidden": hidden}
         changes = {name: value for name, value in changes.items() if value}
-        costs = perturbed(dict(zip(term_names(), self.costs.costs, strict=True)), bias, scale or {}, shift_s or {})
-        seen = dict(zip(term_names(), (self._seen or self.costs).costs, strict=True))
+        costs = perturbed(self.costs.by_term(), bias, scale or {}, shift_s or {})
+        seen = (self._seen or self.costs).by_term()
         if not hidden:  # on top of what was hidden before
             seen = perturbed(seen, bias, scale or {}, shift_s or {})
         label = f" {bias:+.1%}" if bias else ""
@@ -275,7 +275,7 @@ class LatencyModel:
             provenance=(self._since("costs (perturbed)") if changes else self.provenance)
             | {"perturbed": [*self.provenance.get("perturbed", ()), changes]},
             noise=(self._extra_noise**2 + noise**2) ** 0.5,
-            seen=CostModel(tuple(seen.values())) if hidden or self._seen is not None else None,
+            seen=CostModel.of_terms(seen, self.costs.padding) if hidden or self._seen is not None else None,
         )
 
     def _since(self, what: str) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class LatencyModel:
 
     def _changed(self, costs: Mapping[str, float], **changes: Any) -> "LatencyModel":
         """This model with other costs by term (residuals stay as they are, relative), and other arguments."""
-        model = CostModel(tuple(costs.values()))
+        model = CostModel.of_terms(costs, self.costs.padding)
         values = self._steps[list(NAMES)].to_numpy(float)
         before, after = self.costs.predict_all(values), model.predict_all(values)
         arguments: dict[str, Any] = {
@@ -327,7 +327,7 @@ class LatencyModel:
         return self if self._seen is None else _Seen(self._seen)
 
     def predict(self, work: Work) -> float:
-        """Mean duration in seconds of a step that does `work`, reading adapters from disk included."""
+        """Usual duration in seconds of a step that does `work`, reading adapters from disk included."""
         return self.costs.predict(work) + work.read_s
 
     @property
@@ -342,7 +342,8 @@ class LatencyModel:
         if not held.any():
             return self._steps[held].assign(predicted_s=0.0)
         values, duration = step_arrays(self._steps)
-        return self._steps[held].assign(predicted_s=fit_costs(values[~held], duration[~held]).predict_all(values[held]))
+        costs = fit_costs(values[~held], duration[~held], self.costs.padding)
+        return self._steps[held].assign(predicted_s=costs.predict_all(values[held]))
 
     def error(self, steps: Any) -> ErrorReport:
         """Its error on other measured steps: a replay on an engine, a steps frame, or a list of either."""
@@ -424,7 +425,7 @@ class LatencyModel:
         """
         if self._draw is None:
             raise RuntimeError("simulate() needs begin() first: pass the model as executor= to replay().")
-        factor = self._draw(_class_of(work))
+        factor = self._draw(class_of(work))
         duration = factor * (self.predict(work) if predicted_s is None else predicted_s)
         if not batch.backwards:
             return duration
@@ -444,7 +445,7 @@ class LatencyModel:
         if self._draw is None:
             raise RuntimeError("preview() needs begin() first: pass the model as executor= to replay().")
         means = self.costs.predict_decodes(work, num_steps)
-        drawn = list(map(mul, self._draw.preview(_class_of(work), num_steps), means))
+        drawn = list(map(mul, self._draw.preview(class_of(work), num_steps), means))
         return means if self._seen is None else self._seen.predict_decodes(work, num_steps), drawn
 
     def skip(self, num_steps: int) -> None:
@@ -509,72 +510,18 @@ class _Seen:
         self.costs = costs
 
     def predict(self, work: Work) -> float:
-        """Mean duration in seconds of a step that does `work`."""
+        """Usual duration in seconds of a step that does `work`."""
         return self.costs.predict(work) + work.read_s
 
 
-class _Residuals:
-    """Relative residuals in the order of recording, standardised by class of step, drawn in blocks."""
-
-    def __init__(self, values: np.ndarray, residual: np.ndarray) -> None:
-        kinds = classes_of(values)
-        scale = np.array([residual[kinds == k].std() if (kinds == k).any() else residual.std() for k in range(len(CLASSES))])
-        centred = residual - np.array([residual[kinds == k].mean() if (kinds == k).any() else 0.0 for k in range(len(CLASSES))])[kinds]
-        self._standard: list[float] = (centred / np.maximum(scale[kinds], 1e-12)).tolist()
-        self._scale: list[float] = scale.tolist()
-
-    def stream(self, seed: int, noise: float = 0.0) -> "_Stream":
-        """The residuals of one replay, with independent noise of that standard deviation on top. Equal seeds give equal streams."""
-        return _Stream(self._standard, self._scale, seed, noise)
+def _sets(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an `ExecutorInfo` from JSON, which has lists."""
+    return dict(info) | {name: frozenset(info[name]) for name in ("can", "eos_token_ids")}
 
 
-class _Stream:
-    """Draws 1 + the relative residual of the next step, at least 0.1, given its class; or of the next ones, to be made or not."""
-
-    def __init__(self, standard: list[float], scale: list[float], seed: int, noise: float) -> None:
-        self._standard, self._scale, self._noise = standard, scale, noise
-        self._rng, self._extra_rng = random.Random(f"residuals:{seed}"), random.Random(f"noise:{seed}")
-        self._coming: list[float] = []
-        self._extra: list[float] = []
-        self._at = 0
-
-    def __call__(self, kind: int) -> float:
-        value = self.preview(kind, 1)[0]
-        self._at += 1
-        return value
-
-    def preview(self, kind: int, num: int) -> list[float]:
-        """What the next `num` calls would give."""
-        if self._at + num > len(self._coming):
-            self._fill(num)
-        first, last, scale = self._at, self._at + num, self._scale[kind]
-        if self._noise:
-            pairs = zip(self._coming[first:last], self._extra[first:last], strict=True)
-            return [1.0 + max(value * scale + extra, -0.9) for value, extra in pairs]
-        return [1.0 + (r if (r := value * scale) > -0.9 else -0.9) for value in self._coming[first:last]]
-
-    def skip(self, num: int) -> None:
-        self._at += num
-
-    def _fill(self, num: int) -> None:
-        """Let at least `num` residuals be at hand: whole blocks, from the recording's end on to its beginning."""
-        del self._coming[: self._at], self._extra[: self._at]
-        self._at = 0
-        standard, coming = self._standard, self._coming
-        while len(coming) < num:
-            first = self._rng.randrange(len(standard))
-            coming += standard[first : first + RESIDUAL_BLOCK]
-            for k in range(first + RESIDUAL_BLOCK - len(standard)):
-                coming.append(standard[k % len(standard)])
-        if self._noise:
-            self._extra += [self._extra_rng.gauss(0.0, self._noise) for _ in range(len(coming) - len(self._extra))]
-
-
-def _class_of(work: Work) -> int:
-    v = work.values
-    if v[0] or v[1] or v[12]:
-        return 0
-    return 1 if v[2] else 2
+def _adapters(record: Mapping[str, Any]) -> dict[str, AdapterInfo] | None:
+    """The declared adapters of a saved model; None: every name."""
+    return None if record["adapters"] is None else {name: AdapterInfo(**v) for name, v in record["adapters"].items()}
 
 
 def _infos(adapters: Mapping[str, AdapterInfo | AdapterSpec] | Iterable[str], size_bytes: int) -> dict[str, AdapterInfo]:

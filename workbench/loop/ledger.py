@@ -593,7 +593,9 @@ class Ledger:
     def _backward(self, j: JobState, n: int) -> Backward:
         assert j.rows is not None
         m = j.current
-        return Backward(j.id, j.job.adapter, j.index, j.rows, m.documents, j.layers_left, n, m.ends_window)
+        return Backward(
+            j.id, j.job.adapter, j.index, j.rows, m.documents, j.layers_left, n, m.ends_window, j.layers_left == self.info.num_layers
+        )
 
     def rollback(self, batch: Batch | None) -> None:
         """Undo the applied plan: everything is as it was before `apply`, bit for bit.

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from workbench.bench import machine
 from workbench.config import require
 from workbench.features import NAMES
-from workbench.latency.fit import CLASSES, classes_of
+from workbench.latency.terms import CLASSES, classes_of, group_of
 from workbench.plots.style import COLOURS, MARKERS, NotebookFigure, finish, log_ticks, new_axes, styles
 
 QUANTITIES = {
@@ -30,7 +30,7 @@ def predicted_vs_measured(steps: pd.DataFrame, *, ax: Axes | None = None, captio
     ax = ax or new_axes(5, 5)
     kinds = classes_of(steps[list(NAMES)].to_numpy(float))
     measured, predicted = steps["duration_s"].to_numpy(float) * 1e3, steps["predicted_s"].to_numpy(float) * 1e3
-    for index, (name, colour, marker) in enumerate(zip(CLASSES, (COLOURS[4], COLOURS[1], COLOURS[0]), MARKERS, strict=False)):
+    for index, (name, colour, marker) in enumerate(zip(CLASSES, (COLOURS[4], COLOURS[2], COLOURS[1], COLOURS[0]), MARKERS, strict=False)):
         chosen = kinds == index
         if chosen.any():
             label = f"{name} ({chosen.sum()} steps)"
@@ -44,7 +44,8 @@ def predicted_vs_measured(steps: pd.DataFrame, *, ax: Axes | None = None, captio
 
 
 def costs(shares: pd.DataFrame, cost_us: pd.Series, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
-    """What a step's time is made of: a row per term of a latency model, a bar per class of step, and what one unit of the term costs.
+    """What a step's time is made of: a row per term of a latency model (all buckets of padded work in one), a bar per class of
+    step, and what one unit of the term costs.
 
     `shares`: `CostModel.shares(steps)`; `cost_us`: `CostModel.table()`, microseconds per unit.
     """
@@ -55,7 +56,8 @@ def costs(shares: pd.DataFrame, cost_us: pd.Series, *, ax: Axes | None = None, c
         rows = np.arange(len(order)) + ((len(shares.columns) - 1) / 2 - place) * height
         ax.barh(rows, shares.loc[order, name] * 100, height * 0.92, color=style.colour, hatch=style.hatch, edgecolor="white", label=name)
     for row, term in enumerate(order):
-        cost = f"{cost_us[term]:,.0f}" if cost_us[term] >= 100 else f"{cost_us[term]:.3g}"
+        units = cost_us[[group_of(name) == term for name in cost_us.index]]
+        cost = " to ".join(f"{c:,.0f}" if c >= 100 else f"{c:.3g}" for c in dict.fromkeys((units.min(), units.max())))
         ax.annotate(cost, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ax.annotate("µs per unit", (1.02, len(order) - 0.35), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     ax.set_yticks(range(len(order)), [str(term).replace("_", " ") for term in order])

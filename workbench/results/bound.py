@@ -56,9 +56,10 @@ def upper_bound(
     schedule therefore is a feasible point of the linear program that maximises the requests met, or the tokens trained, under just these
     inequalities, and the maximum, rounded down to whole requests, is no less than what it attains.
 
-    It holds for durations that are a non-negative sum of the features, of constants for what is present and of hinges: `FixedCost`,
-    and a `LatencyModel` without its residuals. Raises ValueError without a predictor, for closed sessions (arrivals then depend on the
-    schedule), and for requests whose length the text decides.
+    It holds for durations that are a non-negative sum of the features, of constants for what is present, of hinges and of costs by
+    padded size: `FixedCost`, and a `LatencyModel` without its residuals (what a padded forward costs counts for training alone).
+    Raises ValueError without a predictor, for closed sessions (arrivals then depend on the schedule), and for requests whose length the
+    text decides.
     """
     require(not isinstance(executor, Fleet), "a bound is of one executor", executor.info.name, "Bound a replica on its share of the trace.")
     require(executor.predictor is not None, "a bound needs an executor with a predictor", executor.info.name, "Fit a LatencyModel first.")
@@ -154,18 +155,22 @@ def _training(shapes: Mapping[str, JobShape], predictor: Predictor, info: Execut
     batches = [s.micro_batch(i).documents for s in shapes.values() for i in range(s.first_micro_batch, s.num_micro_batches)]
     if not batches:
         return 0.0, 0
-    # what any forward costs is counted here, once a step, and nowhere else; a hinge on all packed tokens is at least that on these
+    # what any forward costs is counted here, once a step, and nowhere else; all packed tokens of a step are at least these,
+    # and n tokens cost at least n times what one costs where tokens are cheapest
     forward_s = min(_beyond_s(predictor, 0.0, finetune_tokens=n) / n for n in range(1, info.max_batch_tokens + 1))
     are_alike = len({sum(documents) for documents in batches}) == 1
     cheapest, layers = inf, info.num_layers
+    # several jobs' layers in one step may be padded together: no token of a layer costs less than where it is cheapest
+    most = max(map(sum, batches))
+    token_layers_s = min(_beyond_s(predictor, 1e-9, backward_token_layers=n, backward_layers=1) / n for n in range(1, most + 1))
     for documents in set(batches):
         tokens = sum(documents)
         pairs = causal_pairs(documents, 0, tokens)
         seconds = tokens * forward_s + _seconds(predictor, finetune_pairs=pairs)
-        if are_alike:  # each layer of each backward has as many tokens: hinges on that add up, however layers share steps
+        if are_alike:  # each layer of each backward has as many tokens: what it costs adds up, however layers share steps
             seconds += _beyond_s(predictor, 1e-9, backward_token_layers=tokens * layers, backward_layers=layers)
         else:
-            seconds += _seconds(predictor, backward_token_layers=tokens * layers)
+            seconds += tokens * layers * token_layers_s
         seconds += _seconds(predictor, backward_pair_layers=pairs * layers)
         cheapest = min(cheapest, seconds / tokens)
     return cheapest, sum(map(sum, batches))

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from workbench.core import Predictor
-from workbench.features import INDEX, Work
+from workbench.features import INDEX, NAMES, Work
 
 PARTS = ("finetune", "evaluate", "prefill", "decode", "backward", "load")
 PART_COLUMNS = tuple(f"{name}_s" for name in PARTS)
 PART_FEATURES = ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens", "backward_token_layers", "loads")
 _PRESENT = tuple(INDEX[name] for name in PART_FEATURES)
-_BACKWARD = tuple(INDEX[n] for n in ("backward_token_layers", "backward_pair_layers", "backward_layers", "optimizer_steps"))
+_BACKWARD = tuple(INDEX[name] for name in NAMES if name.startswith("backward_") or name == "optimizer_steps")
 _LOAD = (INDEX["loads"], INDEX["load_bytes"])
 _PREFILL = PARTS.index("prefill")
 _PAIRS, _PREFILL_PAIRS, _CONTEXT = INDEX["finetune_pairs"], INDEX["prefill_pairs"], INDEX["decode_context"]

@@ -124,9 +124,15 @@ class Driver:
     def _need_slot(self, adapter: str, version: int) -> None:
         if (adapter, version) not in self.slots:
             info = self.engine.adapter_infos[adapter]
-            slot = self.slots[adapter, version] = len(self.slots)
-            assert slot < self.info.num_slots, "the driver never evicts: raise EngineConfig.num_slots"
+            taken = set(self.slots.values())
+            slot = next((s for s in range(self.info.num_slots) if s not in taken), None)
+            assert slot is not None, "the driver evicts by unload() alone: raise EngineConfig.num_slots"
+            self.slots[adapter, version] = slot
             self._loads.append(AdapterLoad(adapter, version, slot, info.rank, info.bytes))
+
+    def unload(self, adapter: str) -> None:
+        """Take an adapter off its slots, before any of its rows is collected: the next step that needs it loads it again."""
+        self.slots = {key: slot for key, slot in self.slots.items() if key[0] != adapter}
 
     def finetune(self, job_id: str, tokens: int | None = None) -> bool:
         """The next `tokens` of the job's micro-batch (the rest of it by default); True once its forward is complete."""
@@ -167,6 +173,7 @@ class Driver:
                 state.layers_left,
                 layers,
                 ends_window=micro.ends_window,
+                is_first=state.layers_left == self.info.num_layers,
             )
         )
         state.layers_left -= layers

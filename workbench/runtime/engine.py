@@ -22,6 +22,7 @@ from workbench.data import prepare, prompt_token_ids
 from workbench.runtime.ablations import TABLES
 from workbench.runtime.adapters import init_adapter
 from workbench.runtime.backward_graphs import BackwardGraphs
+from workbench.runtime.buckets import buckets
 from workbench.runtime.engine_measuring import EngineMeasuring
 from workbench.runtime.engine_step import OutOfMemory
 from workbench.runtime.finetune import TrainState
@@ -142,7 +143,8 @@ class Engine(EngineMeasuring):
     @property
     def info(self) -> ExecutorInfo:
         limits, config = self._limits, self.config
-        return ExecutorInfo(
+        sizes = (config.max_batch_tokens, config.max_requests, limits.activation_tokens, self.dtype)
+        info = ExecutorInfo(
             name=f"Engine {self.name}",
             device=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU",
             num_layers=self.fused.dims.num_layers,
@@ -158,6 +160,7 @@ class Engine(EngineMeasuring):
             eos_token_ids=self._eos_token_ids(),
             prefix_cache=config.prefix_cache,
         )
+        return info if self._graphs is None else replace(info, **buckets(*sizes))
 
     def _eos_token_ids(self) -> frozenset[int]:
         eos: Any = getattr(self.base.generation_config, "eos_token_id", None) or self.base.config.eos_token_id

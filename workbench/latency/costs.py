@@ -1,0 +1,210 @@
+"""Fitted costs of a step, and what they say of it: plain floats, a microsecond or two a prediction."""
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from workbench.config import did_you_mean, require
+from workbench.features import INDEX, NAMES, Work
+from workbench.latency.terms import (
+    BACKWARD,
+    BACKWARD_HINGE,
+    BACKWARD_KNEES,
+    CLASSES,
+    DECODING,
+    FORWARD,
+    FORWARD_HINGE,
+    FORWARD_KNEES,
+    IN_TABLE,
+    PRESENT,
+    SEQUENCES,
+    SERVING,
+    TABLES,
+    TRAINING,
+    UNPADDED,
+    Padding,
+    classes_of,
+    design,
+    group_of,
+    table_terms,
+    term_names,
+)
+
+_CONTEXT = INDEX["decode_context"]
+
+
+@dataclass(frozen=True)
+class _Fast:
+    """The costs as `predict` reads them; those that cost nothing are left out."""
+
+    linear: tuple[tuple[int, float], ...]
+    context: float
+    present: tuple[tuple[int, float], ...]
+    sequences: float
+    sequence_tokens: float
+    any_forward: float
+    forward: tuple[tuple[int, float], ...]
+    layer: float
+    layer_token: float
+    backward: tuple[tuple[int, float], ...]
+    tables: dict[str, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, costs: Mapping[str, float], padding: Padding) -> "_Fast":
+        linear = ((k, costs[name]) for k, name in enumerate(NAMES) if k != _CONTEXT and name not in IN_TABLE[BACKWARD])
+        layers = tuple(costs[name] for name in IN_TABLE[BACKWARD])
+        forward = ((knee, costs[FORWARD_HINGE.format(knee)]) for knee in FORWARD_KNEES)
+        backward = ((knee, costs[BACKWARD_HINGE.format(knee)]) for knee in BACKWARD_KNEES)
+        present = ((INDEX[name], costs[f"has {name}"]) for name in PRESENT)
+        kept = (tuple((k, c) for k, c in pairs if c) for pairs in (linear, present, forward, backward))
+        linear, present, forward, backward = kept
+        tables = {table: tuple(costs[name] for name in table_terms(table, padding)) for table in TABLES}
+        return cls(
+            linear,
+            costs["decode_context"],
+            present,
+            *(costs[name] for name in SEQUENCES),
+            costs[FORWARD],
+            forward,
+            layers[0],
+            layers[1],
+            backward,
+            tables,
+        )
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Fitted costs in seconds per unit of each term of `term_names(padding)`."""
+
+    costs: tuple[float, ...]
+    padding: Padding = UNPADDED
+    _fast: _Fast = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        names = term_names(self.padding)
+        if len(self.costs) != len(names):
+            raise ValueError(f"costs must hold {len(names)} terms, got {len(self.costs)}. Fit the model again with this version.")
+        object.__setattr__(self, "costs", tuple(float(c) for c in self.costs))
+        object.__setattr__(self, "_fast", _Fast.of(self.by_term(), self.padding))
+
+    @classmethod
+    def of_terms(cls, costs: Mapping[str, float], padding: Padding) -> "CostModel":
+        """From costs by term. Raises ValueError where a term lacks, or is not one of this padding."""
+        names = term_names(padding)
+        if set(costs) != set(names):
+            other = sorted(set(costs) ^ set(names))[0]
+            raise ValueError(f"costs must hold exactly the terms of this version, got {other!r} on one side only. Fit the model again.")
+        return cls(tuple(costs[name] for name in names), padding)
+
+    def by_term(self) -> dict[str, float]:
+        """The costs by term."""
+        return dict(zip(term_names(self.padding), self.costs, strict=True))
+
+    def predict(self, work: Work) -> float:
+        """Usual duration in seconds of a step that does `work`."""
+        return self._without_context(work) + self._fast.context * work.values[_CONTEXT]
+
+    def predict_decodes(self, work: Work, num_steps: int) -> list[float]:
+        """`predict`, bit for bit, of the next steps that decode the same rows: each reads one token more a row."""
+        fixed, cost = self._without_context(work), self._fast.context
+        context, rows = work.values[_CONTEXT], work.values[INDEX["decode_tokens"]]
+        return [fixed + cost * (context + k * rows) for k in range(num_steps)]
+
+    def _without_context(self, work: Work) -> float:
+        v, fast, padding = work.values, self._fast, self.padding
+        total = self.costs[0]
+        for index, cost in fast.linear:
+            total += cost * v[index]
+        trained = v[0] + v[1]
+        others = trained + v[2]
+        tokens = others + v[3]
+        held = -1  # the kind of work whose constant is in a table
+        if tokens:
+            if not others and padding.decode and tokens <= padding.decode[-1]:
+                held = 3
+                total += fast.tables[DECODING][bisect_left(padding.decode, tokens)]
+            elif padding.forward and tokens <= padding.forward[-1]:
+                place = bisect_left(padding.forward, tokens)
+                held = 0 if trained else 2
+                total += fast.tables[TRAINING if trained else SERVING][place]
+                requests = v[7]
+                if requests and padding.sequences and requests <= padding.sequences[-1]:
+                    many = padding.sequences[bisect_left(padding.sequences, requests)]
+                    total += fast.sequences * many
+                    if v[2]:
+                        total += fast.sequence_tokens * (many * padding.forward[place])
+            else:
+                total += fast.any_forward
+                for knee, cost in fast.forward:
+                    if tokens > knee:
+                        total += cost * (tokens - knee)
+        for index, cost in fast.present:
+            if v[index] and index != held:
+                total += cost
+        layers = v[12]
+        if layers:
+            each = v[10] / layers
+            if padding.backward and each <= padding.backward[-1]:
+                total += fast.tables[BACKWARD][bisect_left(padding.backward, each)] * layers
+            else:
+                total += (fast.layer + fast.layer_token * each) * layers
+                for knee, cost in fast.backward:
+                    if each > knee:
+                        total += cost * ((each - knee) * layers)
+        return total
+
+    def predict_all(self, values: np.ndarray) -> np.ndarray:
+        """`predict`, bit for bit, [n] of steps given as features [n, len(NAMES)]."""
+        return np.array([self.predict(Work(row)) for row in np.asarray(values, float).tolist()], float)
+
+    def parts(self, values: np.ndarray) -> pd.DataFrame:
+        """Seconds [n, terms] that each term with a cost adds to steps given as features [n, len(NAMES)]; a row sums to its prediction."""
+        costs = np.asarray(self.costs)
+        seconds = pd.DataFrame(design(values, self.padding) * costs, columns=list(term_names(self.padding)))
+        return seconds.loc[:, costs > 0]
+
+    def table(self) -> pd.Series:
+        """The costs that are not zero, in microseconds per unit of their term."""
+        costs = pd.Series(self.costs, index=list(term_names(self.padding)), name="cost_us") * 1e6
+        return costs[costs > 0]
+
+    def shares(self, steps: pd.DataFrame) -> pd.DataFrame:
+        """How much of the predicted time each term makes: terms whose cost is not zero x classes of step, columns summing to 1.
+
+        `steps`: rows with the columns of `features.NAMES`. The buckets of a table (`latency.terms.TABLES`) are one row together.
+        """
+        values = steps[list(NAMES)].to_numpy(float)
+        seconds = self.parts(values).T.groupby(group_of, sort=False).sum().T
+        sums = seconds.groupby(np.asarray(CLASSES, object)[classes_of(values)], sort=False).sum().T
+        sums = sums[[name for name in CLASSES if name in sums]]
+        return sums / sums.sum()
+
+
+def perturbed(costs: Mapping[str, float], bias: float, scale: Mapping[str, float], shift_s: Mapping[str, float]) -> dict[str, float]:
+    """The costs with single terms (or whole tables) times `scale`, seconds added to every step with a kind of work, and all of it times
+    1 + `bias`.
+
+    Raises ValueError for a term or kind that is not there, and where a cost would be negative.
+    """
+    kinds = {"step": "step"} | {name.split("_")[0]: f"has {name}" for name in PRESENT}
+    out = dict(costs)
+    known = [*out, *dict.fromkeys(group_of(name) for name in out if group_of(name) != name)]
+    for name, factor in scale.items():
+        if name not in known:
+            raise ValueError(f"scale must name terms of the model, got {name!r}. {did_you_mean(name, known)}")
+        require(factor >= 0, f"the factor on {name!r} must be at least 0", factor)
+        for term in out:
+            if name in (term, group_of(term)):
+                out[term] *= factor
+    for kind, seconds in shift_s.items():
+        if kind not in kinds:
+            raise ValueError(f"shift_s must name kinds of work, got {kind!r}. {did_you_mean(kind, list(kinds))}")
+        tables = [table for table, held in IN_TABLE.items() if kinds[kind] in held]
+        for term in [kinds[kind], *(term for term in out if group_of(term) in tables)]:
+            out[term] += seconds
+            require(out[term] >= 0, f"{term!r} must cost at least 0 seconds after the shift", out[term])
+    return {name: (1.0 + bias) * cost for name, cost in out.items()}
