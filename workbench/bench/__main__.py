@@ -3,6 +3,7 @@
     python -m workbench.bench w1 w4 --into benchmarks          workloads (w1 to w6 by default; `replay` needs no GPU)
     python -m workbench.bench model --profile NAME --replays D  how well a profile predicts whole replays; what was measured is kept in D
     python -m workbench.bench model --from D --profile NAME    the same of the replays kept in D: needs no GPU
+    python -m workbench.bench tune --profile NAME              tune the policies that `contest` measures, on a latency model
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
     python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
     python -m workbench.bench roofline benchmarks FILE.png     the kernels against the roofline
@@ -29,11 +30,13 @@ MODULES = {
     "w4": "finetune",
     "w5": "kernel",
     "w6": "unified",
+    "contest": "contest",
     "model": "modelling",
     "replay": "replaying",
 }
 FOLDER = Path("benchmarks")
 WITHOUT_ENGINE = ("w5", "replay")
+PREDICTED = ("w6", "contest", "model")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _table(given[1:])
     if given[:1] == ["roofline"]:
         return _roofline(given[1:])
+    if given[:1] == ["tune"]:
+        return _tune(given[1:])
     options = _options(given)
     if options.check is not None:
         verdicts = check.judge(rows.read(options.check), options.workloads)
@@ -63,7 +68,9 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--baseline", choices=["peft"], help="transformers + PEFT beside W1 and W4, in the same run")
     parser.add_argument("--device", help="cuda or cpu; by default CUDA where there is one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", metavar="NAME_OR_DIR", help="`model` judges this latency model instead of one fitted in the run")
+    parser.add_argument(
+        "--profile", metavar="NAME_OR_DIR", help="the latency model that policies predict with in w6, contest and model, which judges it"
+    )
     parser.add_argument("--replays", type=Path, metavar="DIR", help="`model` keeps what it measures here, and the model fitted in the run")
     parser.add_argument("--from", type=Path, dest="kept", metavar="DIR", help="`model` measures nothing: it simulates what is kept here")
     parser.add_argument("--check", type=Path, metavar="DIR", help="measure nothing: compare the rows of DIR with the targets")
@@ -71,9 +78,10 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     for name in options.workloads:
         if name not in targets.WORKLOADS:
             parser.error(f"a workload must be one of {', '.join(targets.WORKLOADS)}, got {name!r}. {did_you_mean(name, targets.WORKLOADS)}")
-    given_of_model = [name for name in ("profile", "replays", "kept") if getattr(options, name) is not None]
-    if given_of_model and options.workloads != ["model"]:
-        parser.error(f"--profile, --replays and --from are of the workload model alone, got {options.workloads}")
+    if (options.replays or options.kept) and options.workloads != ["model"]:
+        parser.error(f"--replays and --from are of the workload model alone, got {options.workloads}")
+    if options.profile is not None and not set(options.workloads) & set(PREDICTED):
+        parser.error(f"--profile is of the workloads {', '.join(PREDICTED)}, got {options.workloads}")
     if options.kept is not None and (options.profile is None or options.replays is not None):
         parser.error("--from simulates what was kept earlier: it needs --profile, and takes no --replays")
     if options.seconds is not None and not options.seconds > 0:
@@ -121,6 +129,17 @@ def _table(given: Sequence[str]) -> int:
     frame = rows.read(options.folder)
     options.readme.write_text(table.updated(text, frame), encoding="utf-8")
     (options.folder / "README.md").write_text(table.full(frame), encoding="utf-8")
+    return 0
+
+
+def _tune(given: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m workbench.bench tune", description="Tune the rivals of the workload contest.")
+    parser.add_argument("--profile", metavar="NAME_OR_DIR", required=True, help="the latency model to tune on")
+    parser.add_argument("--into", type=Path, default=FOLDER, metavar="DIR")
+    options = parser.parse_args(given)
+    from workbench.bench import contest
+
+    print(contest.tune(LatencyModel.load(options.profile), options.into / contest.FILE))
     return 0
 
 

@@ -49,7 +49,8 @@ class Kept:
             "load": self.load,
             "policy": {
                 "name": type(self.policy).__name__,
-                "fields": {f.name: getattr(self.policy, f.name) for f in fields(self.policy) if f.init},
+                # what it noted on the way is no parameter
+                "fields": {f.name: getattr(self.policy, f.name) for f in fields(self.policy) if f.init and f.repr},
             },
             "data": asdict(self.job.data),
             "shape": self.shape,

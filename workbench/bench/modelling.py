@@ -1,9 +1,10 @@
 """How well whole replays are predicted: the same traces, loads and policies on the engine and on a latency model fitted to its steps.
 
-The model is a profile (`--profile`), or is fitted to steps of a random mix, measured just before; it has seen none of the replays. Errors
-are |simulated - measured|: points of attainment, per cent of throughput and of the percentiles of TTFT and TPOT; their notes have both
-values with the sign. The targets hold for the largest error of all replays, and for the share of pairs of policies (of one trace and
-load) that the model puts in the engine's order, of those that differ by more than either's error.
+The model is a profile (`--profile`), or is fitted to steps of every kind, measured just before; it has seen none of the replays, and
+policies predict with it on both sides. Errors are |simulated - measured|: points of attainment, per cent of throughput and of the
+percentiles of TTFT and TPOT; their notes have both values with the sign. The targets hold for the largest error of all replays, and for
+the share of pairs of policies (of one trace and load) that the model puts in the engine's order, of those that differ by more than either's
+error.
 
 `model_replays.csv` beside the rows is the file that a profile ships as `replays.csv`. Measured replays can be kept (`--replays`), and
 simulated again with any profile on a machine without the device (`--from`).
@@ -44,7 +45,7 @@ SLO_OF_ALL = SLO(ttft_s=5.0, itl_s=0.045)
 RANKED = ("attainment", "finetune_tokens_per_s")
 WORST = "all replays"
 PREDICTIONS_FILE = "model_replays.csv"
-FITTED = "model"  # the folder of the model that was fitted in the run, beside the replays that are kept
+FITTED = "model"  # the folder of the model that policies predicted with, beside the replays that are kept
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,18 @@ def run(session: Session) -> bool:
     try:
         with session.adapters(serving.ADAPTER_RANKS) as names:
             engine.config = replace(before, warm_up=True)
-            fitted = engine.calibrate(seconds=max(session.sizes.calibrate_s, CALIBRATE_SHARE * session.left_s))
-            print(fitted.report, flush=True)
+            model = session.predict_with(max(session.sizes.calibrate_s, CALIBRATE_SHARE * session.left_s))
+            print(model.report, flush=True)
             if session.replays is not None:
-                fitted.save(session.replays / FITTED)
+                model.save(session.replays / FITTED)
+            serving.warm_up(session, names)
             wanted = (
                 (cell, policy)
                 for cell in _cells(session, names)
                 for policy in POLICIES
                 if session.wants(f"{cell.name}, {type(policy).__name__}")
             )
-            _judge(session, session.profile or fitted, (_measured(session, cell, policy) for cell, policy in wanted))
+            _judge(session, model, (_measured(session, cell, policy) for cell, policy in wanted))
     finally:
         engine.config = before
     return True

@@ -89,8 +89,8 @@ class Session:
     """Workloads call `check`, ask `wants` for each cell and give what they measured to `record`.
 
     `seconds` is each workload's time, begun by `start`: a cell is begun while some of it is left, and a cell of repeated steps repeats
-    fewer of them when it runs short. `only` keeps the cells whose name contains one of these. `profile` is the model that `model` judges
-    (None: one fitted in the run), `replays` the folder in which it keeps what it measured.
+    fewer of them when it runs short. `only` keeps the cells whose name contains one of these. `profile` is the model that policies
+    predict with, which the workload `model` judges (None: one fitted in the run); `replays` the folder in which it keeps what it measured.
     """
 
     def __init__(
@@ -174,6 +174,13 @@ class Session:
             )
             for request in chosen
         ]
+
+    def predict_with(self, seconds: float) -> "LatencyModel":
+        """The model that the engine's policies predict with from now on: the run's profile, or one fitted to `seconds` of steps."""
+        if self.profile is None:
+            return self.engine.calibrate(seconds=seconds)
+        self.engine.predictor = self.profile
+        return self.profile
 
     # ---- time
 

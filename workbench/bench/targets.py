@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 SHAPE, GPU = "llama3-8b", "H100"
-WORKLOADS = ("w1", "w2", "w3", "w4", "w5", "w6", "model", "replay")
+WORKLOADS = ("w1", "w2", "w3", "w4", "w5", "w6", "contest", "model", "replay")
 BY_DEFAULT = WORKLOADS[:6]
 
 
@@ -97,6 +97,17 @@ def _unified() -> Iterator[Target]:
             yield Target(workload="w6", cell=cell, metric=metric, unit=unit, must=must, stretch=stretch, at_least=True)
 
 
+def _contest() -> Iterator[Target]:
+    for share in ("50%", "70%", "90%"):
+        cell = f"{share} of capacity"
+        yield Target(workload="contest", cell=cell, metric="attainment", unit="%", must=99, at_least=True)
+        yield Target(workload="contest", cell=cell, metric="over the best tuned", unit="x", must=1.1, stretch=1.5, at_least=True)
+        yield Target(workload="contest", cell=cell, metric="over temporal sharing", unit="x", must=1.5, stretch=2.5, at_least=True)
+    cell = "70% of capacity"
+    yield Target(workload="contest", cell=cell, metric="fine-tuning kept", unit="%", must=50, stretch=62, at_least=True)
+    yield Target(workload="contest", cell=cell, metric="p99 of the requests' p99 gaps", unit="ms", must=45, stretch=35)
+
+
 def _model() -> Iterator[Target]:
     cell = "all replays"
     yield Target(workload="model", cell=cell, metric="error of attainment", unit="points", must=3, stretch=1)
@@ -116,7 +127,7 @@ def _replay() -> Iterator[Target]:
         yield Target(workload="replay", cell=cell, metric="requests", unit="per CPU-s", must=must, stretch=stretch, at_least=True)
 
 
-TARGETS: tuple[Target, ...] = tuple(chain(_decode(), _serving(), _finetune(), _kernels(), _unified(), _model(), _replay()))
+TARGETS: tuple[Target, ...] = tuple(chain(_decode(), _serving(), _finetune(), _kernels(), _unified(), _contest(), _model(), _replay()))
 
 
 def applies(workload: str, shape: str, device: str) -> bool:

@@ -44,7 +44,7 @@ def run(session: Session) -> bool:
             if wanted:
                 # From here on every replay records what its job's steps need before its clock runs.
                 engine.config = replace(before, warm_up=True)
-                engine.calibrate(seconds=session.sizes.calibrate_s)
+                session.predict_with(session.sizes.calibrate_s)
                 serving.warm_up(session, names)
             for policy in (None, *OTHERS):
                 for setting in wanted:

@@ -531,20 +531,10 @@ def _infos(adapters: Mapping[str, AdapterInfo | AdapterSpec] | Iterable[str], si
 
 
 def _provenance(info: ExecutorInfo, num_steps: int, commit: str | None) -> dict[str, Any]:
-    """Where the fit comes from. Distributions that are not installed are left out; outside a repository the commit is empty."""
-    import subprocess
-    from importlib.metadata import PackageNotFoundError, version
+    """Where the fit comes from."""
+    from workbench.results.replay import commit_of_code, versions_of_code
 
-    versions = {}
-    for name in ("torch", "triton", "transformers", "numpy", "pandas", "scipy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    if commit is None:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        commit = found.stdout.strip()
+    versions = dict(versions_of_code())
+    commit = commit_of_code() if commit is None else commit
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"device": info.device, "executor": info.name, "steps": num_steps, "versions": versions, "commit": commit, "date": date}

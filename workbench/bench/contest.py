@@ -1,0 +1,176 @@
+"""Policy 21 against policies 14 to 18 and 20 as tuned as they can be, at shares of the serving capacity.
+
+`tune` finds that capacity and each policy's best parameters at each load on a latency model: on one slice of the Azure conversations,
+without a GPU (`python -m workbench.bench tune --profile NAME`, which writes `tuned_policies.json`). `run` replays another slice on the
+engine: policy 21, the best of the tuned ones at that load, that one again and policy 21 again (A B B A), on two pieces of the slice;
+and temporal sharing (18). Policy 21 has its defaults everywhere. A static split (19) needs several devices and is left out.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from workbench import policies, traces
+from workbench.bench import correctness, machine, serving
+from workbench.bench.finetune import record_rates, tuning_job
+from workbench.bench.finetune import tune as tune_alone
+from workbench.bench.modelling import LONGEST
+from workbench.bench.rows import OURS
+from workbench.bench.session import Session
+from workbench.config import SLO, FinetuneJob, RandomTokens
+from workbench.experiments.search import search
+from workbench.policies import (
+    InferenceOnly,
+    LatencyBudget,
+    LoquetierScalable,
+    LoquetierStatic,
+    PeftSequential,
+    SLOSlack,
+    TemporalSharing,
+    TokenCoserving,
+)
+from workbench.replay import replay
+from workbench.traces import Trace
+
+SECONDS = 480.0
+FILE = "tuned_policies.json"
+SHARES = (0.5, 0.7, 0.9)
+ATTAINED = 0.99
+GOAL = SLO(ttft_s=5.0, itl_s=0.045)
+TUNED_ON_S, HELD_FROM_S, PIECE_S = 300.0, 1800.0, 900.0  # of the trace
+WARM_S, HORIZON_S = 4.0, 24.0
+PLANNING_S = 0.0002  # what a step's planning is taken to cost while tuning
+GRID: tuple[Any, ...] = (
+    PeftSequential(),
+    *(LoquetierStatic(steps=steps, max_resident=256) for steps in (5, 50, 500)),
+    LoquetierScalable(max_resident=256),
+    *(TokenCoserving(tpot_s=s, chunk_tokens=chunk) for s in (0.026, 0.03, 0.034, 0.038, 0.041) for chunk in (256, 512, None)),
+    *(TemporalSharing(every=every) for every in (64, 128, 256, 512, 4096)),
+    *(LatencyBudget(budget_s=s) for s in (0.02, 0.024, 0.028, 0.031, 0.034, 0.037, 0.039, 0.041, 0.043)),
+)
+
+
+def arrivals(load: float, first_s: float, *, piece: int = 0, seconds: float = HORIZON_S) -> Trace:
+    """Azure's conversations from `first_s` on, brought to `load` requests per second, lengths as everywhere in the bench."""
+    begin = first_s + PIECE_S * piece
+    made = traces.load("azure-conv").slice(begin, begin + PIECE_S).scale(rate=load, how="compress").head(round(load * seconds))
+    return made.with_lengths("azure-conv", seed=piece, clip=LONGEST)
+
+
+def tune(model: Any, file: Path, *, shares: Sequence[float] = SHARES, grid: Sequence[Any] = GRID, seconds: float = HORIZON_S) -> Path:
+    """Find the serving capacity and the best parameters of each policy at each share of it, and write them to `file`."""
+    names = [f"adapter-{i}" for i in range(len(serving.ADAPTER_RANKS))]
+    job = FinetuneJob.example(
+        "tuned", data=RandomTokens(examples=16, tokens=1024), batch_size=2, accumulation=4, rank=8, max_tokens=1024, publish="never"
+    )
+
+    def requests(*, load: float, seed: int) -> Trace:
+        return arrivals(load, TUNED_ON_S, piece=seed, seconds=seconds).assign_adapters(len(names), popularity=traces.round_robin())
+
+    options: dict[str, Any] = {"slo": GOAL, "planning": PLANNING_S, "progress": False}
+    serves = InferenceOnly(512)
+    found = search(serves, trace=requests, low=4, high=80, executor=model, targets=(ATTAINED,), seeds=range(2), tolerance=0.05, **options)
+    capacity = float(found.table["capacity"].iloc[0])
+    print(found, flush=True)
+    rows: list[dict[str, Any]] = []
+    for share in shares:
+        made = serving.with_adapters(list(requests(load=share * capacity, seed=0).requests), names)
+        for policy in grid:
+            one = replay(made, executor=model, policy=policy, jobs=[job], measure=(min(WARM_S, seconds / 4), seconds), **options)
+            summary = one.summary()
+            rows.append(
+                {
+                    "share": share,
+                    "policy": type(policy).__name__,
+                    "parameters": {f.name: getattr(policy, f.name) for f in fields(policy) if f.init and f.repr},
+                    "attainment": summary["attainment"],
+                    "finetune_tokens_per_s": summary["finetune_tokens_per_s"],
+                }
+            )
+            print(f"{share:.0%} {policy}: {summary['attainment']:.4f}, {summary['finetune_tokens_per_s']:.0f} tokens/s", flush=True)
+    record = {
+        "model": model.info.name,
+        "device": model.info.device,
+        "slo": {"ttft_s": GOAL.ttft_s, "itl_s": GOAL.itl_s, "itl_quantile": GOAL.itl_quantile},
+        "capacity": capacity,
+        "capacity_of": f"{serves}, attainment >= {ATTAINED:.0%}",
+        "trace": f"azure-conv from {TUNED_ON_S:g} s on, {seconds:g} s at each load",
+        "rows": rows,
+        "commit": machine.commit_of_code(),
+        "date": machine.now(),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def best(record: Mapping[str, Any], share: float, *, only: str | None = None) -> Any:
+    """The tuned policy that trains most of those that attain the targets at this share; if none does, the one that attains most."""
+    rows = [row for row in record["rows"] if row["share"] == share and only in (None, row["policy"])]
+    row = max(
+        rows, key=lambda r: (r["attainment"] >= ATTAINED, r["finetune_tokens_per_s"] if r["attainment"] >= ATTAINED else r["attainment"])
+    )
+    return getattr(policies, row["policy"])(**row["parameters"])
+
+
+def run(session: Session) -> bool:
+    """Every share while time is left. False if a check fails; raises FileNotFoundError where nobody tuned."""
+    file = session.into / FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} must say what was tuned. Run: python -m workbench.bench tune --profile NAME --into {session.into}")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if not session.check(correctness.serving_errors(session) | correctness.gradient_errors(session)):
+        return False
+    with session.adapters(serving.ADAPTER_RANKS) as names:
+        session.predict_with(session.sizes.calibrate_s)
+        session.engine.allocate_arena()
+        serving.warm_up(session, names)
+        alone = tune_alone(session, session.engine, [tuning_job(session, "tuned", 2)])
+        record_rates(session, "fine-tuning alone", alone)
+        for share in SHARES:
+            cell = f"{share:.0%} of capacity"
+            if session.wants(cell):
+                _contest(session, cell, record, share, names, max(alone))
+    return True
+
+
+def _contest(session: Session, cell: str, record: Mapping[str, Any], share: float, names: Sequence[str], alone: float) -> None:
+    load = share * record["capacity"]
+    ours, rival, temporal = SLOSlack(), best(record, share), best(record, share, only=TemporalSharing.__name__)
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "rival": [], "temporal": []}
+    for name, policy, piece in (("ours", ours, 0), ("rival", rival, 0), ("rival", rival, 1), ("ours", ours, 1), ("temporal", temporal, 0)):
+        runs[name].append(_measured(session, cell, policy, load, piece, names))
+
+    def mean(name: str, metric: str) -> float:
+        return sum(float(one[metric]) for one in runs[name]) / len(runs[name])
+
+    tokens = {name: mean(name, "finetune_tokens_per_s") for name in runs}
+    attained = ", ".join(f"{name} {mean(name, 'attainment'):.2%}" for name in runs)
+    note = f"{load:.3g} req/s; attainment: {attained}; {rival}"
+    session.record(cell, "attainment", [100 * mean("ours", "attainment")], "%", note=note)
+    for name, against in (("rival", "the best tuned"), ("temporal", "temporal sharing")):
+        if tokens[name]:
+            session.record(cell, f"over {against}", [tokens["ours"] / tokens[name]], "x", note=note)
+    session.record(cell, "fine-tuning kept", [100 * tokens["ours"] / alone], "%", note=f"of {alone:.0f} tokens/s alone; {note}")
+    session.record(cell, "p99 of the requests' p99 gaps", [1e3 * mean("ours", "request_itl_p99_s")], "ms", note=note)
+
+
+def _measured(session: Session, cell: str, policy: Any, load: float, piece: int, names: Sequence[str]) -> dict[str, Any]:
+    """The summary of one replay on the engine, and its rows."""
+    horizon_s = min(HORIZON_S, session.sizes.horizon_s)
+    made = arrivals(load, HELD_FROM_S, piece=piece, seconds=horizon_s)
+    job = tuning_job(session, "tuned", 2)
+    measure = (min(WARM_S, horizon_s / 4), horizon_s)
+    try:
+        requests = serving.with_adapters(session.requests(made), names)
+        summary: dict[str, Any] = serving.run(session, requests, policy, [job], slo=GOAL, measure=measure).summary()
+    finally:
+        session.engine.unload_adapter(job.adapter)
+    note = f"{policy}; piece {piece}; TTFT p50 {1e3 * summary['ttft_p50_s']:.0f} ms, p99 {1e3 * summary['ttft_p99_s']:.0f} ms"
+    system = f"{OURS}, {type(policy).__name__}"
+    session.record(cell, "attainment", [100 * summary["attainment"]], "%", n=int(summary["requests"]), system=system, note=note)
+    session.record(cell, "fine-tune", [summary["finetune_tokens_per_s"]], "tokens/s", system=system, note=note)
+    session.record(cell, "TPOT p50", [1e3 * summary["tpot_p50_s"]], "ms", system=system, note=note)
+    return summary
