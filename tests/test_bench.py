@@ -1,5 +1,6 @@
 """The whole-engine bench on a tiny model: rows, checks before numbers, targets, README's table."""
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import workbench as wb
 from workbench.bench import __main__ as cli
 from workbench.bench import (
     check,
+    contest,
     decode,
     finetune,
     fleet_replaying,
@@ -195,7 +197,7 @@ def test_a_cell_that_does_not_exist_is_an_error_that_lists_them(tmp_path, capsys
 def test_an_unknown_workload_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit):
         cli.main(["w9"])
-    assert "w1, w2, w3, w4, w5, w6, model, replay" in capsys.readouterr().err
+    assert "w1, w2, w3, w4, w5, w6, contest, model, replay" in capsys.readouterr().err
 
 
 # ---- workloads on the CPU
@@ -318,6 +320,35 @@ def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):
     }
     found = run(tiny, "w6", ("10 req/s",))
     assert {("10 req/s, gaps 45 ms", rows.OURS, m) for m in ("attainment", "fine-tune")} <= found
+    assert tiny.engine.adapters == {}
+
+
+def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain(tmp_path):
+    grid = (wb.policies.LatencyBudget(budget_s=0.02), wb.policies.TemporalSharing(every=64), wb.policies.TemporalSharing(every=4096))
+    file = contest.tune(wb.LatencyModel.load("h100-llama3-8b"), tmp_path / "t.json", shares=(0.2,), grid=grid, seconds=2.0)
+    record = json.loads(file.read_text())
+    assert record["capacity"] > 4 and len(record["rows"]) == 3
+    assert all(0 <= row["attainment"] <= 1 for row in record["rows"])
+    for row, attainment, tokens in zip(record["rows"], (0.99, 0.98, 0.4), (100.0, 900.0, 5.0), strict=True):
+        row |= {"attainment": attainment, "finetune_tokens_per_s": tokens}
+    assert contest.best(record, 0.2) == grid[0]
+    assert contest.best(record, 0.2, only="TemporalSharing") == grid[1], "none attains: the one that attains most"
+
+
+def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):
+    with pytest.raises(FileNotFoundError, match="python -m workbench.bench tune"):
+        contest.run(Session(shape="tiny-llama", into=tiny.into / "nowhere"))
+
+
+def test_the_contest_measures_policy_21_beside_the_tuned_ones(tiny):
+    rivals = [{"policy": "LatencyBudget", "parameters": {"budget_s": 0.02}}, {"policy": "TemporalSharing", "parameters": {"every": 8}}]
+    made = [{"share": 0.7, "attainment": 1.0, "finetune_tokens_per_s": 9.0 - i} | rival for i, rival in enumerate(rivals)]
+    (tiny.into / contest.FILE).write_text(json.dumps({"capacity": 8.0, "rows": made}))
+    found = run(tiny, "contest", ("70%",))
+    cell = "70% of capacity"
+    systems = [rows.OURS, *(f"{rows.OURS}, {name}" for name in ("SLOSlack", "LatencyBudget", "TemporalSharing"))]
+    assert {(cell, system, "attainment") for system in systems} <= found
+    assert {(cell, rows.OURS, "fine-tuning kept"), (cell, rows.OURS, "p99 of the requests' p99 gaps")} <= found
     assert tiny.engine.adapters == {}
 
 

@@ -42,13 +42,14 @@ GOAL = SLO(ttft_s=5.0, itl_s=0.045)
 TUNED_ON_S, HELD_FROM_S, PIECE_S = 300.0, 1800.0, 900.0  # of the trace
 WARM_S, HORIZON_S = 4.0, 24.0
 PLANNING_S = 0.0002  # what a step's planning is taken to cost while tuning
+BUDGETS = (0.02, 0.024, 0.028, 0.032, 0.036, 0.039, 0.041)
 GRID: tuple[Any, ...] = (
     PeftSequential(),
     *(LoquetierStatic(steps=steps, max_resident=256) for steps in (5, 50, 500)),
     LoquetierScalable(max_resident=256),
-    *(TokenCoserving(tpot_s=s, chunk_tokens=chunk) for s in (0.026, 0.03, 0.034, 0.038, 0.041) for chunk in (256, 512, None)),
-    *(TemporalSharing(every=every) for every in (64, 128, 256, 512, 4096)),
-    *(LatencyBudget(budget_s=s) for s in (0.02, 0.024, 0.028, 0.031, 0.034, 0.037, 0.039, 0.041, 0.043)),
+    *(TokenCoserving(tpot_s=s, chunk_tokens=chunk) for s in BUDGETS for chunk in (256, 512)),
+    *(TemporalSharing(every=every) for every in (64, 256, 512, 4096)),
+    *(LatencyBudget(budget_s=s, chunk_tokens=chunk) for s in BUDGETS for chunk in (None, 512)),
 )
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from workbench import policies
 from workbench.config import FinetuneJob, RandomTokens, require
-from workbench.core import ExecutorInfo
+from workbench.core import BUCKETS, ExecutorInfo
 from workbench.latency import LatencyModel
 from workbench.latency.whole_replays import Prediction, ReplayErrors
 from workbench.replay import replay
 from workbench.results.replay import Replay, load_replay
 
 KEPT_FILE = "kept.json"
-NO_LIMITS = ("name", "device", "simulated", "model_error")
+NO_LIMITS = ("name", "device", "simulated", "model_error", *BUCKETS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +107,12 @@ def under(model: LatencyModel, measured: Replay) -> LatencyModel:
 
 
 def check_fits(model: LatencyModel, info: ExecutorInfo) -> None:
-    """Raise ValueError unless a latency model is of the device and of the depth of what an executor runs."""
+    """Raise ValueError unless a latency model is of the device, of the depth and of the padding of what an executor runs."""
     own = model.info
     require(own.device == info.device, f"the profile must be of the device of the replays, {info.device}", own.device)
     require(own.num_layers == info.num_layers, f"the profile must be of a model of {info.num_layers} layers", own.num_layers)
+    for name in BUCKETS:
+        require(getattr(own, name) == getattr(info, name), f"the profile's {name} must be {getattr(info, name)}", getattr(own, name))
 
 
 def cell_name(trace: str, load: float) -> str:
