@@ -252,15 +252,16 @@ def test_a_profile_is_judged_and_kept_replays_give_the_same_rows_without_the_eng
     run(tiny, "model", ("BurstGPT, 12 req/s, ServeFirst",))
     monkeypatch.setattr(wb.Engine, "random", lambda *_, **__: pytest.fail("no engine is needed"))
     made = {}
-    for name, model in (("again", tmp_path / "slow"), ("fitted", tmp_path / "kept" / "model")):
+    fast = profile.perturb(-0.4).save(tmp_path / "fast")
+    for name, model in (("again", tmp_path / "slow"), ("kept model", tmp_path / "kept" / "model"), ("fast", fast)):
         assert cli.main(["model", "--from", str(tmp_path / "kept"), "--profile", str(model), "--into", str(tmp_path / name)]) == 0
         made[name] = ReplayErrors.read(tmp_path / name / modelling.PREDICTIONS_FILE)
     there = ReplayErrors.read(tiny.into / modelling.PREDICTIONS_FILE)
-    assert made["again"] == there != made["fitted"], "the profile was judged, not the model of the run"
+    assert made["again"] == made["kept model"] == there != made["fast"], "policies predicted with the profile, and it was judged"
     assert {(p.trace, p.load, p.device) for p in there.predictions} == {("BurstGPT", 12.0, "CPU")}
     written = rows.read(tmp_path / "again")
     assert set(written["shape"]) == {"tiny-llama"} and modelling.WORST in set(written["cell"])
-    shipped = wb.LatencyModel.load(tmp_path / "kept" / "model").with_replays(made["fitted"])
+    shipped = wb.LatencyModel.load(tmp_path / "kept" / "model").with_replays(made["again"])
     assert "1 replays on CPU" in str(shipped.info.model_error.on("attainment"))
     capsys.readouterr()
 
@@ -289,7 +290,8 @@ def test_a_profile_of_another_device_is_refused_before_anything_is_measured(tiny
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["w1", "--profile", "h100-llama3-8b"], "are of the workload model alone"),
+        (["w1", "--profile", "h100-llama3-8b"], "--profile is of the workloads w6, contest, model"),
+        (["w6", "--replays", "kept"], "are of the workload model alone"),
         (["model", "--from", "kept"], "it needs --profile"),
         (["model", "--from", "kept", "--profile", "h100-llama3-8b", "--replays", "other"], "takes no --replays"),
     ],
