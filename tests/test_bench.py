@@ -327,7 +327,9 @@ def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):
 
 def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain(tmp_path):
     grid = (wb.policies.LatencyBudget(budget_s=0.02), wb.policies.TemporalSharing(every=64), wb.policies.TemporalSharing(every=4096))
-    file = contest.tune(wb.LatencyModel.load("h100-llama3-8b"), tmp_path / "t.json", shares=(0.2,), grid=grid, seconds=2.0)
+    file = contest.tune(
+        wb.LatencyModel.load("h100-llama3-8b"), tmp_path / "t.json", shares=(0.2,), grid=grid, seconds=2.0, slo=wb.SLO(ttft_s=0.1)
+    )
     record = json.loads(file.read_text())
     assert record["capacity"] > 4 and len(record["rows"]) == 3
     assert all(0 <= row["attainment"] <= 1 for row in record["rows"])

@@ -19,7 +19,7 @@ from workbench.bench.finetune import tune as tune_alone
 from workbench.bench.modelling import LONGEST
 from workbench.bench.rows import OURS
 from workbench.bench.session import Session
-from workbench.config import SLO, FinetuneJob, RandomTokens
+from workbench.config import SLO, FinetuneJob, RandomTokens, require
 from workbench.experiments.search import search
 from workbench.policies import (
     InferenceOnly,
@@ -60,8 +60,12 @@ def arrivals(load: float, first_s: float, *, piece: int = 0, seconds: float = HO
     return made.with_lengths("azure-conv", seed=piece, clip=LONGEST)
 
 
-def tune(model: Any, file: Path, *, shares: Sequence[float] = SHARES, grid: Sequence[Any] = GRID, seconds: float = HORIZON_S) -> Path:
-    """Find the serving capacity and the best parameters of each policy at each share of it, and write them to `file`."""
+def tune(
+    model: Any, file: Path, *, shares: Sequence[float] = SHARES, grid: Sequence[Any] = GRID, seconds: float = HORIZON_S, slo: SLO = GOAL
+) -> Path:
+    """Find the serving capacity, replay each policy with each of its parameters at each share of it, and write that to `file`.
+
+    Raises ValueError where no load misses the targets."""
     names = [f"adapter-{i}" for i in range(len(serving.ADAPTER_RANKS))]
     job = FinetuneJob.example(
         "tuned", data=RandomTokens(examples=16, tokens=1024), batch_size=2, accumulation=4, rank=8, max_tokens=1024, publish="never"
@@ -70,11 +74,12 @@ def tune(model: Any, file: Path, *, shares: Sequence[float] = SHARES, grid: Sequ
     def requests(*, load: float, seed: int) -> Trace:
         return arrivals(load, TUNED_ON_S, piece=seed, seconds=seconds).assign_adapters(len(names), popularity=traces.round_robin())
 
-    options: dict[str, Any] = {"slo": GOAL, "planning": PLANNING_S, "progress": False}
+    options: dict[str, Any] = {"slo": slo, "planning": PLANNING_S, "progress": False}
     serves = InferenceOnly(512)
     found = search(serves, trace=requests, low=4, high=80, executor=model, targets=(ATTAINED,), seeds=range(2), tolerance=0.05, **options)
     capacity = float(found.table["capacity"].iloc[0])
     print(found, flush=True)
+    require(capacity == capacity, "a capacity must be found between 4 and 80 req/s", str(found), "Make the trace longer.")
     rows: list[dict[str, Any]] = []
     for share in shares:
         made = serving.with_adapters(list(requests(load=share * capacity, seed=0).requests), names)
@@ -94,7 +99,7 @@ def tune(model: Any, file: Path, *, shares: Sequence[float] = SHARES, grid: Sequ
     record = {
         "model": model.info.name,
         "device": model.info.device,
-        "slo": {"ttft_s": GOAL.ttft_s, "itl_s": GOAL.itl_s, "itl_quantile": GOAL.itl_quantile},
+        "slo": {"ttft_s": slo.ttft_s, "itl_s": slo.itl_s, "itl_quantile": slo.itl_quantile},
         "capacity": capacity,
         "capacity_of": f"{serves}, attainment >= {ATTAINED:.0%}",
         "trace": f"azure-conv from {TUNED_ON_S:g} s on, {seconds:g} s at each load",
