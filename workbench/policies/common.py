@@ -1,9 +1,10 @@
 """What many policies do alike: serve what is resident, begin new requests one by one, share training among jobs."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from math import inf
 
-from workbench.policy import JobView, Plan, RequestView, View, Why
+from workbench.policy import JobView, Plan, RequestView, StepView, View, Why
 
 ELSEWHERE: tuple[Why, ...] = ("slots", "batch_adapters", "adapter_loading")
 """Reasons that hold for one adapter only: a request for another one may still fit."""
@@ -76,3 +77,56 @@ def train_in_turn(view: View, plan: Plan, *, within_s: float = inf) -> None:
         plan.train(job, within_s=within_s)
     if jobs and plan.empty and not (view.running or view.waiting):
         plan.train(jobs[0])
+
+
+@dataclass
+class StepErrors:
+    """How steps differ from their predictions, by kind of step: the usual ratio, and the largest excess over it of late.
+
+    A kind is the sorted set of what a step holds ("decode+train"). `excess_s`, by class ("train", "prefill"; whatever trains trains), is
+    scaled down for steps longer than the target in question and forgets half of it in so many steps as `learn` is told.
+    """
+
+    ratios: dict[str, float] = field(default_factory=dict)
+    excess_s: dict[str, float] = field(default_factory=dict)
+    plan_s: float = 0.0
+    last: tuple[str, float] = ("", 0.0)
+
+    def planned(self, plan: Plan) -> None:
+        """Note what the next `learn` is about."""
+        self.last = kind_of(plan), plan.predicted_s
+
+    def learn(self, step: StepView, target_s: float, memory: int) -> str:
+        """From the step that was planned last; its kind."""
+        kind, predicted_s = self.last
+        self.plan_s += 0.1 * (step.plan_s - self.plan_s)
+        for name in self.excess_s:
+            self.excess_s[name] *= 0.5 ** (1 / memory)
+        if kind and predicted_s > 0 and not step.stopped_early:
+            ratio = step.duration_s / predicted_s
+            usual = self.ratios.setdefault(kind, ratio)
+            length_s = usual * predicted_s
+            name = "train" if "backward" in kind or "forward" in kind else kind.rpartition("+")[2]
+            excess_s = (step.duration_s - length_s) * min(1.0, target_s / length_s)
+            self.excess_s[name] = max(self.excess_s.setdefault(name, 0.25 * target_s), min(excess_s, target_s))
+            self.ratios[kind] = usual + 0.1 * min(max(ratio - usual, -0.2 * usual), 0.2 * usual)
+        return kind
+
+    def unbiased(self, plan: Plan, phase: str, seconds: float) -> float:
+        """The predicted duration of a step that, with work of this phase in it, lasts so long as a rule."""
+        kind = kind_of(plan, phase)
+        return max(0.0, seconds - self.plan_s) / self.ratios.get(kind, 1.0)
+
+    def within(self, seconds: float, name: str, target_s: float, margin: float) -> float:
+        return seconds - self.plan_s - margin * self.excess_s.get(name, 0.25 * target_s)
+
+    def bound(self, plan: Plan, phase: str, seconds: float, target_s: float, margin: float) -> float:
+        name = "prefill" if phase == "prefill" and not (plan.work["finetune_tokens"]) else "train"
+        return max(0.0, self.within(seconds, name, target_s, margin)) / self.ratios.get(kind_of(plan, phase), 1.0)
+
+
+def kind_of(plan: Plan, phase: str = "") -> str:
+    v = plan.work.values
+    held = (("backward", v[12]), ("decode", v[3]), ("forward", v[0] or v[1]), ("prefill", v[2]))
+    phase = "forward" if phase == "evaluate" else phase
+    return "+".join(name for name, amount in held if amount or name == phase)
