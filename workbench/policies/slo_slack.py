@@ -37,7 +37,7 @@ class SLOSlack:
     reserve: float = 0.1
     pace: bool = True
     margin: float = 2.0
-    memory: int = 512
+    memory: int = 1024
     alive_s: float = 10.0
     alive_tokens: int = 32
     errors: StepErrors = field(default_factory=StepErrors, repr=False)
@@ -74,7 +74,7 @@ class SLOSlack:
             gaps = max(map(self.gaps_per_late, view.running[:1]), default=1.0)
             cycle_s = min((1 - self.reserve) * self.tightest_s, gaps * self.target_s if self.pace else inf)
             step_s = self.errors.within(self.target_s, "train", self.target_s, self.margin)
-            self.held = gaps * step_s < cycle_s and 2 * len(view.running) <= view.limits.requests
+            self.held = gaps * step_s < cycle_s
             self.steps_left = 0.0 if self.held else gaps
         return self.held and bool(jobs)
 
@@ -140,6 +140,8 @@ class SLOSlack:
         else:
             first = min(map(self.begin_by_s, view.waiting), default=inf)
             left_s = min(first, self.rest_until_s) - self.prefilling_s(view) - view.now_s
+            if len(view.waiting) >= view.free.requests:
+                left_s = 0.0
         for job in jobs if left_s > 0 else ():
             can_stop = plan.stops_on_arrival and job.phase == "backward"
             plan.train(job, within_s=inf if can_stop else self.errors.unbiased(plan, job.phase, left_s))
@@ -178,8 +180,8 @@ class SLOSlack:
 
     def can_wait(self, view: View) -> bool:
         """Whether those who wait can do so until the sprint is over, and find places and blocks then."""
-        waiting, free = view.waiting, view.free
-        if is_resident(waiting[0]) or len(waiting) > free.requests:
+        waiting = view.waiting
+        if is_resident(waiting[0]):
             return False
         end_s = view.now_s + max(self.steps_left, 0.0) * self.step_s + self.prefilling_s(view)
         return min(map(self.begin_by_s, waiting)) > end_s
