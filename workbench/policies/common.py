@@ -81,52 +81,59 @@ def train_in_turn(view: View, plan: Plan, *, within_s: float = inf) -> None:
 
 @dataclass
 class StepErrors:
-    """How steps differ from their predictions, by kind of step: the usual ratio, and the largest excess over it of late.
+    """How steps differ from their predictions: the usual ratio by kind of step, and the largest excess over that of late.
 
-    A kind is the sorted set of what a step holds ("decode+train"). `excess_s`, by class ("train", "prefill"; whatever trains trains), is
-    scaled down for steps longer than the target in question and forgets half of it in so many steps as `learn` is told.
+    A kind is what a step holds ("decode+forward"). `excess_s` is kept for steps that train, that prefill without, and that only decode;
+    in proportion for steps longer than the target in question, and at most that target. It begins at a quarter of it.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
     excess_s: dict[str, float] = field(default_factory=dict)
     plan_s: float = 0.0
-    last: tuple[str, float] = ("", 0.0)
+    kind: str = ""
+    predicted_s: float = 0.0
 
     def planned(self, plan: Plan) -> None:
-        """Note what the next `learn` is about."""
-        self.last = kind_of(plan), plan.predicted_s
+        """Note the step that `learn` will be told of next."""
+        self.kind, self.predicted_s = kind_of(plan), plan.predicted_s
 
     def learn(self, step: StepView, target_s: float, memory: int) -> str:
-        """From the step that was planned last; its kind."""
-        kind, predicted_s = self.last
+        """Learn from the step that was planned last, forgetting excesses by half in `memory` steps; its kind."""
         self.plan_s += 0.1 * (step.plan_s - self.plan_s)
         for name in self.excess_s:
             self.excess_s[name] *= 0.5 ** (1 / memory)
-        if kind and predicted_s > 0 and not step.stopped_early:
-            ratio = step.duration_s / predicted_s
-            usual = self.ratios.setdefault(kind, ratio)
-            length_s = usual * predicted_s
-            name = "train" if "backward" in kind or "forward" in kind else kind.rpartition("+")[2]
-            excess_s = (step.duration_s - length_s) * min(1.0, target_s / length_s)
-            self.excess_s[name] = max(self.excess_s.setdefault(name, 0.25 * target_s), min(excess_s, target_s))
-            self.ratios[kind] = usual + 0.1 * min(max(ratio - usual, -0.2 * usual), 0.2 * usual)
-        return kind
+        if self.kind and self.predicted_s > 0 and not step.stopped_early:
+            ratio = step.duration_s / self.predicted_s
+            usual = self.ratios.setdefault(self.kind, ratio)
+            usual_s, name = usual * self.predicted_s, _class_of(self.kind)
+            excess_s = min((step.duration_s - usual_s) * min(1.0, target_s / usual_s), target_s)
+            self.excess_s[name] = max(self.excess_s.get(name, 0.25 * target_s), excess_s)
+            # bounded, so that one outlier moves it little
+            self.ratios[self.kind] = usual + 0.1 * min(max(ratio - usual, -0.2 * usual), 0.2 * usual)
+        return self.kind
 
-    def unbiased(self, plan: Plan, phase: str, seconds: float) -> float:
-        """The predicted duration of a step that, with work of this phase in it, lasts so long as a rule."""
-        kind = kind_of(plan, phase)
-        return max(0.0, seconds - self.plan_s) / self.ratios.get(kind, 1.0)
+    def usually(self, plan: Plan, phase: str, seconds: float) -> float:
+        """The predicted duration of the plan with work of this phase in it that, planning included, usually lasts so long."""
+        return max(0.0, seconds - self.plan_s) / self.ratios.get(kind_of(plan, phase), 1.0)
 
-    def within(self, seconds: float, name: str, target_s: float, margin: float) -> float:
+    def surely(self, plan: Plan, phase: str, seconds: float, target_s: float, margin: float) -> float:
+        """The same of a plan that is over after so long even if it exceeds that by `margin` times as much as any did of late."""
+        name = "prefill" if phase == "prefill" else "train"
+        return max(0.0, self.left_s(name, seconds, target_s, margin)) / self.ratios.get(kind_of(plan, phase), 1.0)
+
+    def left_s(self, name: str, seconds: float, target_s: float, margin: float) -> float:
+        """What `margin` times the excess of a class leaves of so many seconds, planning taken off."""
         return seconds - self.plan_s - margin * self.excess_s.get(name, 0.25 * target_s)
-
-    def bound(self, plan: Plan, phase: str, seconds: float, target_s: float, margin: float) -> float:
-        name = "prefill" if phase == "prefill" and not (plan.work["finetune_tokens"]) else "train"
-        return max(0.0, self.within(seconds, name, target_s, margin)) / self.ratios.get(kind_of(plan, phase), 1.0)
 
 
 def kind_of(plan: Plan, phase: str = "") -> str:
-    v = plan.work.values
-    held = (("backward", v[12]), ("decode", v[3]), ("forward", v[0] or v[1]), ("prefill", v[2]))
-    phase = "forward" if phase == "evaluate" else phase
-    return "+".join(name for name, amount in held if amount or name == phase)
+    """What a step holds, with work of this phase of a job, or a prefill, added."""
+    held = plan.work
+    parts = {"backward": held["backward_layers"], "decode": held["decode_tokens"]}
+    parts |= {"forward": held["finetune_tokens"] + held["evaluate_tokens"], "prefill": held["prefill_tokens"]}
+    added = "forward" if phase == "evaluate" else phase
+    return "+".join(name for name, amount in parts.items() if amount or name == added)
+
+
+def _class_of(kind: str) -> str:
+    return "train" if "ward" in kind else "prefill" if "prefill" in kind else "decode"

@@ -8,28 +8,29 @@ from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_residen
 from workbench.policy import JobView, Plan, RequestView, View
 
 RECOUNT_STEPS = 8
-FORWARD_RIDES = 0.85
-"""What a decode step costs beside training, in the mean, as a share of what it costs alone: forward rows read the weights for both."""
+"""Who may be late is counted anew so often while a sprint lasts: those it waits for may end."""
 
 
 @dataclass
 class SLOSlack:
-    """Sprints of decode steps without training, and rests of training without decodes, as long as the targets of all who are there allow.
+    """Sprints of decodes without training, and rests of training without decodes, as far as the targets of all who are there allow.
 
-    A token target at quantile q forgives a request one late gap in 1 / (1 - q). A sprint decodes, and nothing else, until everybody who
-    runs has such a gap to spend. In the rest that follows, one gap for each, jobs train in whole pieces. It ends when somebody falls behind
-    the pace of its targets (first token + i * target: nobody who reads at that pace sees it; `pace=False` leaves this out for gap
-    targets), or when the first of those who arrived meanwhile is due, less `reserve` of its TTFT target and the time to prefill them all.
-    That happens at the rest's end, all but the last token of each, so that their first tokens come together and no gap holds a prefill.
+    A gap target at quantile q forgives a request one late gap in 1 / (1 - q): one in a hundred at 0.99. A sprint decodes, and nothing else,
+    until everybody who runs has such a gap to spend. In the rest that follows, one late gap for each, jobs train in whole pieces. It ends
+    when somebody falls behind the pace of its targets (first token + i * target: who reads at that pace never waits; `pace=False` leaves
+    that out for gap targets), when those who arrived fill the places, or when the first of them is due, less `reserve` of its TTFT target
+    and the time to prefill them all. They are prefilled then, all but a last token each, so that their first tokens come together in
+    the first step of the next sprint: no gap has a prefill or training in it, and errors of their predictions make none late.
 
-    Where arrivals cannot be held that long (targets of TTFT that are short beside the gaps', more residents than half of the places), it
-    rolls: every step decodes, prefills what waits, and trains up to the tightest gap target; while some find no place, only as long as
-    lets places become free in time. Steps last as planned only in the mean: predictions are corrected by the ratio of measured to predicted of
-    their kind of step, and `margin` times the largest excess of late is kept in reserve, which forgets half of it every `memory` steps.
+    Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps), or where
+    those who wait cannot wait until the sprint is over, it rolls: each step decodes, prefills what waits, and trains up to the tightest gap
+    target; while some find no place, only as long as lets places become free in time. Predictions are corrected by the usual ratio of
+    measured to predicted of their kind of step, and `margin` times the largest excess over that is kept in reserve; the excess is forgotten
+    by half every `memory` steps.
 
     Requests without a gap target have `token_s` per token, those without one for the first token `first_s`. A job without progress for
     `alive_s` gets one layer or `alive_tokens` tokens at all events. Jobs take turns by committed tokens.
-    Source: ours. The pace is the token delivery timeline of Andes (arXiv 2404.16283).
+    Source: ours. The pace is the delivery timeline of Andes (arXiv 2404.16283).
     """
 
     token_s: float = 0.05
@@ -42,157 +43,91 @@ class SLOSlack:
     alive_tokens: int = 32
     errors: StepErrors = field(default_factory=StepErrors, repr=False)
     late: dict[str, int] = field(default_factory=dict, repr=False)
+    sprints: bool = field(default=False, repr=False)
     resting: bool = field(default=False, repr=False)
-    rest_until_s: float = field(default=inf, repr=False)
-    held: bool = field(default=False, repr=False)
+    enough_until_s: float = field(default=inf, repr=False)
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
+    gap_s: float = field(default=inf, repr=False)
+    ttft_s: float = field(default=inf, repr=False)
+    step: int = field(default=0, repr=False)
     step_s: float = field(default=0.0, repr=False)
     decoded_s: float = field(default=0.0, repr=False)
-    target_s: float = field(default=inf, repr=False)
-    tightest_s: float = field(default=inf, repr=False)
     prefill_token_s: float = field(default=0.0, repr=False)
     leaving: float = field(default=0.0, repr=False)
 
     def __call__(self, view: View, plan: Plan) -> None:
         self.learn(view)
         jobs = in_turn(view)
-        holds = self.holds(view, jobs)
-        if not self.resting and holds and self.can_rest(view):
+        sprints = bool(jobs) and self.chooses_to_sprint(view)
+        if not (view.running or view.waiting):
+            self.idle(view, plan, jobs)
+        elif not self.resting and sprints and self.can_rest(view):
             self.resting = True
-            self.rest_until_s = min((self.enough_s(view, r) for r in view.running), default=inf)
-        rests = self.resting
-        if not (rests and self.rest(view, plan, jobs)):
-            self.serve(view, plan, jobs, holds, rests)
+            self.enough_until_s = min((self.enough_s(view, r) for r in view.running), default=inf)
+        if self.resting and plan.empty:
+            self.resting = self.rest(view, plan, jobs)
+            if not self.resting:
+                self.begin_sprint(view, plan)
+        elif plan.empty:
+            self.serve(view, plan, jobs, sprints)
         self.errors.planned(plan)
 
-    # when
+    # what a step does
 
-    def holds(self, view: View, jobs: Sequence[JobView]) -> bool:
-        """Whether to sprint and rest: nobody is pressed, and it decodes in fewer steps a second than steps with training in them could."""
-        if not self.held and view.now_s >= self.rolls_until_s and self.steps_left <= 0:
-            gaps = max(map(self.gaps_per_late, view.running[:1]), default=1.0)
-            cycle_s = min((1 - self.reserve) * self.tightest_s, gaps * self.target_s if self.pace else inf)
-            step_s = self.errors.within(self.target_s, "train", self.target_s, self.margin)
-            self.held = gaps * step_s < cycle_s
-            self.steps_left = 0.0 if self.held else gaps
-        return self.held and bool(jobs)
-
-    def roll(self, view: View) -> None:
-        self.held, self.rolls_until_s = False, view.now_s + 2 * min(self.tightest_s, 10.0)
-
-    def can_rest(self, view: View) -> bool:
-        """Whether nobody who runs misses its token target by one late gap; counted anew every few steps."""
-        if self.steps_left <= 0 or view.step % RECOUNT_STEPS == 0:
-            self.steps_left = max((self.steps_to_spare(r) for r in view.running), default=0.0)
-        return self.steps_left <= 0
-
-    def gaps_per_late(self, request: RequestView) -> float:
-        slo = request.slo
-        return 1.0 if slo is None or slo.itl_s is None else 1.0 / (1.0 - slo.itl_quantile + 1e-12)
-
-    def steps_to_spare(self, request: RequestView) -> float:
-        """How many gaps it needs until one more of them may be late."""
-        slo = request.slo
-        if slo is None or slo.itl_s is None:
-            return 0.0
-        late, gaps = self.late.get(request.id, 0), self.gaps_per_late(request)
-        # more late gaps than its tokens forgive: taken for lost
-        return 0.0 if late * gaps > request.generated else (late + 1) * gaps - request.generated
-
-    def enough_s(self, view: View, request: RequestView) -> float:
-        """Until when it has tokens enough, by the pace of its targets."""
-        slo, first_s = request.slo, request.first_token_s
-        assert first_s is not None
-        gap_s = self.token_s if slo is None else slo.tpot_s or (slo.itl_s if self.pace else inf) or self.token_s
-        end = inf if request.finish_by_s == inf else request.finish_by_s - view.remaining_s(request)
-        return min(end, first_s + request.generated * gap_s)
-
-    def begin_by_s(self, request: RequestView) -> float:
-        """When its first token should be there; at once after a preemption."""
-        if request.first_token_s is not None:
-            return request.first_token_s
-        return request.arrival_s + (1 - self.reserve) * self.first_target_s(request)
-
-    def first_target_s(self, request: RequestView) -> float:
-        return self.first_s if request.slo is None or request.slo.ttft_s is None else request.slo.ttft_s
-
-    def gap_target_s(self, request: RequestView) -> float:
-        return self.token_s if request.slo is None else request.slo.itl_s or request.slo.tpot_s or self.token_s
-
-    def prefilling_s(self, view: View) -> float:
-        """How long the prefills of all who wait will take, as measured lately."""
-        if not view.waiting:
-            return 0.0
-        if not self.prefill_token_s:
-            longest = max(view.waiting, key=lambda r: r.prefill_left)
-            self.prefill_token_s = view.prefill_s(longest) / max(1, longest.prefill_left)
-        return 1.2 * self.prefill_token_s * sum(r.prefill_left for r in view.waiting) + self.token_s
-
-    # what
+    def idle(self, view: View, plan: Plan, jobs: Sequence[JobView]) -> None:
+        """With nobody there: a part of the tightest TTFT target, for who may arrive, or a backward that stops at an arrival."""
+        if "safepoint" in view.can:
+            plan.stop_on_arrival()
+        for job in jobs:
+            can_stop = plan.stops_on_arrival and job.phase == "backward"
+            seconds = 0.2 * self.ttft_s if self.ttft_s < inf else self.first_s
+            plan.train(job, within_s=inf if can_stop else self.errors.usually(plan, job.phase, seconds))
+            if plan.empty:
+                self.keep_alive(plan, job)
 
     def rest(self, view: View, plan: Plan, jobs: Sequence[JobView]) -> bool:
-        """Train, and prefill at the end; False where a step of a sprint should follow at once."""
-        if not (view.running or view.waiting):
-            if "safepoint" in view.can:
-                plan.stop_on_arrival()
-            left_s = 0.2 * self.tightest_s if self.tightest_s < inf else self.first_s
-        else:
-            first = min(map(self.begin_by_s, view.waiting), default=inf)
-            left_s = min(first, self.rest_until_s) - self.prefilling_s(view) - view.now_s
-            if len(view.waiting) >= view.free.requests:
-                left_s = 0.0
-        for job in jobs if left_s > 0 else ():
-            can_stop = plan.stops_on_arrival and job.phase == "backward"
-            plan.train(job, within_s=inf if can_stop else self.errors.unbiased(plan, job.phase, left_s))
+        """Train, and prefill at the end; False once the next sprint can begin."""
+        due_s = min(map(self.begin_by_s, view.waiting), default=inf)
+        left_s = min(due_s, self.enough_until_s) - self.prefilling_s(view) - view.now_s
+        if left_s > 0 and len(view.waiting) < view.free.requests:
+            for job in jobs:
+                plan.train(job, within_s=self.errors.usually(plan, job.phase, left_s))
         if plan.empty and "chunk" in view.can:
-            self.rest_until_s = -inf
+            self.enough_until_s = -inf
             begin = [r for r in view.waiting if r.prefill_left > 1]
             for request in sorted(begin, key=lambda r: (not is_resident(r), self.begin_by_s(r))):
                 asked = request.prefill_left - 1
                 if plan.prefill(request, asked) < asked and plan.why not in ELSEWHERE:
                     break
-        self.resting = not plan.empty
-        return self.resting
+        return not plan.empty
 
-    def serve(self, view: View, plan: Plan, jobs: Sequence[JobView], holds: bool, begins: bool) -> None:
-        """One step of a sprint, or of rolling."""
-        waits_s = view.now_s - self.decoded_s if view.running else 0.0
+    def begin_sprint(self, view: View, plan: Plan) -> None:
+        """The first tokens of all who were prefilled, beside the first decodes; an executor without chunks prefills them here."""
         plan.decode(view.running)
-        waiting = view.waiting
-        if begins and "chunk" in view.can:
-            plan.prefill([r for r in waiting if is_resident(r) and r.prefill_left == 1], skip=ELSEWHERE)
-        elif waiting and (begins or not (holds and self.can_wait(view))):
-            if holds and not begins:
-                self.roll(view)
-                holds = False
-            bound = max(self.errors.bound(plan, "prefill", self.target_s - waits_s, self.target_s, self.margin), 0.75 * self.target_s) if view.running and waits_s < 2 * self.target_s else inf
-            order = sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
-            plan.prefill(order, whole="chunk" not in view.can, skip=ELSEWHERE, within_s=bound)
+        chunks = "chunk" in view.can
+        begun = [r for r in view.waiting if not chunks or (is_resident(r) and r.prefill_left == 1)]
+        plan.prefill(begun, whole=not chunks, skip=ELSEWHERE)
+        self.steps_left = 1.0
+
+    def serve(self, view: View, plan: Plan, jobs: Sequence[JobView], sprints: bool) -> None:
+        """One step of a sprint, or of rolling."""
+        gap_s = self.gap_s - (view.now_s - self.decoded_s) if view.running else inf
+        plan.decode(view.running)
+        if view.waiting and not (sprints and self.can_wait(view)):
+            if sprints:
+                sprints, self.sprints, self.rolls_until_s = False, False, view.now_s + 2 * min(self.ttft_s, 5.0)
+            order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+            bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), 0.75 * self.gap_s) if view.running else inf
+            plan.prefill(order, whole="chunk" not in view.can, skip=ELSEWHERE, within_s=bound_s)
+        step_s = min(gap_s, self.queue_s(view, plan), 0.2 * self.ttft_s)
         for job in jobs:
-            if not holds or not view.running:
-                step_s = min(self.target_s - waits_s, self.queue_s(view, plan)) if view.running else 0.2 * min(self.tightest_s, self.first_s)
-                plan.train(job, within_s=self.errors.bound(plan, job.phase, step_s, self.target_s, self.margin))
-            if view.now_s - job.last_progress_s >= self.alive_s and not plan.is_named(job.id):
+            if not sprints:
+                plan.train(job, within_s=self.errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
+            if not plan.is_named(job.id) and view.now_s - job.last_progress_s >= self.alive_s:
                 self.keep_alive(plan, job)
         self.steps_left -= 1
         repeat_decodes(view, plan)
-
-    def can_wait(self, view: View) -> bool:
-        """Whether those who wait can do so until the sprint is over, and find places and blocks then."""
-        waiting = view.waiting
-        if is_resident(waiting[0]):
-            return False
-        end_s = view.now_s + max(self.steps_left, 0.0) * self.step_s + self.prefilling_s(view)
-        return min(map(self.begin_by_s, waiting)) > end_s
-
-    def queue_s(self, view: View, plan: Plan) -> float:
-        """How long steps may last so that places become free in time for those who found none, at the rate of late."""
-        if plan.queue_why not in ("requests", "blocks") or not self.leaving:
-            return inf
-        left = [r for r in view.waiting if not is_resident(r) and not plan.is_named(r.id)]
-        ends = [(1, left[0]), (len(left), left[-1])] if left else []
-        return min((max(0.0, self.begin_by_s(r) - view.now_s) * self.leaving / k for k, r in ends), default=inf)
 
     def keep_alive(self, plan: Plan, job: JobView) -> int:
         """One layer or a few tokens of what is due; all of it on an executor that cannot cut it."""
@@ -201,31 +136,110 @@ class SLOSlack:
         verb = plan.evaluate if job.phase == "evaluate" else plan.finetune
         return verb(job, self.alive_tokens) or verb(job)
 
+    # when
+
+    def chooses_to_sprint(self, view: View) -> bool:
+        """Whether to sprint and rest: once it does, until somebody cannot wait; else asked anew once a sprint's steps have gone by."""
+        if not self.sprints and view.running and view.now_s >= self.rolls_until_s and self.steps_left <= 0:
+            gaps = max(map(gaps_per_late, view.running))
+            cycle_s = min((1 - self.reserve) * self.ttft_s, gaps * self.gap_s if self.pace else inf)
+            self.sprints = gaps * self.errors.left_s("train", self.gap_s, self.gap_s, self.margin) < cycle_s
+            self.steps_left = 0.0 if self.sprints else gaps
+        return self.sprints
+
+    def can_rest(self, view: View) -> bool:
+        """Whether nobody who runs misses its gap target by one more late gap."""
+        if self.steps_left <= 0 or view.step % RECOUNT_STEPS == 0:
+            self.steps_left = max((self.gaps_to_spare(r) for r in view.running), default=0.0)
+        return self.steps_left <= 0
+
+    def gaps_to_spare(self, request: RequestView) -> float:
+        """How many more gaps on time it needs until one may be late; none if more were late than its tokens forgive: it is lost."""
+        if request.slo is None or request.slo.itl_s is None:
+            return 0.0
+        late, gaps = self.late.get(request.id, 0), gaps_per_late(request)
+        return 0.0 if late * gaps > request.generated else (late + 1) * gaps - request.generated
+
+    def enough_s(self, view: View, request: RequestView) -> float:
+        """Until when it has tokens enough, by the pace of its targets."""
+        slo, first_s = request.slo, request.first_token_s
+        assert first_s is not None
+        gap_s = self.token_s if slo is None else slo.tpot_s or (slo.itl_s if self.pace else inf) or self.token_s
+        end_s = inf if request.finish_by_s == inf else request.finish_by_s - view.remaining_s(request)
+        return min(end_s, first_s + request.generated * gap_s)
+
+    def can_wait(self, view: View) -> bool:
+        """Whether those who wait can do so until the sprint is over."""
+        end_s = view.now_s + max(self.steps_left, 0.0) * self.step_s + self.prefilling_s(view)
+        return not is_resident(view.waiting[0]) and min(map(self.begin_by_s, view.waiting)) > end_s
+
+    def begin_by_s(self, request: RequestView) -> float:
+        """When its first token should be there; at once after a preemption."""
+        if request.first_token_s is not None:
+            return request.first_token_s
+        return request.arrival_s + (1 - self.reserve) * self.ttft_target_s(request)
+
+    def prefilling_s(self, view: View) -> float:
+        """How long it takes to prefill all who wait, as measured lately, and who arrives meanwhile at the rate at which they came."""
+        if not view.waiting:
+            return 0.0
+        if not self.prefill_token_s:
+            longest = max(view.waiting, key=lambda r: r.prefill_left)
+            self.prefill_token_s = view.prefill_s(longest) / max(1, longest.prefill_left)
+        seconds = 1.1 * self.prefill_token_s * sum(r.prefill_left for r in view.waiting)
+        came_in_s = view.now_s - min(r.arrival_s for r in view.waiting)
+        return seconds / (1.0 - min(0.5, seconds / max(came_in_s, 1e-9))) + self.token_s
+
+    def queue_s(self, view: View, plan: Plan) -> float:
+        """How long steps may last so that those who found no place get one in time, at the rate at which requests end of late."""
+        if plan.queue_why not in ("requests", "blocks") or not self.leaving:
+            return inf
+        left = [r for r in view.waiting if not (is_resident(r) or plan.is_named(r.id))]
+        ends = [(1, left[0]), (len(left), left[-1])] if left else []
+        return min((max(0.0, self.begin_by_s(r) - view.now_s) * self.leaving / k for k, r in ends), default=inf)
+
+    def ttft_target_s(self, request: RequestView) -> float:
+        return self.first_s if request.slo is None or request.slo.ttft_s is None else request.slo.ttft_s
+
+    def gap_target_s(self, request: RequestView) -> float:
+        return self.token_s if request.slo is None else request.slo.itl_s or request.slo.tpot_s or self.token_s
+
     # learning
 
     def learn(self, view: View) -> None:
-        """Note targets, how the last step differed from its prediction, and whose gap was late."""
+        """Note the tightest targets, how the last step differed from its prediction, and whose gap was late."""
         if view.arrived:
-            self.tightest_s = min(self.tightest_s, *map(self.first_target_s, view.arrived))
-        if view.arrived or view.finished or self.target_s == inf:
-            self.target_s = min(map(self.gap_target_s, view.running), default=inf)
+            self.ttft_s = min(self.ttft_s, *map(self.ttft_target_s, view.arrived))
+        if view.arrived or view.finished or self.gap_s == inf:
+            self.gap_s = min(map(self.gap_target_s, view.running), default=inf)
         for request in view.finished:
             self.late.pop(request.id, None)
-        last = view.last
+        last, repeated, self.step = view.last, view.step - self.step > 1, view.step
         if last is None:
             return
-        kind = self.errors.learn(last, min(self.target_s, self.token_s), self.memory)
-        if kind == "prefill":
-            seconds = last.duration_s / sum(n for _, what, n in last.work if what == "prefill")
-            self.prefill_token_s += 0.2 * (seconds - self.prefill_token_s) if seconds < 2 * self.prefill_token_s else 0.0
-        if "decode" in kind or not self.decoded_s:
-            gap_s, self.decoded_s = view.now_s - self.decoded_s, view.now_s
+        kind = self.errors.learn(last, min(self.gap_s, self.token_s), self.memory)
+        if kind == "prefill" and self.prefill_token_s:
+            tokens = sum(n for _, what, n in last.work if what == "prefill")
+            longer_s = min(last.duration_s / tokens, 2 * self.prefill_token_s) - self.prefill_token_s
+            self.prefill_token_s += 0.2 * min(1.0, tokens / view.limits.tokens) * longer_s
+        if "decode" in kind or "prefill" in kind:
+            self.note_gaps(view, repeated, "decode" in kind)
+
+    def note_gaps(self, view: View, repeated: bool, decoded: bool) -> None:
+        if decoded and not repeated:
+            gap_s = view.now_s - self.decoded_s
             self.leaving += 0.02 * (len(view.finished) - self.leaving)
-            if gap_s <= self.target_s:
+            if gap_s <= self.gap_s:
                 self.step_s += 0.1 * (gap_s - self.step_s)
             else:
                 for request in view.running:
                     if request.generated > 1 and gap_s > self.gap_target_s(request):
                         self.late[request.id] = self.late.get(request.id, 0) + 1
-        elif view.running and all(r.generated == 1 for r in view.running):
+        if decoded or all(r.generated == 1 for r in view.running):
             self.decoded_s = view.now_s
+
+
+def gaps_per_late(request: RequestView) -> float:
+    """In how many gaps one may be late; 1 without a gap target, and very many at quantile 1."""
+    slo = request.slo
+    return 1.0 if slo is None or slo.itl_s is None else 1.0 / max(1e-9, 1.0 - slo.itl_quantile)
