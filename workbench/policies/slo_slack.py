@@ -7,9 +7,6 @@ from math import inf
 from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_resident, repeat_decodes
 from workbench.policy import JobView, Plan, RequestView, View
 
-RECOUNT_STEPS = 8
-"""Who may be late is counted anew so often while a sprint lasts: those it waits for may end."""
-
 
 @dataclass
 class SLOSlack:
@@ -53,7 +50,7 @@ class SLOSlack:
     step: int = field(default=0, repr=False)
     step_s: float = field(default=0.0, repr=False)
     decoded_s: float = field(default=0.0, repr=False)
-    prefill_token_s: float = field(default=0.0, repr=False)
+    prefilled: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
     leaving: float = field(default=0.0, repr=False)
 
     def __call__(self, view: View, plan: Plan) -> None:
@@ -89,7 +86,7 @@ class SLOSlack:
     def rest(self, view: View, plan: Plan, jobs: Sequence[JobView]) -> bool:
         """Train, and prefill at the end; False once the next sprint can begin."""
         due_s = min(map(self.begin_by_s, view.waiting), default=inf)
-        left_s = min(due_s, self.enough_until_s) - self.prefilling_s(view) - view.now_s
+        left_s = min(due_s, self.enough_until_s) - self.prefilling_s(view) - 2 * self.step_s - view.now_s
         if left_s > 0 and len(view.waiting) < view.free.requests:
             for job in jobs:
                 plan.train(job, within_s=self.errors.usually(plan, job.phase, left_s))
@@ -120,7 +117,7 @@ class SLOSlack:
             order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
             bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), 0.75 * self.gap_s) if view.running else inf
             plan.prefill(order, whole="chunk" not in view.can, skip=ELSEWHERE, within_s=bound_s)
-        step_s = min(gap_s, self.queue_s(view, plan), 0.2 * self.ttft_s)
+        step_s = min(gap_s, self.queue_s(view, plan)) if view.running else 0.2 * self.ttft_s
         for job in jobs:
             if not sprints:
                 plan.train(job, within_s=self.errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
@@ -149,7 +146,7 @@ class SLOSlack:
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
-        if self.steps_left <= 0 or view.step % RECOUNT_STEPS == 0:
+        if self.steps_left <= 0 or view.finished:
             self.steps_left = max((self.gaps_to_spare(r) for r in view.running), default=0.0)
         return self.steps_left <= 0
 
@@ -180,15 +177,16 @@ class SLOSlack:
         return request.arrival_s + (1 - self.reserve) * self.ttft_target_s(request)
 
     def prefilling_s(self, view: View) -> float:
-        """How long it takes to prefill all who wait, as measured lately, and who arrives meanwhile at the rate at which they came."""
+        """How long it takes to prefill all who wait, as measured lately, and those who arrive meanwhile as they did."""
         if not view.waiting:
             return 0.0
-        if not self.prefill_token_s:
+        seconds, tokens = self.prefilled
+        if not tokens:
             longest = max(view.waiting, key=lambda r: r.prefill_left)
-            self.prefill_token_s = view.prefill_s(longest) / max(1, longest.prefill_left)
-        seconds = 1.1 * self.prefill_token_s * sum(r.prefill_left for r in view.waiting)
+            seconds, tokens = view.prefill_s(longest), max(1, longest.prefill_left)
+        seconds *= 1.1 * sum(r.prefill_left for r in view.waiting) / tokens
         came_in_s = view.now_s - min(r.arrival_s for r in view.waiting)
-        return seconds / (1.0 - min(0.5, seconds / max(came_in_s, 1e-9))) + self.token_s
+        return seconds / (1.0 - min(0.5, seconds / max(came_in_s, 1e-9)))
 
     def queue_s(self, view: View, plan: Plan) -> float:
         """How long steps may last so that those who found no place get one in time, at the rate at which requests end of late."""
@@ -211,17 +209,16 @@ class SLOSlack:
         if view.arrived:
             self.ttft_s = min(self.ttft_s, *map(self.ttft_target_s, view.arrived))
         if view.arrived or view.finished or self.gap_s == inf:
-            self.gap_s = min(map(self.gap_target_s, view.running), default=inf)
+            self.gap_s = min(map(self.gap_target_s, (*view.running, *view.waiting)), default=inf)
         for request in view.finished:
             self.late.pop(request.id, None)
         last, repeated, self.step = view.last, view.step - self.step > 1, view.step
         if last is None:
             return
         kind = self.errors.learn(last, min(self.gap_s, self.token_s), self.memory)
-        if kind == "prefill" and self.prefill_token_s:
-            tokens = sum(n for _, what, n in last.work if what == "prefill")
-            longer_s = min(last.duration_s / tokens, 2 * self.prefill_token_s) - self.prefill_token_s
-            self.prefill_token_s += 0.2 * min(1.0, tokens / view.limits.tokens) * longer_s
+        if kind == "prefill":
+            seconds, tokens = self.prefilled
+            self.prefilled = 0.9 * seconds + last.duration_s, 0.9 * tokens + sum(n for _, what, n in last.work if what == "prefill")
         if "decode" in kind or "prefill" in kind:
             self.note_gaps(view, repeated, "decode" in kind)
 
@@ -230,7 +227,7 @@ class SLOSlack:
             gap_s = view.now_s - self.decoded_s
             self.leaving += 0.02 * (len(view.finished) - self.leaving)
             if gap_s <= self.gap_s:
-                self.step_s += 0.1 * (gap_s - self.step_s)
+                self.step_s += (0.1 if self.step_s else 1.0) * (gap_s - self.step_s)
             else:
                 for request in view.running:
                     if request.generated > 1 and gap_s > self.gap_target_s(request):
@@ -242,4 +239,4 @@ class SLOSlack:
 def gaps_per_late(request: RequestView) -> float:
     """In how many gaps one may be late; 1 without a gap target, and very many at quantile 1."""
     slo = request.slo
-    return 1.0 if slo is None or slo.itl_s is None else 1.0 / max(1e-9, 1.0 - slo.itl_quantile)
+    return 1.0 if slo is None or slo.itl_s is None else 1.0 / (1.0 - slo.itl_quantile + 1e-9)
