@@ -20,8 +20,8 @@ class SLOSlack:
     the first step of the next sprint: no gap has a prefill or training in it, and errors of their predictions make none late.
 
     Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps), or where
-    those who wait cannot wait until the sprint is over, it rolls: each step decodes, prefills what waits, and trains up to the tightest gap
-    target; while some find no place, only as long as lets places become free in time. Predictions are corrected by the usual ratio of
+    those who wait cannot wait until the sprint is over (for twice as long each time that happens), it rolls: each step decodes, prefills what waits, and trains up to the tightest gap
+    target, but not while some find no place. Predictions are corrected by the usual ratio of
     measured to predicted of their kind of step, and `margin` times the largest excess over that is kept in reserve; the excess is forgotten
     by half every `memory` steps.
 
@@ -43,6 +43,7 @@ class SLOSlack:
     sprints: bool = field(default=False, repr=False)
     resting: bool = field(default=False, repr=False)
     enough_until_s: float = field(default=inf, repr=False)
+    rolls_s: float = field(default=0.0, repr=False)
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
     gap_s: float = field(default=inf, repr=False)
@@ -51,7 +52,6 @@ class SLOSlack:
     step_s: float = field(default=0.0, repr=False)
     decoded_s: float = field(default=0.0, repr=False)
     prefilled: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
-    leaving: float = field(default=0.0, repr=False)
 
     def __call__(self, view: View, plan: Plan) -> None:
         self.learn(view)
@@ -85,7 +85,7 @@ class SLOSlack:
 
     def rest(self, view: View, plan: Plan, jobs: Sequence[JobView]) -> bool:
         """Train, and prefill at the end; False once the next sprint can begin."""
-        due_s = min(map(self.begin_by_s, view.waiting), default=inf)
+        due_s = min(map(self.begin_by_s, view.waiting), default=inf) - self.margin * max(self.errors.excess_s.values(), default=0.0)
         left_s = min(due_s, self.enough_until_s) - self.prefilling_s(view) - 2 * self.step_s - view.now_s
         if left_s > 0 and len(view.waiting) < view.free.requests:
             for job in jobs:
@@ -113,13 +113,15 @@ class SLOSlack:
         plan.decode(view.running)
         if view.waiting and not (sprints and self.can_wait(view)):
             if sprints:
-                sprints, self.sprints, self.rolls_until_s = False, False, view.now_s + 2 * min(self.ttft_s, 5.0)
+                sprints = self.sprints = False
+                self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, 5.0))
+                self.rolls_until_s = view.now_s + self.rolls_s
             order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
-            bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), 0.75 * self.gap_s) if view.running else inf
+            bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), 0.7 * self.gap_s) if view.running else inf
             plan.prefill(order, whole="chunk" not in view.can, skip=ELSEWHERE, within_s=bound_s)
-        step_s = min(gap_s, self.queue_s(view, plan)) if view.running else 0.2 * self.ttft_s
+        step_s = gap_s if view.running else 0.2 * self.ttft_s
         for job in jobs:
-            if not sprints:
+            if not sprints and plan.queue_why not in ("requests", "blocks"):
                 plan.train(job, within_s=self.errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
             if not plan.is_named(job.id) and view.now_s - job.last_progress_s >= self.alive_s:
                 self.keep_alive(plan, job)
@@ -137,7 +139,7 @@ class SLOSlack:
 
     def chooses_to_sprint(self, view: View) -> bool:
         """Whether to sprint and rest: once it does, until somebody cannot wait; else asked anew once a sprint's steps have gone by."""
-        if not self.sprints and view.running and view.now_s >= self.rolls_until_s and self.steps_left <= 0:
+        if not self.sprints and view.running and not view.waiting and view.now_s >= self.rolls_until_s and self.steps_left <= 0:
             gaps = max(map(gaps_per_late, view.running))
             cycle_s = min((1 - self.reserve) * self.ttft_s, gaps * self.gap_s if self.pace else inf)
             self.sprints = gaps * self.errors.left_s("train", self.gap_s, self.gap_s, self.margin) < cycle_s
@@ -188,14 +190,6 @@ class SLOSlack:
         came_in_s = view.now_s - min(r.arrival_s for r in view.waiting)
         return seconds / (1.0 - min(0.5, seconds / max(came_in_s, 1e-9)))
 
-    def queue_s(self, view: View, plan: Plan) -> float:
-        """How long steps may last so that those who found no place get one in time, at the rate at which requests end of late."""
-        if plan.queue_why not in ("requests", "blocks") or not self.leaving:
-            return inf
-        left = [r for r in view.waiting if not (is_resident(r) or plan.is_named(r.id))]
-        ends = [(1, left[0]), (len(left), left[-1])] if left else []
-        return min((max(0.0, self.begin_by_s(r) - view.now_s) * self.leaving / k for k, r in ends), default=inf)
-
     def ttft_target_s(self, request: RequestView) -> float:
         return self.first_s if request.slo is None or request.slo.ttft_s is None else request.slo.ttft_s
 
@@ -225,7 +219,6 @@ class SLOSlack:
     def note_gaps(self, view: View, repeated: bool, decoded: bool) -> None:
         if decoded and not repeated:
             gap_s = view.now_s - self.decoded_s
-            self.leaving += 0.02 * (len(view.finished) - self.leaving)
             if gap_s <= self.gap_s:
                 self.step_s += (0.1 if self.step_s else 1.0) * (gap_s - self.step_s)
             else:
