@@ -1,9 +1,10 @@
 """What many policies do alike: serve what is resident, begin new requests one by one, share training among jobs."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from math import inf
 
-from workbench.policy import JobView, Plan, RequestView, View, Why
+from workbench.policy import JobView, Plan, RequestView, StepView, View, Why
 
 ELSEWHERE: tuple[Why, ...] = ("slots", "batch_adapters", "adapter_loading")
 """Reasons that hold for one adapter only: a request for another one may still fit."""
@@ -76,3 +77,70 @@ def train_in_turn(view: View, plan: Plan, *, within_s: float = inf) -> None:
         plan.train(job, within_s=within_s)
     if jobs and plan.empty and not (view.running or view.waiting):
         plan.train(jobs[0])
+
+
+GUESS_STEPS = 64
+
+
+@dataclass
+class StepErrors:
+    """How steps differ from their predictions: the usual ratio by kind of step, and the largest excess over that of late.
+
+    A kind is what a step holds ("decode+forward"). `excess_s` is kept for steps that train, that prefill without, and that only decode;
+    in proportion for steps longer than the target in question, and at most that target. Before any was seen it is taken for a quarter of
+    the target, a guess that is halved every `GUESS_STEPS` of them.
+    """
+
+    ratios: dict[str, float] = field(default_factory=dict)
+    excess_s: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+    plan_s: float = 0.0
+    kind: str = ""
+    predicted_s: float = 0.0
+
+    def planned(self, plan: Plan) -> None:
+        """Note the step that `learn` will be told of next."""
+        self.kind, self.predicted_s = kind_of(plan), plan.predicted_s
+
+    def learn(self, step: StepView, target_s: float, memory: int) -> str:
+        """Learn from the step that was planned last, forgetting excesses by half in `memory` steps; its kind."""
+        self.plan_s += 0.1 * (step.plan_s - self.plan_s)
+        for name in self.excess_s:
+            self.excess_s[name] *= 0.5 ** (1 / memory)
+        if self.kind and self.predicted_s > 0 and not step.stopped_early:
+            ratio = step.duration_s / self.predicted_s
+            usual = self.ratios.setdefault(self.kind, ratio)
+            usual_s, name = usual * self.predicted_s, _class_of(self.kind)
+            excess_s = min((step.duration_s - usual_s) * min(1.0, target_s / usual_s), target_s)
+            self.excess_s[name] = max(self.excess_s.get(name, 0.0), excess_s)
+            self.seen[name] = self.seen.get(name, 0) + 1
+            # bounded, so that one outlier moves it little
+            self.ratios[self.kind] = usual + 0.1 * min(max(ratio - usual, -0.2 * usual), 0.2 * usual)
+        return self.kind
+
+    def usually(self, plan: Plan, phase: str, seconds: float) -> float:
+        """The predicted duration of the plan with work of this phase in it that, planning included, usually lasts so long."""
+        return max(0.0, seconds - self.plan_s) / self.ratios.get(kind_of(plan, phase), 1.0)
+
+    def surely(self, plan: Plan, phase: str, seconds: float, target_s: float, margin: float) -> float:
+        """The same of a plan that is over after so long even if it exceeds that by `margin` times as much as any did of late."""
+        name = "prefill" if phase == "prefill" else "train"
+        return max(0.0, self.left_s(name, seconds, target_s, margin)) / self.ratios.get(kind_of(plan, phase), 1.0)
+
+    def left_s(self, name: str, seconds: float, target_s: float, margin: float) -> float:
+        """What `margin` times the excess of a class leaves of so many seconds, planning taken off."""
+        guess_s = 0.25 * target_s * 0.5 ** (self.seen.get(name, 0) / GUESS_STEPS)
+        return seconds - self.plan_s - margin * max(guess_s, self.excess_s.get(name, 0.0))
+
+
+def kind_of(plan: Plan, phase: str = "") -> str:
+    """What a step holds, with work of this phase of a job, or a prefill, added."""
+    held = plan.work
+    parts = {"backward": held["backward_layers"], "decode": held["decode_tokens"]}
+    parts |= {"forward": held["finetune_tokens"] + held["evaluate_tokens"], "prefill": held["prefill_tokens"]}
+    added = "forward" if phase == "evaluate" else phase
+    return "+".join(name for name, amount in parts.items() if amount or name == added)
+
+
+def _class_of(kind: str) -> str:
+    return "train" if "ward" in kind else "prefill" if "prefill" in kind else "decode"

@@ -1,99 +1,132 @@
-"""Fine-tune exactly as much as the tightest target allows, and no less than keeps the jobs alive."""
+"""Sprint and rest: decode until everybody can bear one late token, then train until the first of them needs the device again."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from workbench.policies.common import begin_in_order, continue_residents, in_turn, is_resident, not_begun
+from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_resident, repeat_decodes
 from workbench.policy import JobView, Plan, RequestView, View
-
-
-def is_lost(view: View, request: RequestView) -> bool:
-    """Whether its first token was, or will be, later than its target: no schedule can make it attain its SLO any more."""
-    if request.slo is None or request.slo.ttft_s is None:
-        return False
-    first_s = view.now_s if request.first_token_s is None else request.first_token_s
-    return first_s > request.arrival_s + request.slo.ttft_s
 
 
 @dataclass
 class SLOSlack:
-    """Each step lasts as long as the smallest slack allows: serving first, then fine-tune tokens or backward layers up to that.
+    """Sprints of decodes without training, and rests of training without decodes, as far as the targets of all who are there allow.
 
-    A running request allows until its next token is due (`token_s` without a target). One that waits for a place needs as many steps
-    as the residents need to free it, and allows the time until its first token is due, less its prefill, divided by those. Requests
-    that are lost allow `lost_s`, so that they do not cost training what they can no longer gain. Of all that, the longest planning of the
-    last `window` steps is taken off, and `margin` times the largest share by which one of them took longer than predicted: a request of a
-    hundred tokens or less is lost by a single late one, so that a quantile of the errors would lose many.
-    While nothing decodes, a step lasts at most `idle_share` of the tightest TTFT target seen, for the sake of who may arrive; a backward
-    with nobody there takes all its layers and stops at an arrival, on an executor with safepoints. A job without progress for `alive_s`
-    gets one layer or `alive_tokens` tokens whatever the slack. Jobs take turns by committed tokens.
-    Source: ours.
+    A gap target at quantile q forgives a request one late gap in 1 / (1 - q): one in a hundred at 0.99. A sprint decodes, and nothing else,
+    until everybody who runs has such a gap to spend. In the rest that follows, one late gap for each, jobs train in whole pieces. It ends
+    when somebody falls behind the pace of its targets (first token + i * target: who reads at that pace never waits; `pace=False` leaves
+    that out for gap targets), when those who arrived fill the places, or when the first of them is due, less `reserve` of its TTFT target
+    and the time to prefill them all. They are prefilled then, all but a last token each, so that their first tokens come together in
+    the first step of the next sprint: no gap has a prefill or training in it, and errors of their predictions make none late.
+
+    Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps), or where
+    those who wait cannot wait until the sprint is over (for twice as long each time that happens), it rolls: each step decodes, prefills what waits, and trains up to the tightest gap
+    target, but not while some find no place. Predictions are corrected by the usual ratio of
+    measured to predicted of their kind of step, and `margin` times the largest excess over that is kept in reserve; the excess is forgotten
+    by half every `memory` steps.
+
+    Requests without a gap target have `token_s` per token, those without one for the first token `first_s`. A job without progress for
+    `alive_s` gets one layer or `alive_tokens` tokens at all events. Jobs take turns by committed tokens.
+    Source: ours. The pace is the delivery timeline of Andes (arXiv 2404.16283).
     """
 
     token_s: float = 0.05
-    lost_s: float = 0.1
-    idle_share: float = 0.2
-    alive_s: float = 2.0
+    first_s: float = 1.0
+    reserve: float = 0.1
+    pace: bool = True
+    margin: float = 2.0
+    memory: int = 1024
+    alive_s: float = 10.0
     alive_tokens: int = 32
-    margin: float = 1.25
-    window: int = 512
-    errors: list[tuple[float, float]] = field(default_factory=list, repr=False)
-    tightest_s: float = field(default=inf, repr=False)
+    errors: StepErrors = field(default_factory=StepErrors, repr=False)
+    late: dict[str, int] = field(default_factory=dict, repr=False)
+    sprints: bool = field(default=False, repr=False)
+    resting: bool = field(default=False, repr=False)
+    enough_until_s: float = field(default=inf, repr=False)
+    rolls_s: float = field(default=0.0, repr=False)
+    rolls_until_s: float = field(default=0.0, repr=False)
+    steps_left: float = field(default=0.0, repr=False)
+    gap_s: float = field(default=inf, repr=False)
+    ttft_s: float = field(default=inf, repr=False)
+    step: int = field(default=0, repr=False)
+    step_s: float = field(default=0.0, repr=False)
+    decoded_s: float = field(default=0.0, repr=False)
+    prefilled: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
 
     def __call__(self, view: View, plan: Plan) -> None:
         self.learn(view)
-        slack_s = min((self.token_slack_s(view, r) for r in view.running), default=inf)
-        # a step that is late already still has to prefill something, or nobody would ever begin
-        serving_s = self.planned_s(max(slack_s, min((self.target_s(r) for r in view.running), default=inf)))
-        left = continue_residents(view, plan, within_s=serving_s)
-        waiting = sorted(not_begun(view), key=lambda r: (is_lost(view, r), r.due_s, r.arrival_s))
-        begin_in_order(view, plan, waiting, left, within_s=serving_s)
-        if plan.empty and not view.waiting and "safepoint" in view.can:
+        jobs = in_turn(view)
+        sprints = bool(jobs) and self.chooses_to_sprint(view)
+        if not (view.running or view.waiting):
+            self.idle(view, plan, jobs)
+        elif not self.resting and sprints and self.can_rest(view):
+            self.resting = True
+            self.enough_until_s = min((self.enough_s(view, r) for r in view.running), default=inf)
+        if self.resting and plan.empty:
+            self.resting = self.rest(view, plan, jobs)
+            if not self.resting:
+                self.begin_sprint(view, plan)
+        elif plan.empty:
+            self.serve(view, plan, jobs, sprints)
+        self.errors.planned(plan)
+
+    # what a step does
+
+    def idle(self, view: View, plan: Plan, jobs: Sequence[JobView]) -> None:
+        """With nobody there: a part of the tightest TTFT target, for who may arrive, or a backward that stops at an arrival."""
+        if "safepoint" in view.can:
             plan.stop_on_arrival()
-        begun = {s.id for s, _, _ in plan.prefills}
-        slack_s = min(slack_s, self.queue_slack_s(view, [r for r in waiting if r.id not in begun]))
-        if not view.running:
-            # whoever may arrive, or begins now, waits for this step only
-            slack_s = min(slack_s, self.idle_share * self.tightest_s)
-        for job in in_turn(view):
+        for job in jobs:
             can_stop = plan.stops_on_arrival and job.phase == "backward"
-            taken = plan.train(job, within_s=inf if can_stop else self.planned_s(slack_s))
-            if not taken and (plan.empty or view.now_s - job.last_progress_s >= self.alive_s):
+            seconds = 0.2 * self.ttft_s if self.ttft_s < inf else self.first_s
+            plan.train(job, within_s=inf if can_stop else self.errors.usually(plan, job.phase, seconds))
+            if plan.empty:
                 self.keep_alive(plan, job)
 
-    def learn(self, view: View) -> None:
-        """Note the tightest TTFT target, and how the last step differed from its prediction."""
-        self.tightest_s = min([self.tightest_s, *(r.slo.ttft_s for r in view.arrived if r.slo is not None and r.slo.ttft_s is not None)])
-        last = view.last
-        if last is not None and not last.stopped_early and last.predicted_s > 0:
-            self.errors = [*self.errors, (last.duration_s / last.predicted_s, last.plan_s)][-self.window :]
+    def rest(self, view: View, plan: Plan, jobs: Sequence[JobView]) -> bool:
+        """Train, and prefill at the end; False once the next sprint can begin."""
+        due_s = min(map(self.begin_by_s, view.waiting), default=inf) - self.margin * max(self.errors.excess_s.values(), default=0.0)
+        left_s = min(due_s, self.enough_until_s) - self.prefilling_s(view) - 2 * self.step_s - view.now_s
+        if left_s > 0 and len(view.waiting) < view.free.requests:
+            for job in jobs:
+                plan.train(job, within_s=self.errors.usually(plan, job.phase, left_s))
+        if plan.empty and "chunk" in view.can:
+            self.enough_until_s = -inf
+            begin = [r for r in view.waiting if r.prefill_left > 1]
+            for request in sorted(begin, key=lambda r: (not is_resident(r), self.begin_by_s(r))):
+                asked = request.prefill_left - 1
+                if plan.prefill(request, asked) < asked and plan.why not in ELSEWHERE:
+                    break
+        return not plan.empty
 
-    def planned_s(self, seconds: float) -> float:
-        """The predicted duration that a step may have to end, most likely, within `seconds` from now, planning included."""
-        if not self.errors:
-            return max(0.0, seconds)
-        stretch, planning_s = (max(column) for column in zip(*self.errors))
-        return max(0.0, seconds - planning_s) / (1.0 + self.margin * max(0.0, stretch - 1.0))
+    def begin_sprint(self, view: View, plan: Plan) -> None:
+        """The first tokens of all who were prefilled, beside the first decodes; an executor without chunks prefills them here."""
+        plan.decode(view.running)
+        chunks = "chunk" in view.can
+        begun = [r for r in view.waiting if not chunks or (is_resident(r) and r.prefill_left == 1)]
+        plan.prefill(begun, whole=not chunks, skip=ELSEWHERE)
+        self.steps_left = 1.0
 
-    def target_s(self, request: RequestView) -> float:
-        slo = request.slo
-        return self.token_s if slo is None else slo.itl_s or slo.tpot_s or self.token_s
-
-    def token_slack_s(self, view: View, request: RequestView) -> float:
-        if is_lost(view, request):
-            return max(self.lost_s, self.target_s(request))
-        return self.token_s if request.due_s == inf else request.due_s - view.now_s
-
-    def queue_slack_s(self, view: View, waiting: Iterable[RequestView]) -> float:
-        """How long steps may last so that the residents free a place in time for each who waits for one."""
-        steps = sorted(r.expected_left for r in view.running)
-        bound = inf
-        for k, request in enumerate(r for r in waiting if not is_resident(r) and r.due_s < inf and not is_lost(view, r)):
-            if steps:
-                needed = steps[k % len(steps)] + steps[-1] * (k // len(steps))
-                bound = min(bound, view.slack_s(request) / needed)
-        return bound
+    def serve(self, view: View, plan: Plan, jobs: Sequence[JobView], sprints: bool) -> None:
+        """One step of a sprint, or of rolling."""
+        gap_s = self.gap_s - (view.now_s - self.decoded_s) if view.running else inf
+        plan.decode(view.running)
+        if view.waiting and not (sprints and self.can_wait(view)):
+            if sprints:
+                sprints = self.sprints = False
+                self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, 5.0))
+                self.rolls_until_s = view.now_s + self.rolls_s
+            order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+            bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), 0.7 * self.gap_s) if view.running else inf
+            plan.prefill(order, whole="chunk" not in view.can, skip=ELSEWHERE, within_s=bound_s)
+        step_s = gap_s if view.running else 0.2 * self.ttft_s
+        for job in jobs:
+            if not sprints and plan.queue_why not in ("requests", "blocks"):
+                plan.train(job, within_s=self.errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
+            if not plan.is_named(job.id) and view.now_s - job.last_progress_s >= self.alive_s:
+                self.keep_alive(plan, job)
+        self.steps_left -= 1
+        repeat_decodes(view, plan)
 
     def keep_alive(self, plan: Plan, job: JobView) -> int:
         """One layer or a few tokens of what is due; all of it on an executor that cannot cut it."""
@@ -101,3 +134,102 @@ class SLOSlack:
             return plan.backward(job, 1) or plan.backward(job)
         verb = plan.evaluate if job.phase == "evaluate" else plan.finetune
         return verb(job, self.alive_tokens) or verb(job)
+
+    # when
+
+    def chooses_to_sprint(self, view: View) -> bool:
+        """Whether to sprint and rest: once it does, until somebody cannot wait; else asked anew once a sprint's steps have gone by."""
+        if not self.sprints and view.running and not view.waiting and view.now_s >= self.rolls_until_s and self.steps_left <= 0:
+            gaps = max(map(gaps_per_late, view.running))
+            cycle_s = min((1 - self.reserve) * self.ttft_s, gaps * self.gap_s if self.pace else inf)
+            self.sprints = gaps * self.errors.left_s("train", self.gap_s, self.gap_s, self.margin) < cycle_s
+            self.steps_left = 0.0 if self.sprints else gaps
+        return self.sprints
+
+    def can_rest(self, view: View) -> bool:
+        """Whether nobody who runs misses its gap target by one more late gap."""
+        if self.steps_left <= 0 or view.finished:
+            self.steps_left = max((self.gaps_to_spare(r) for r in view.running), default=0.0)
+        return self.steps_left <= 0
+
+    def gaps_to_spare(self, request: RequestView) -> float:
+        """How many more gaps on time it needs until one may be late; none if more were late than its tokens forgive: it is lost."""
+        if request.slo is None or request.slo.itl_s is None:
+            return 0.0
+        late, gaps = self.late.get(request.id, 0), gaps_per_late(request)
+        return 0.0 if late * gaps > request.generated else (late + 1) * gaps - request.generated
+
+    def enough_s(self, view: View, request: RequestView) -> float:
+        """Until when it has tokens enough, by the pace of its targets."""
+        slo, first_s = request.slo, request.first_token_s
+        assert first_s is not None
+        gap_s = self.token_s if slo is None else slo.tpot_s or (slo.itl_s if self.pace else inf) or self.token_s
+        end_s = inf if request.finish_by_s == inf else request.finish_by_s - view.remaining_s(request)
+        return min(end_s, first_s + request.generated * gap_s)
+
+    def can_wait(self, view: View) -> bool:
+        """Whether those who wait can do so until the sprint is over."""
+        end_s = view.now_s + max(self.steps_left, 0.0) * self.step_s + self.prefilling_s(view)
+        return not is_resident(view.waiting[0]) and min(map(self.begin_by_s, view.waiting)) > end_s
+
+    def begin_by_s(self, request: RequestView) -> float:
+        """When its first token should be there; at once after a preemption."""
+        if request.first_token_s is not None:
+            return request.first_token_s
+        return request.arrival_s + (1 - self.reserve) * self.ttft_target_s(request)
+
+    def prefilling_s(self, view: View) -> float:
+        """How long it takes to prefill all who wait, as measured lately, and those who arrive meanwhile as they did."""
+        if not view.waiting:
+            return 0.0
+        seconds, tokens = self.prefilled
+        if not tokens:
+            longest = max(view.waiting, key=lambda r: r.prefill_left)
+            seconds, tokens = view.prefill_s(longest), max(1, longest.prefill_left)
+        seconds *= 1.1 * sum(r.prefill_left for r in view.waiting) / tokens
+        came_in_s = view.now_s - min(r.arrival_s for r in view.waiting)
+        return seconds / (1.0 - min(0.5, seconds / max(came_in_s, 1e-9)))
+
+    def ttft_target_s(self, request: RequestView) -> float:
+        return self.first_s if request.slo is None or request.slo.ttft_s is None else request.slo.ttft_s
+
+    def gap_target_s(self, request: RequestView) -> float:
+        return self.token_s if request.slo is None else request.slo.itl_s or request.slo.tpot_s or self.token_s
+
+    # learning
+
+    def learn(self, view: View) -> None:
+        """Note the tightest targets, how the last step differed from its prediction, and whose gap was late."""
+        if view.arrived:
+            self.ttft_s = min(self.ttft_s, *map(self.ttft_target_s, view.arrived))
+        if view.arrived or view.finished or self.gap_s == inf:
+            self.gap_s = min(map(self.gap_target_s, (*view.running, *view.waiting)), default=inf)
+        for request in view.finished:
+            self.late.pop(request.id, None)
+        last, repeated, self.step = view.last, view.step - self.step > 1, view.step
+        if last is None:
+            return
+        kind = self.errors.learn(last, min(self.gap_s, self.token_s), self.memory)
+        if kind == "prefill":
+            seconds, tokens = self.prefilled
+            self.prefilled = 0.9 * seconds + last.duration_s, 0.9 * tokens + sum(n for _, what, n in last.work if what == "prefill")
+        if "decode" in kind or "prefill" in kind:
+            self.note_gaps(view, repeated, "decode" in kind)
+
+    def note_gaps(self, view: View, repeated: bool, decoded: bool) -> None:
+        if decoded and not repeated:
+            gap_s = view.now_s - self.decoded_s
+            if gap_s <= self.gap_s:
+                self.step_s += (0.1 if self.step_s else 1.0) * (gap_s - self.step_s)
+            else:
+                for request in view.running:
+                    if request.generated > 1 and gap_s > self.gap_target_s(request):
+                        self.late[request.id] = self.late.get(request.id, 0) + 1
+        if decoded or all(r.generated == 1 for r in view.running):
+            self.decoded_s = view.now_s
+
+
+def gaps_per_late(request: RequestView) -> float:
+    """In how many gaps one may be late; 1 without a gap target, and very many at quantile 1."""
+    slo = request.slo
+    return 1.0 if slo is None or slo.itl_s is None else 1.0 / (1.0 - slo.itl_quantile + 1e-9)
