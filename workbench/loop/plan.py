@@ -233,6 +233,7 @@ class Plan(Accounts):
         self._check_within(within_s)
         s = self._job(job)
         left = s.layers_left
+        is_first = left == self._ledger.info.num_layers
         most = left if num_layers is None else min(num_layers, left)
         if not self._may_train(s, "backward", "backward", "cut_backward", most < left):
             return 0
@@ -246,6 +247,7 @@ class Plan(Accounts):
             v[11] += pairs * n
             v[12] += n
             v[13] += micro_batch.ends_window and n == left
+            v[16] += is_first and n > 0
 
         n = self._largest("backward", most, add, within_s, whole="cut_backward" not in self._ledger.info.can)
         if n < most:
