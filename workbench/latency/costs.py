@@ -20,6 +20,7 @@ from workbench.latency.terms import (
     FORWARD_KNEES,
     IN_TABLE,
     PRESENT,
+    PROMPTS,
     SEQUENCES,
     SERVING,
     TABLES,
@@ -43,6 +44,7 @@ class _Fast:
     linear: tuple[tuple[int, float], ...]
     context: float
     present: tuple[tuple[int, float], ...]
+    prompts: float
     sequences: float
     sequence_tokens: float
     any_forward: float
@@ -66,6 +68,7 @@ class _Fast:
             linear,
             costs["decode_context"],
             present,
+            costs[PROMPTS],
             *(costs[name] for name in SEQUENCES),
             costs[FORWARD],
             forward,
@@ -142,6 +145,9 @@ class CostModel:
                 for knee, cost in fast.forward:
                     if tokens > knee:
                         total += cost * (tokens - knee)
+        prompts = v[7] - v[3]
+        if prompts > 0:
+            total += fast.prompts * prompts
         for index, cost in fast.present:
             if v[index] and index != held:
                 total += cost

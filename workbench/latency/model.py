@@ -210,7 +210,10 @@ class LatencyModel:
         Raises ValueError for what an executor pads to: costs were measured at it.
         """
         for name in BUCKETS:
-            require(name not in changes, f"{name} must be as they were when the steps were measured", changes.get(name), "Fit again.")
+            own = getattr(self._info, name)
+            require(
+                changes.get(name, own) == own, f"{name} must be as they were when the steps were measured", changes.get(name), "Fit again."
+            )
         info = replace(self._info, **changes)
         provenance = self.provenance if info == self._info else self._since("limits")
         return self._changed(self.costs.by_term(), info=info, provenance=provenance)

@@ -2,9 +2,9 @@
 
     duration = sum over terms of cost * term(work),  cost >= 0
 
-Terms on the features as they are: one per step, the sums of `features.NAMES`, and a constant for each kind of work that is present
-(its kernel launches) and for rows with adapters. An executor that pads runs a forward or a backward layer of a bucket, however many
-tokens are in it, so that its duration is a step function, and not always a rising one: every bucket is a term of its own. Where
+Terms on the features as they are: one per step, the sums of `features.NAMES`, one per prompt, and a constant for each kind of work that
+is present (its kernel launches) and for rows with adapters. An executor that pads runs a forward or a backward layer of a bucket, however
+many tokens are in it, so that its duration is a step function, and not always a rising one: every bucket is a term of its own. Where
 nothing is padded, a constant for a forward of whatever kind (the weights are read once) and hinges max(0, tokens - knee) on its packed
 tokens and on the tokens of each backward layer let the cost of a token rise once a matrix product leaves the memory-bound regime.
 """
@@ -23,6 +23,7 @@ TOKENS = ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens
 FORWARD = "has a forward"
 FORWARD_HINGE, BACKWARD_HINGE = "tokens above {}", "backward token-layers above {} tokens"
 SERVING, TRAINING, DECODING, BACKWARD = "serving forward", "training forward", "decode", "backward layer"
+PROMPTS = "prompts"  # requests that prefill: one decode is one token of one request
 SEQUENCES = ("padded requests", "padded requests x prefill tokens")  # of a padded forward: its logits, and the grid of its attention
 TABLES = (SERVING, TRAINING, DECODING, BACKWARD)
 UNITS = {SERVING: "tokens", TRAINING: "tokens", DECODING: "rows", BACKWARD: "tokens"}
@@ -67,7 +68,7 @@ def table_terms(table: str, padding: Padding) -> list[str]:
 def smooth_terms() -> tuple[str, ...]:
     """The terms that every model has, in the order of its costs; its tables follow."""
     hinges = [*map(FORWARD_HINGE.format, FORWARD_KNEES), *map(BACKWARD_HINGE.format, BACKWARD_KNEES)]
-    return ("step", *NAMES, *(f"has {name}" for name in PRESENT), *SEQUENCES, FORWARD, *hinges)
+    return ("step", *NAMES, *(f"has {name}" for name in PRESENT), PROMPTS, *SEQUENCES, FORWARD, *hinges)
 
 
 def term_names(padding: Padding = UNPADDED) -> tuple[str, ...]:
@@ -124,6 +125,7 @@ def smooth_design(values: np.ndarray, places: Places) -> np.ndarray:
     columns = [np.ones(len(values)), *values.T]
     columns[1 + INDEX["backward_token_layers"]] = places.layer_tokens * layers
     columns += [(values[:, INDEX[name]] > 0).astype(float) for name in PRESENT]
+    columns += [np.maximum(0.0, values[:, INDEX["requests"]] - values[:, INDEX["decode_tokens"]])]
     columns += [*places.sequences.T, (tokens > 0).astype(float)]
     columns += [np.maximum(0.0, tokens - knee) for knee in FORWARD_KNEES]
     columns += [np.maximum(0.0, (places.layer_tokens - knee) * layers) for knee in BACKWARD_KNEES]
