@@ -19,10 +19,31 @@ from workbench.results.metrics import token_gaps
 from workbench.testing import FixedCost, fixed_info
 
 
+class Locked(FixedCost):
+    """As of an engine: who asks for its adapters during a step waits for the end of the step."""
+
+    def __post_init__(self):
+        self.lock = threading.RLock()
+        super().__post_init__()
+
+    @property
+    def adapter_infos(self):
+        with self.lock:
+            return self.known
+
+    @adapter_infos.setter
+    def adapter_infos(self, infos):
+        self.known = infos
+
+    def step(self, batch):
+        with self.lock:
+            return super().step(batch)
+
+
 def sleeping(num=2, **options):
     """Executors that really sleep, for long enough that the noise of a busy machine is small beside a step."""
     options = {"step_s": 0.012, "info": fixed_info(simulated=False), "sleeps": True} | options
-    return [FixedCost(**options) for _ in range(num)]
+    return [Locked(**options) for _ in range(num)]
 
 
 def run(trace, executors, policy=None, **options):
@@ -84,7 +105,8 @@ def test_an_arrival_during_a_step_is_routed_when_it_comes_not_when_the_step_ends
 
     executors = sleeping(prefill_s=0.005)
     begin = time.perf_counter()
-    result = run([one("long", 0.0, prompt=100, output=1), one("short", 0.1, prompt=5, output=1)], executors, router=router)
+    trace = [one("long", 0.0, prompt=100, output=1, adapter="a"), one("short", 0.1, prompt=5, output=1, adapter="a")]
+    result = run(trace, executors, router=router)
     at_s, wall_s = routed["short"]
     assert at_s == pytest.approx(0.1) and 0.1 <= wall_s < 0.35
     ended = result.events.query("kind == 'finished'").set_index("owner")["time_s"]

@@ -1,6 +1,10 @@
 """What steps run within: the lock that makes the engine's device the current one, and deterministic algorithms of several engines."""
 
 import threading
+from contextlib import contextmanager
+from functools import partial
+from time import sleep
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import workbench as wb
 from tests.runtime.references import SMALL, job, make_adapter, make_base
 from workbench.runtime.guards import DeviceLock, deterministic_algorithms
+from workbench.runtime.recording import Recorder
 
 
 class FakeDevices:
@@ -108,6 +113,32 @@ def test_whatever_an_engine_computes_it_computes_under_its_lock(tmp_path):
         engine.nll([[5, 6, 7]], adapter="a")
         engine.unload_adapter("mine")
     assert outside.found == set() and outside.num_inside > 1000
+
+
+def test_each_device_records_on_a_stream_of_its_own_and_one_recording_is_made_at_a_time(monkeypatch):
+    used, num_open, most = [], 0, 0
+
+    @contextmanager
+    def graph(graph, *, pool, stream, capture_error_mode):
+        nonlocal num_open, most
+        num_open += 1
+        most = max(most, num_open)
+        used.append((stream, capture_error_mode))
+        yield
+        num_open -= 1
+
+    monkeypatch.setattr(Recorder, "_streams", {})
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(pool=lambda: "pool"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    recorders = [Recorder(torch.device("cuda", index)) for index in (0, 1, 1)]
+    threads = [threading.Thread(target=recorder.record, args=(partial(sleep, 0.02),)) for recorder in recorders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    streams = ["stream of cuda:0", "stream of cuda:1", "stream of cuda:1"]
+    assert sorted(used) == [(stream, "thread_local") for stream in streams] and most == 1
 
 
 def test_deterministic_algorithms_last_until_the_last_engine_is_done():

@@ -29,7 +29,6 @@ from workbench.results.conservation import ConservationError, check_conservation
 from workbench.results.replay import Replay
 from workbench.seeds import generator
 
-
 SWITCH_S = 1e-4
 """How long a thread that comes back from its device waits for one that computes. Python's usual 5 ms are half a decode step."""
 
@@ -59,9 +58,11 @@ class ReplicaRun(_Run):
 
     def close(self) -> None:
         """As for one executor, once the step that may still run in its thread has ended; nothing of that one is kept."""
-        if self.thread is not None:
-            self.thread.shutdown()
-        super().close()
+        try:
+            if self.thread is not None:
+                self.thread.shutdown()
+        finally:
+            super().close()
 
     def begin(self) -> None:
         """Begin the executor's replay; replicas that are simulated draw residuals of their own, real ones the tokens of a single one."""
