@@ -67,11 +67,12 @@ def nothing_is_left_behind():
 
 def test_two_replicas_take_half_of_the_time_that_their_steps_take_together():
     begin = time.perf_counter()
-    result = run([one(f"r{i}", 0.0, prompt=20, output=25) for i in range(8)], sleeping())
-    took_s = time.perf_counter() - begin
+    result = run([one(f"r{i}", 0.0, prompt=20, output=10) for i in range(8)], sleeping(step_s=0.04))
+    called_s, took_s = time.perf_counter() - begin, result.steps["end_s"].max()
     busy_s = result.steps.groupby("replica")["duration_s"].sum()
     assert (busy_s > 0.3).all() and result.requests["outcome"].eq("finished").all()
     assert took_s < 0.7 * busy_s.sum(), (took_s, busy_s)
+    assert busy_s.max() <= took_s <= called_s, "on the wall clock"
     first, second = (part.steps for part in result.replicas)
     overlaps = (first["start_s"] < second["end_s"].max()) & (first["end_s"] > second["start_s"].min())
     assert overlaps.mean() > 0.8
@@ -79,20 +80,20 @@ def test_two_replicas_take_half_of_the_time_that_their_steps_take_together():
 
 def test_side_by_side_and_the_virtual_clock_agree():
     trace = [one(f"r{i}", 0.021 * i, prompt=10 * (1 + i % 3), output=2 if i % 4 < 2 else 15, adapter="ab"[i % 3 % 2]) for i in range(24)]
-    options = {"slo": SLO(ttft_s=0.3, e2e_s=0.13), "jobs": [job()], "policy": ServeFirst(step_s=0.02), "placement": {job().id: 1}}
-    virtual = run(trace, sleeping(sleeps=False), clock="virtual", **options)
-    wall = run(trace, sleeping(), **options)
+    options = {"slo": SLO(ttft_s=0.3, e2e_s=0.2), "jobs": [job()], "policy": ServeFirst(step_s=0.05), "placement": {job().id: 1}}
+    virtual = run(trace, sleeping(step_s=0.02), clock="virtual", **options)
+    wall = run(trace, sleeping(step_s=0.02), **options)
     assert wall.requests["replica"].tolist() == virtual.requests["replica"].tolist()
     assert wall.work.query("kind == 'finetune'")["replica"].unique().tolist() == [1]
-    assert virtual.summary()["attainment"] == 0.5
-    assert wall.summary()["attainment"] == pytest.approx(0.5, abs=0.1)
+    assert virtual.summary()["attainment"] == pytest.approx(0.5, abs=0.1)
+    assert wall.summary()["attainment"] == pytest.approx(virtual.summary()["attainment"], abs=0.1)
     # scheduling noise of a busy two-core machine: a few milliseconds a step
     for name in ("ttft_s", "tpot_s", "e2e_s"):
         for quantile in (0.5, 0.9):
             v, w = (r.requests[name].quantile(quantile) for r in (virtual, wall))
-            assert v - 0.005 <= w <= v * 1.35 + 0.05, (name, quantile, v, w)
+            assert v * 0.75 - 0.005 <= w <= v * 1.35 + 0.05, (name, quantile, v, w)
     v, w = (r.steps["end_s"].max() for r in (virtual, wall))
-    assert v - 0.005 <= w <= v * 1.2 + 0.05, (v, w)
+    assert v * 0.8 <= w <= v * 1.2 + 0.05, (v, w)
     assert token_gaps(wall.events)["itl_s"].min() > 0.01
 
 

@@ -502,7 +502,7 @@ class _Run:
                     yield env.at(start_s + duration_s)
             else:
                 assert isinstance(env, WallClock)
-                yield env.timeout(max(start_s + duration_s, env.wall_s) - env.now)
+                yield env.timeout(max(start_s + duration_s - env.now, env.wall_s - env.now, 0.0))
             ledger.commit(batch, result, float(env.now), accepted_s=accepted_s)
         except RuntimeError:
             ledger.rollback(batch)

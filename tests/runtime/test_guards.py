@@ -104,7 +104,8 @@ def test_whatever_an_engine_computes_it_computes_under_its_lock(tmp_path):
     requests = [wb.Request(request_id=f"r{i}", arrival_s=0.0, prompt_tokens=9, output_tokens=3, adapter="a") for i in range(3)]
     with Outside(engine.lock) as outside:
         engine.calibrate(max_steps=24, seconds=0.1, progress=False)
-        wb.replay(requests, executor=engine, policy=wb.policies.ServeFirst(), jobs=[job("mine", steps=1, accumulation=1)], until="jobs")
+        serves = wb.policies.ServeFirst(step_s=100.0)  # however slow the steps are that are looked into
+        wb.replay(requests, executor=engine, policy=serves, jobs=[job("mine", steps=1, accumulation=1)], until="jobs")
         engine.jobs["mine"].publish()
         engine.jobs["mine"].checkpoint(tmp_path / "checkpoint")
         engine.add_random_adapters([4])
