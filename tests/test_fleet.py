@@ -440,10 +440,6 @@ def test_a_policy_that_plans_nothing_for_ever_on_one_replica_is_found():
         (lambda: run(requests(3), fleet(2, homes={"aa": 0})), r"homes must name adapters of the executor or the trace, got 'aa'"),
         (lambda: run([one("x", adapter="zz")], fleet(2)), "unknown adapter 'zz'"),
         (lambda: wb.upper_bound(requests(3), executor=fleet(2), slo=None), "a bound is of one executor, got '2 x FixedCost'"),
-        (
-            lambda: run([one("x")], wb.Fleet([FixedCost(info=fixed_info(simulated=False)) for _ in range(2)]), clock="wall"),
-            "clock='wall' needs at most one replica that really runs steps",
-        ),
     ],
 )
 def test_bad_fleets_are_refused_with_the_rule_and_the_value(make, words):

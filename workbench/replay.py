@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -13,7 +14,6 @@ from typing import Any, Literal
 
 import pandas as pd
 import simpy
-import simpy.rt
 
 from workbench.config import SLO, FinetuneJob, Provenance, UnknownAdapterError, require
 from workbench.core import NOTHING, AdapterInfo, Batch, Executor, JobShape, Request, StepResult
@@ -21,7 +21,7 @@ from workbench.features import Work
 from workbench.fleet import Fleet
 from workbench.loop.arrivals import Arrivals
 from workbench.loop.checks import check_duration, check_options, check_slo, checked_requests, warn_of_refusals, warn_of_ties
-from workbench.loop.clock import Clock
+from workbench.loop.clock import Clock, WallClock
 from workbench.loop.expected import length_predictor
 from workbench.loop.jump import is_alone, jump
 from workbench.loop.ledger import Ledger
@@ -153,13 +153,14 @@ class _Run:
         self.label = policy_label(policy)
         self.where_policy = f"policy {self.label} failed"
         if arrivals is None:
-            clock_env = simpy.rt.RealtimeEnvironment(strict=False) if self.is_wall else Clock()
+            clock_env = WallClock() if self.is_wall else Clock()
             arrivals = Arrivals(clock_env, self.requests, self.jobs)
         self.arrivals, self.env = arrivals, arrivals.env
         self.receive: Callable[[Request, float], None] = self._arrive
         self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=slo)
         self.ledger.evict = copy.deepcopy(eviction_rules(evict))
         self.simulate: Callable[..., StepResult | float] | None = getattr(executor, "simulate", None)
+        self.thread: ThreadPoolExecutor | None = None
         self.ledger.needs_rows = self.simulate is None
         self.can_jump = hasattr(executor, "preview") and isinstance(self.env, Clock) and not overlap
         self.lengths = length_predictor(lengths, seed)
@@ -241,7 +242,7 @@ class _Run:
 
     def _drive(self) -> None:
         env = self.env
-        if isinstance(env, simpy.rt.RealtimeEnvironment):
+        if isinstance(env, WallClock):
             env.sync()
         env.process(self.arrivals.bring_jobs(self._start_job))
         env.process(self.arrivals.bring_requests(self._arrive))
@@ -476,10 +477,17 @@ class _Run:
             next_s = self.arrivals.next_s
             if next_s < math.inf:
                 batch = replace(batch, stop_after_s=max(0.0, next_s - accepted_s))
+        ended = None
+        if self.thread is not None:
+            # arrivals and other replicas go on; a step that fails raises below, when its result is asked for
+            assert isinstance(env, WallClock)
+            ended = yield env.run_in(self.thread, self.executor.step, batch)
         try:
             self.where = "executor failed"
-            if self.simulate is None:
-                reported: StepResult | float = self.executor.step(batch)
+            if ended is not None:
+                reported: StepResult | float = ended.result()
+            elif self.simulate is None:
+                reported = self.executor.step(batch)
             else:
                 reported = self.simulate(plan.work, batch, predicted_s if ledger.predictor is self.executor else None)
             result, lasted_s = (reported, reported.duration_s) if isinstance(reported, StepResult) else (NOTHING, reported)
@@ -488,13 +496,13 @@ class _Run:
             ledger.rollback(batch)
             raise
         duration_s = plan_s + lasted_s
-        if isinstance(env, simpy.rt.RealtimeEnvironment):
-            duration_s = max(duration_s, time.monotonic() - env.real_start - start_s)
         try:
-            if not isinstance(env, Clock):
-                yield env.timeout(duration_s)
-            elif not env.is_free(start_s + duration_s):
-                yield env.at(start_s + duration_s)
+            if isinstance(env, Clock):
+                if not env.is_free(start_s + duration_s):
+                    yield env.at(start_s + duration_s)
+            else:
+                assert isinstance(env, WallClock)
+                yield env.timeout(max(start_s + duration_s - env.now, env.wall_s - env.now, 0.0))
             ledger.commit(batch, result, float(env.now), accepted_s=accepted_s)
         except RuntimeError:
             ledger.rollback(batch)

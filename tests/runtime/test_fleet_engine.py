@@ -50,6 +50,20 @@ def test_each_request_gets_the_tokens_of_a_single_engine_from_parts_of_one_and_f
             torch.testing.assert_close((a, b), learned[key][:2], rtol=1e-4, atol=1e-5)
 
 
+def test_engines_side_by_side_on_the_wall_clock_give_each_request_the_tokens_of_one(engines):
+    options = {"policy": wb.policies.ServeFirst(step_s=1.0), "jobs": [tuned()], "until": "jobs"}
+    alone = wb.replay(trace(), executor=engines[0], **options)
+    result = wb.replay(trace(), executor=wb.Fleet(engines, router=RoundRobin(), placement={"job:mine": 1}), clock="wall", **options)
+    assert result.outputs == alone.outputs and (result.by_replica["requests"] > 0).all()
+    assert result.jobs["outcome"].eq("finished").all()
+    assert not any(engine.is_running for engine in engines)
+
+
+def test_parts_of_one_engine_are_refused_on_the_wall_clock(engines):
+    with pytest.raises(ValueError, match=r"clock='wall' needs an engine of its own for every replica.*Use clock='virtual', or Fleet\(\["):
+        wb.replay(trace(), executor=wb.Fleet(engines[0], 2), policy=wb.policies.FCFS(), clock="wall")
+
+
 def test_parts_keep_to_their_own_blocks_slots_and_rows(engines):
     seen = {0: [], 1: []}
     engine, parts = engines[0], wb.Fleet(engines[0], 2).open()

@@ -17,13 +17,15 @@ class Fleet:
     `executor` with `replicas`: instances of that executor, by its `replicas(num)`. Each of a LatencyModel's has all of its limits, as if
     on a device of its own. Those of an `Engine` share its base weights, adapters and recorded graphs, each has an equal share of
     KV blocks, adapter slots and arena rows, and they run one after another under the virtual clock: an executed fleet. A sequence of
-    executors (engines on two GPUs, say): each is one replica.
+    executors (engines on two GPUs, say): each is one replica. With `clock="wall"` these run side by side, every engine's steps in a thread
+    of its own; they share one Python, so the host's work of a step must be short beside the device's. Parts of one engine cannot.
 
     `router` gives each request a replica when it arrives (`wb.routers`; a function `(request, fleet) -> int` will do). A job goes
     to the replica that `placement` names for its id, else where the router says. `homes` names the replicas that have an adapter in host
     memory; one that it leaves out is everywhere. A request for an adapter that its replica lacks waits until that has come from
     another replica, which takes `migration_s` (seconds, or a function of AdapterInfo; None: as long as the sender's predictor says
-    that a load lasts) beside the steps; so does every version that a job publishes on its way to the other homes. Copying it from host
+    that a load lasts) beside the steps; so does every version that a job publishes on its way to the other homes. (On the wall clock the
+    loop also waits for the steps that the two replicas are in, when weights go from one engine to another.) Copying it from host
     memory to the device is part of a step, as without a fleet. Routing takes no time on the clock. `plan.stop_on_arrival()` stops a step
     for an arrival at any replica.
     """

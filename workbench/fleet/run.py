@@ -2,13 +2,13 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from random import Random
 from typing import Any
 
-import simpy
-import simpy.rt
 from simpy.core import EmptySchedule
 
 from workbench.config import SLO, FinetuneJob, UnknownAdapterError, did_you_mean, require
@@ -19,7 +19,7 @@ from workbench.fleet.replay import FleetReplay
 from workbench.fleet.view import ArrivalView, Book, ReplicaView
 from workbench.loop.arrivals import Arrivals
 from workbench.loop.checks import check_slo, checked_requests, warn_of_refusals, warn_of_ties
-from workbench.loop.clock import Clock
+from workbench.loop.clock import Clock, WallClock
 from workbench.loop.expected import length_predictor
 from workbench.loop.states import JobState, RequestState
 from workbench.loop.views import JobView
@@ -29,9 +29,16 @@ from workbench.results.conservation import ConservationError, check_conservation
 from workbench.results.replay import Replay
 from workbench.seeds import generator
 
+SWITCH_S = 1e-4
+"""How long a thread that comes back from its device waits for one that computes. Python's usual 5 ms are half a decode step."""
+
 
 class ReplicaRun(_Run):
-    """The serving loop of one replica; what arrives, and when it is over, the fleet says."""
+    """The serving loop of one replica; what arrives, and when it is over, the fleet says.
+
+    On the wall clock an executor that really runs steps does so in a thread of its own. Everything else (planning, routing, the ledgers,
+    what is asked of an executor between its steps) stays in the thread of the loop.
+    """
 
     def __init__(self, fleet: "FleetRun", number: int, executor: Executor, policy: Policy, options: Mapping[str, Any]) -> None:
         self.fleet, self.number, self.book = fleet, number, Book()
@@ -40,6 +47,22 @@ class ReplicaRun(_Run):
         self.lengths = fleet.lengths
         self.ledger.expected_output = fleet.expected
         self.seen: Any = None
+        if self.is_wall and not executor.info.simulated:
+            self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"replica-{number}")
+
+    @property
+    def infos(self) -> Mapping[str, AdapterInfo]:
+        """The executor's adapters; while a step runs in a thread, those that it had before: to ask would wait for the step's end."""
+        is_busy = self.thread is not None and self.ledger._plan is not None
+        return self.ledger.adapter_infos if is_busy else self.executor.adapter_infos
+
+    def close(self) -> None:
+        """As for one executor, once the step that may still run in its thread has ended; nothing of that one is kept."""
+        try:
+            if self.thread is not None:
+                self.thread.shutdown()
+        finally:
+            super().close()
 
     def begin(self) -> None:
         """Begin the executor's replay; replicas that are simulated draw residuals of their own, real ones the tokens of a single one."""
@@ -110,6 +133,25 @@ class ReplicaRun(_Run):
         return self._result(interrupted, error)
 
 
+def check_apart(executors: Sequence[Executor]) -> None:
+    """Raise ValueError where replicas that really run steps could not do so at the same time."""
+    real = [getattr(executor, "engine", executor) for executor in executors if not executor.info.simulated]
+    names = [executor.info.name for executor in real]
+    rule = "clock='wall' needs an engine of its own for every replica, for parts of one run one after another"
+    require(len({id(executor) for executor in real}) == len(real), rule, names, "Use clock='virtual', or Fleet([engine_0, engine_1]).")
+
+
+@contextmanager
+def switching(interval_s: float) -> Iterator[None]:
+    """Within this block Python lets another thread compute after `interval_s`, where one waits for that."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(interval_s)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 class FleetRun:
     """One replay on a fleet while it runs."""
 
@@ -135,10 +177,9 @@ class FleetRun:
         self.requests = checked_requests(trace)
         check_slo(slo, self.requests)
         executors = fleet.open()
-        real = [e.info.name for e in executors if not e.info.simulated]
-        rule = "clock='wall' needs at most one replica that really runs steps, for they run one after another"
-        require(clock != "wall" or len(real) <= 1, rule, real, "Use clock='virtual'.")
-        self.env = simpy.rt.RealtimeEnvironment(strict=False) if clock == "wall" else Clock()
+        self.env = WallClock() if clock == "wall" else Clock()
+        if clock == "wall":
+            check_apart(executors)
         self.arrivals = Arrivals(self.env, self.requests, self.jobs)
         self.until = until if until is not None else "requests" if self.requests else "jobs"
         self.lengths = length_predictor(lengths, seed)
@@ -171,7 +212,8 @@ class FleetRun:
                 self._check_jobs()
                 self._check_adapters()
                 self._open_bar(progress)
-                self._drive()
+                with switching(SWITCH_S if any(run.thread for run in self.runs) else sys.getswitchinterval()):
+                    self._drive()
             except KeyboardInterrupt:
                 interrupted = True
             finally:
@@ -237,11 +279,11 @@ class FleetRun:
 
     def _drive(self) -> None:
         env = self.env
-        if isinstance(env, simpy.rt.RealtimeEnvironment):
-            env.sync()
         env.process(self.arrivals.bring_jobs(self._start_job))
         env.process(self.arrivals.bring_requests(self.deliver))
         servers = env.all_of([env.process(run._guarded(run._serve())) for run in self.runs])
+        if isinstance(env, WallClock):
+            env.sync()
         while not servers.triggered and self.failure is None:
             try:
                 env.step()
@@ -336,7 +378,7 @@ class FleetRun:
             self.fail(error, f"router {policy_label(self.router)} failed")
 
     def _has(self, run: ReplicaRun, name: str) -> bool:
-        return name in run.executor.adapter_infos and name not in run.ledger.away
+        return name in run.infos and name not in run.ledger.away
 
     def _migrate(self, name: str, to: int) -> None:
         """Start to copy an adapter that a replica lacks, from the first one that has it; nothing if it has it, or nobody does."""
@@ -344,10 +386,12 @@ class FleetRun:
         source = next((other for other in self.runs if self._has(other, name)), None)
         if source is None or self._has(run, name) or run.ledger.away.get(name, math.inf) < math.inf:
             return
-        info = source.executor.adapter_infos[name]
-        if name not in run.executor.adapter_infos:
+        info = source.infos[name]
+        if name in run.infos:
+            run.ledger.adapter_infos = run.infos
+        else:
             self._adopt(run, info, source)
-        run.ledger.adapter_infos = run.executor.adapter_infos
+            run.ledger.adapter_infos = run.executor.adapter_infos
         run.ledger.away[name] = self._carry(info, source, run, is_new=True)
 
     def published(self, name: str, by: int) -> None:

@@ -5,7 +5,6 @@ tensors. `step` is a transaction: what it computes becomes visible only once eve
 """
 
 import gc
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from workbench.runtime.engine_step import OutOfMemory
 from workbench.runtime.finetune import TrainState
 from workbench.runtime.forward import Runner
 from workbench.runtime.graphs import DecodeGraphs
+from workbench.runtime.guards import DeviceLock
 from workbench.runtime.jobs import JobHandle, restore_state
 from workbench.runtime.kv_cache import Arena, KVPool
 from workbench.runtime.memory import fit, resolve_device, resolve_dtype
@@ -57,7 +57,7 @@ class Engine(EngineMeasuring):
         pin(base, "The engine's fused buffers are this module's own weights. Build a new engine with device= or dtype=.")
         self.device, self.dtype = self.fused.embed.device, self.fused.embed.dtype
         tuned.of_device(self.device)  # now: the launches of a process are settled, and what is amiss with them is said, before a step
-        self.lock = threading.RLock()
+        self.lock = DeviceLock(self.device)
         self._limits, self.memory = fit(
             self.fused.dims,
             config,

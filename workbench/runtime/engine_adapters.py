@@ -1,6 +1,5 @@
 """The engine's part that knows adapters: names, versions, and the weights behind them."""
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, req
 from workbench.core import AdapterInfo, Request
 from workbench.runtime.adapters import MAX_RANK, AdapterWeights, load_peft, random_adapter, save_peft
 from workbench.runtime.finetune import TrainState
+from workbench.runtime.guards import DeviceLock
 from workbench.runtime.packed import PackedTensors, Pairs
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.virtual import CarriedAdapter, VirtualModule, attach_adapter
@@ -40,7 +40,7 @@ class EngineAdapters:
     fused: FusedWeights
     device: torch.device
     dtype: torch.dtype
-    lock: threading.RLock
+    lock: DeviceLock
     _table: AdapterTable
     _slots: dict[int, Version]
     _sequences: dict[str, KnownSequence]

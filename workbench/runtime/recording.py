@@ -1,8 +1,9 @@
 """Recording what a function launches, to launch all of it at once from then on: CUDA graphs that share one memory."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -26,7 +27,14 @@ class Rerun:
 
 
 class Recorder:
-    """Records on one device; what recorded functions allocate comes from one memory, so that only one of them may be in use at a time."""
+    """Records on one device; what recorded functions allocate comes from one memory, so that only one of them may be in use at a time.
+
+    CUDA allows one recording at a time in a process. Threads that run steps on other devices go on meanwhile ("thread_local").
+    """
+
+    _one_at_a_time: ClassVar = threading.Lock()
+    # torch's own stream for recordings is of whichever device recorded first
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,8 +54,11 @@ class Recorder:
         """What replays all that `run` launches, on the addresses that it has now; `run` must not wait for the device."""
         if self.device.type != "cuda":
             return Rerun(run)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            run()
+        with self._one_at_a_time:
+            if self.device not in self._streams:
+                self._streams[self.device] = torch.cuda.Stream(self.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._streams[self.device], capture_error_mode="thread_local"):
+                run()
         self._memory = self._memory or graph.pool()
         return graph

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import simpy
-import simpy.rt
 
 from workbench.config import SLO, FinetuneJob
 from workbench.core import Executor, Request, StepResult
+from workbench.loop.clock import WallClock
 from workbench.policy import Policy
 from workbench.replay import Replay, _Run
 
@@ -142,7 +142,7 @@ class LiveRun(_Run):
         return changed
 
     def _on_clock(self, at: float) -> float:
-        assert isinstance(self.env, simpy.rt.RealtimeEnvironment)
+        assert isinstance(self.env, WallClock)
         return max(0.0, at - self.env.real_start)
 
     def _sleep(self, until_s: float) -> Generator[simpy.Event, Any, None]:
