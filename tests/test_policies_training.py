@@ -177,8 +177,8 @@ def trained(desk, **options):
 
 def test_slack_sprints_until_one_gap_may_be_late_and_trains_in_that_gap():
     result = run(SLOSlack(), [one("x", 0.0, 20, 30)], jobs=1, slo=FORGIVING)
-    # a forward beside the first prefill, 3 gaps of 4.2 ms, then a rest until two decodes before the fifth token, by pace due at 7.8 + 40 ms:
-    # a backward of 8.8 and a forward of 7 ms of 19; and so on, 4 gaps a sprint
+    # a forward beside the first prefill, 3 gaps of 4.2 ms, then a rest until two decodes before the fifth token is due, by pace at
+    # 7.8 + 40 ms: a backward of 8.8 and a forward of 7 ms of 19; and so on, 4 gaps a sprint
     assert kinds(result)[:14] == ["fp", "d", "d", "d", "b", "f", "d", "d", "d", "d", "b", "f", "b", "d"]
     row = result.requests.loc["x"]
     assert (row["met"], row["met_pace"]) == (True, True)
@@ -186,7 +186,7 @@ def test_slack_sprints_until_one_gap_may_be_late_and_trains_in_that_gap():
 
 
 def test_slack_holds_who_arrives_until_the_rest_ends_and_begins_them_together():
-    late = [one("y", 0.006, 60, 10), one("z", 0.020, 60, 10)]
+    late = [one("y", 0.010, 60, 10), one("z", 0.020, 60, 10)]
     result = run(SLOSlack(), [one("x", 0.0, 20, 30), *late], jobs=1, slo=replace(FORGIVING, itl_s=0.020))
     prefills = result.work[result.work["kind"] == "prefill"].groupby("step")[["owner", "tokens"]].agg(list)
     # all but the last token in one step without decodes, the last ones beside the decode of x
@@ -198,8 +198,8 @@ def test_slack_holds_who_arrives_until_the_rest_ends_and_begins_them_together():
 
 def test_slack_ends_a_rest_when_the_first_who_waits_is_due():
     slo = SLO(ttft_s=0.2, itl_s=0.060, itl_quantile=0.75)
-    result = run(SLOSlack(), [one("x", 0.0, 20, 30), one("y", 0.006, 60, 10)], jobs=1, slo=slo)
-    # due at 206 ms less 10 % of 200 ms, its prefill and two decodes; by the pace of x it could last until 245 ms
+    result = run(SLOSlack(), [one("x", 0.0, 20, 30), one("y", 0.010, 60, 10)], jobs=1, slo=slo)
+    # due at 210 ms less 10 % of 200 ms, its prefill and two decodes; by the pace of x it could last until 245 ms
     assert 0.150 < result.requests["ttft_s"]["y"] < 0.180
     assert result.requests["met"].all()
 

@@ -20,8 +20,8 @@ class SLOSlack:
     the first step of the next sprint: no gap has a prefill or training in it, and errors of their predictions make none late.
 
     Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps), or where
-    those who wait cannot wait until the sprint is over (for twice as long each time that happens), it rolls: each step decodes, prefills what waits, and trains up to the tightest gap
-    target, but not while some find no place. Predictions are corrected by the usual ratio of
+    those who wait cannot wait until the sprint is over (for twice as long each time that happens), it rolls: each step decodes, prefills
+    what waits, and trains up to the tightest gap target, but not while some find no place. Predictions are corrected by the usual ratio of
     measured to predicted of their kind of step, and `margin` times the largest excess over that is kept in reserve; the excess is forgotten
     by half every `memory` steps.
 
