@@ -1,9 +1,10 @@
 """Policy 21 against policies 14 to 18 and 20 as tuned as they can be, at shares of the serving capacity.
 
-`tune` finds that capacity and each policy's best parameters at each load on a latency model: on one slice of the Azure conversations,
-without a GPU (`python -m workbench.bench tune --profile NAME`, which writes `tuned_policies.json`). `run` replays another slice on the
-engine: policy 21, the best of the tuned ones at that load, that one again and policy 21 again (A B B A), on two pieces of the slice;
-and temporal sharing (18). Policy 21 has its defaults everywhere. A static split (19) needs several devices and is left out.
+`tune` finds that capacity and each policy's best parameters at each load on a latency model, without a GPU, on one draw of Poisson arrivals
+with the lengths of the Azure conversations (`python -m workbench.bench tune --profile NAME`, which writes `tuned_policies.json`). `run`
+replays other draws on the engine: policy 21, the best of the tuned ones at that load, that one again and policy 21 again (A B B A), on
+two draws; and once temporal sharing (18). Policy 21 has its defaults everywhere. A static split (19) needs several devices and is left
+out.
 """
 
 import json
@@ -37,27 +38,26 @@ from workbench.traces import Trace
 SECONDS = 480.0
 FILE = "tuned_policies.json"
 SHARES = (0.5, 0.7, 0.9)
+BESIDE_TEMPORAL = 0.7
 ATTAINED = 0.99
 GOAL = SLO(ttft_s=5.0, itl_s=0.045)
-TUNED_ON_S, HELD_FROM_S, PIECE_S = 300.0, 1800.0, 900.0  # of the trace
-WARM_S, HORIZON_S = 4.0, 24.0
+TUNED_ON, HELD_OUT = (0, 1), (100, 101)  # seeds of the draws
+WARM_S, HORIZON_S = 4.0, 20.0
 PLANNING_S = 0.0002  # what a step's planning is taken to cost while tuning
-BUDGETS = (0.02, 0.024, 0.028, 0.032, 0.036, 0.039, 0.041)
+BUDGETS = (0.02, 0.024, 0.028, 0.031, 0.034, 0.037, 0.04)
 GRID: tuple[Any, ...] = (
     PeftSequential(),
-    *(LoquetierStatic(steps=steps, max_resident=256) for steps in (5, 50, 500)),
+    *(LoquetierStatic(steps=steps, max_resident=256) for steps in (5, 500)),
     LoquetierScalable(max_resident=256),
-    *(TokenCoserving(tpot_s=s, chunk_tokens=chunk) for s in BUDGETS for chunk in (256, 512)),
-    *(TemporalSharing(every=every) for every in (64, 256, 512, 4096)),
+    *(TokenCoserving(tpot_s=s, chunk_tokens=512) for s in BUDGETS),
+    *(TemporalSharing(every=every) for every in (64, 512, 4096)),
     *(LatencyBudget(budget_s=s, chunk_tokens=chunk) for s in BUDGETS for chunk in (None, 512)),
 )
 
 
-def arrivals(load: float, first_s: float, *, piece: int = 0, seconds: float = HORIZON_S) -> Trace:
-    """Azure's conversations from `first_s` on, brought to `load` requests per second, lengths as everywhere in the bench."""
-    begin = first_s + PIECE_S * piece
-    made = traces.load("azure-conv").slice(begin, begin + PIECE_S).scale(rate=load, how="compress").head(round(load * seconds))
-    return made.with_lengths("azure-conv", seed=piece, clip=LONGEST)
+def arrivals(load: float, seed: int, seconds: float = HORIZON_S) -> Trace:
+    """Poisson arrivals of `load` requests per second, lengths as everywhere in the bench."""
+    return traces.poisson(rate=load, duration_s=seconds, seed=seed).with_lengths("azure-conv", seed=seed, clip=LONGEST)
 
 
 def tune(
@@ -72,17 +72,17 @@ def tune(
     )
 
     def requests(*, load: float, seed: int) -> Trace:
-        return arrivals(load, TUNED_ON_S, piece=seed, seconds=seconds).assign_adapters(len(names), popularity=traces.round_robin())
+        return arrivals(load, seed, seconds).assign_adapters(len(names), popularity=traces.round_robin())
 
     options: dict[str, Any] = {"slo": slo, "planning": PLANNING_S, "progress": False}
     serves = InferenceOnly(512)
-    found = search(serves, trace=requests, low=4, high=80, executor=model, targets=(ATTAINED,), seeds=range(2), tolerance=0.05, **options)
+    found = search(serves, trace=requests, low=4, high=80, executor=model, targets=(ATTAINED,), seeds=TUNED_ON, tolerance=0.05, **options)
     capacity = float(found.table["capacity"].iloc[0])
     print(found, flush=True)
     require(capacity == capacity, "a capacity must be found between 4 and 80 req/s", str(found), "Make the trace longer.")
     rows: list[dict[str, Any]] = []
     for share in shares:
-        made = serving.with_adapters(list(requests(load=share * capacity, seed=0).requests), names)
+        made = serving.with_adapters(list(requests(load=share * capacity, seed=TUNED_ON[0]).requests), names)
         for policy in grid:
             one = replay(made, executor=model, policy=policy, jobs=[job], measure=(min(WARM_S, seconds / 4), seconds), **options)
             summary = one.summary()
@@ -102,7 +102,7 @@ def tune(
         "slo": {"ttft_s": slo.ttft_s, "itl_s": slo.itl_s, "itl_quantile": slo.itl_quantile},
         "capacity": capacity,
         "capacity_of": f"{serves}, attainment >= {ATTAINED:.0%}",
-        "trace": f"azure-conv from {TUNED_ON_S:g} s on, {seconds:g} s at each load",
+        "trace": f"Poisson with the lengths of azure-conv, {seconds:g} s at each load, seeds {TUNED_ON}",
         "rows": rows,
         "commit": machine.commit_of_code(),
         "date": machine.now(),
@@ -145,9 +145,12 @@ def run(session: Session) -> bool:
 def _contest(session: Session, cell: str, record: Mapping[str, Any], share: float, names: Sequence[str], alone: float) -> None:
     load = share * record["capacity"]
     ours, rival, temporal = SLOSlack(), best(record, share), best(record, share, only=TemporalSharing.__name__)
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "rival": [], "temporal": []}
-    for name, policy, piece in (("ours", ours, 0), ("rival", rival, 0), ("rival", rival, 1), ("ours", ours, 1), ("temporal", temporal, 0)):
-        runs[name].append(_measured(session, cell, policy, load, piece, names))
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "rival": []}
+    first, second = HELD_OUT
+    for name, policy, seed in (("ours", ours, first), ("rival", rival, first), ("rival", rival, second), ("ours", ours, second)):
+        runs[name].append(_measured(session, cell, policy, load, seed, names))
+    if share == BESIDE_TEMPORAL:
+        runs["temporal"] = [_measured(session, cell, temporal, load, first, names)]
 
     def mean(name: str, metric: str) -> float:
         return sum(float(one[metric]) for one in runs[name]) / len(runs[name])
@@ -157,16 +160,16 @@ def _contest(session: Session, cell: str, record: Mapping[str, Any], share: floa
     note = f"{load:.3g} req/s; attainment: {attained}; {rival}"
     session.record(cell, "attainment", [100 * mean("ours", "attainment")], "%", note=note)
     for name, against in (("rival", "the best tuned"), ("temporal", "temporal sharing")):
-        if tokens[name]:
+        if tokens.get(name):
             session.record(cell, f"over {against}", [tokens["ours"] / tokens[name]], "x", note=note)
     session.record(cell, "fine-tuning kept", [100 * tokens["ours"] / alone], "%", note=f"of {alone:.0f} tokens/s alone; {note}")
     session.record(cell, "p99 of the requests' p99 gaps", [1e3 * mean("ours", "request_itl_p99_s")], "ms", note=note)
 
 
-def _measured(session: Session, cell: str, policy: Any, load: float, piece: int, names: Sequence[str]) -> dict[str, Any]:
+def _measured(session: Session, cell: str, policy: Any, load: float, seed: int, names: Sequence[str]) -> dict[str, Any]:
     """The summary of one replay on the engine, and its rows."""
     horizon_s = min(HORIZON_S, session.sizes.horizon_s)
-    made = arrivals(load, HELD_FROM_S, piece=piece, seconds=horizon_s)
+    made = arrivals(load, seed, horizon_s)
     job = tuning_job(session, "tuned", 2)
     measure = (min(WARM_S, horizon_s / 4), horizon_s)
     try:
@@ -174,7 +177,7 @@ def _measured(session: Session, cell: str, policy: Any, load: float, piece: int,
         summary: dict[str, Any] = serving.run(session, requests, policy, [job], slo=GOAL, measure=measure).summary()
     finally:
         session.engine.unload_adapter(job.adapter)
-    note = f"{policy}; piece {piece}; TTFT p50 {1e3 * summary['ttft_p50_s']:.0f} ms, p99 {1e3 * summary['ttft_p99_s']:.0f} ms"
+    note = f"{policy}; draw {seed}; TTFT p50 {1e3 * summary['ttft_p50_s']:.0f} ms, p99 {1e3 * summary['ttft_p99_s']:.0f} ms"
     system = f"{OURS}, {type(policy).__name__}"
     session.record(cell, "attainment", [100 * summary["attainment"]], "%", n=int(summary["requests"]), system=system, note=note)
     session.record(cell, "fine-tune", [summary["finetune_tokens_per_s"]], "tokens/s", system=system, note=note)
