@@ -42,7 +42,8 @@ BESIDE_TEMPORAL = 0.7
 ATTAINED = 0.99
 GOAL = SLO(ttft_s=5.0, itl_s=0.045)
 TUNED_ON, HELD_OUT = (0, 1), (100, 101)  # seeds of the draws
-WARM_S, HORIZON_S = 4.0, 20.0
+WARM_S, HORIZON_S = 4.0, 32.0
+TUNE_S = 60.0  # long enough that a queue that grows shows
 PLANNING_S = 0.0002  # what a step's planning is taken to cost while tuning
 BUDGETS = (0.02, 0.024, 0.028, 0.031, 0.034, 0.037, 0.04)
 GRID: tuple[Any, ...] = (
@@ -61,7 +62,7 @@ def arrivals(load: float, seed: int, seconds: float = HORIZON_S) -> Trace:
 
 
 def tune(
-    model: Any, file: Path, *, shares: Sequence[float] = SHARES, grid: Sequence[Any] = GRID, seconds: float = HORIZON_S, slo: SLO = GOAL
+    model: Any, file: Path, *, shares: Sequence[float] = SHARES, grid: Sequence[Any] = GRID, seconds: float = TUNE_S, slo: SLO = GOAL
 ) -> Path:
     """Find the serving capacity, replay each policy with each of its parameters at each share of it, and write that to `file`.
 
