@@ -455,7 +455,7 @@ class _Run:
         old, left = self.repeating
         self.repeating = None
         ledger = self.ledger
-        if left == 0 or ledger._arrived or ledger._finished or old.loads or not can_go_on(old):
+        if left == 0 or ledger._arrived or ledger._finished or old.loads or old.preempted or not can_go_on(old):
             return None
         plan = redo(old, ledger)
         if not is_same_work(old, plan):
