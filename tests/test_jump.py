@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from random import Random
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from workbench import policies
 from workbench.config import SLO, FinetuneJob, RandomTokens
 from workbench.core import Batch, Request
 from workbench.features import INDEX, NAMES, Work
+from workbench.fleet import Fleet, routers
 from workbench.latency import LatencyModel
 from workbench.policies import FCFS
 from workbench.recorded import Recorded
@@ -189,20 +191,111 @@ REPEATING = (
     policies.RankAware(),
     policies.TokenCoserving(),
     policies.LatencyBudget(),
+    policies.TemporalSharing(every=9),
+    policies.LoquetierStatic(),
+    policies.LoquetierScalable(steps=9),
 )
 
 
-@pytest.mark.parametrize("policy", REPEATING, ids=repr)
-def test_shipped_policies_that_repeat_decide_as_when_asked_at_every_step(policy):
-    class NeverRepeats:
-        def __call__(self, view, plan):
-            policy(view, plan)
-            plan.repeat(0)
+@dataclass
+class NeverRepeats:
+    """Another policy, asked at every step."""
 
+    policy: Any
+
+    def __call__(self, view, plan):
+        self.policy(view, plan)
+        plan.repeat(0)
+
+
+@pytest.mark.parametrize("policy", REPEATING, ids=repr)
+@pytest.mark.parametrize("num_jobs", [0, 2])
+def test_shipped_policies_that_repeat_decide_as_when_asked_at_every_step(policy, num_jobs):
     trace = trace_of(Random(1), 40, 30.0)
+    data = RandomTokens(examples=4, tokens=30)
+    jobs = [FinetuneJob(adapter=f"t{k}", data=data, steps=8, accumulation=2, arrival_s=0.3 * k) for k in range(num_jobs)]
     first, second = (
-        replay(trace, executor=made(num_blocks=40), policy=one, planning=0.0, progress=False) for one in (policy, NeverRepeats())
+        replay(trace, executor=made(num_blocks=40), policy=one, jobs=jobs, planning=0.0, progress=False)
+        for one in (policy, NeverRepeats(policy))
     )
+    if num_jobs:
+        counts = isinstance(policy, (policies.TemporalSharing, policies.LoquetierStatic))
+        assert (first.history.num_runs < second.history.num_runs) >= counts
+        pd.testing.assert_frame_equal(first.events, second.events, check_exact=True)
+        pd.testing.assert_frame_equal(first.steps, second.steps, check_exact=True)
+        return
     assert first.history.num_runs < first.num_steps == second.history.num_runs
     for name in ("events", "steps", "work"):
         pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), check_exact=True)
+
+
+def looks(request, fleet):
+    """A router that goes by how far each replica is."""
+    seen = [
+        (sum(r.generated for r in view.running), view.free.blocks, view.step, 0.0 if view.last is None else view.last.duration_s)
+        for view in fleet
+    ]
+    return seen.index(min(seen))
+
+
+ROUTERS = (routers.RoundRobin(), routers.LeastLoaded(), routers.AdapterAffinity(), routers.RankAware(), routers.PowerOfTwo(), looks)
+
+
+def on_fleets(router, seed, **options):
+    """The same replay on a fleet that looks ahead and on one that does not."""
+    jobs = [FinetuneJob(adapter="t", data=RandomTokens(examples=4, tokens=30), steps=8, accumulation=2, publish="step")]
+    trace, options = trace_of(Random(seed), 60, 60.0), {"planning": 0.0013, "progress": False, "seed": seed} | options
+    return [
+        replay(
+            trace,
+            executor=Fleet(made(kind, num_blocks=40), 3, router=router, homes={"a": 0}),
+            policy=Repeats(seed, trains=True),
+            jobs=jobs,
+            **options,
+        )
+        for kind in (LatencyModel, OneByOne)
+    ]
+
+
+@pytest.mark.parametrize("until", [None, 0.9])
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda r: getattr(r, "__name__", type(r).__name__))
+def test_replicas_that_look_ahead_make_the_steps_that_they_would_make_one_by_one(router, until):
+    ahead, one_by_one = on_fleets(router, 5, until=until)
+    assert sum(part.history.num_runs for part in ahead.replicas) < 0.8 * sum(part.history.num_runs for part in one_by_one.replicas)
+    for first, second in zip(ahead.replicas, one_by_one.replicas, strict=True):
+        assert_same(first, second)
+
+
+def test_a_replica_is_cut_only_by_what_comes_to_it_unless_the_router_looks():
+    runs = []
+    for router in (routers.RoundRobin(), lambda request, fleet: (fleet[0].free, routers.RoundRobin().route(request, fleet))[1]):
+        trace = [Request(request_id=f"r{k}", arrival_s=0.05 * k, prompt_tokens=8, output_tokens=120) for k in range(24)]
+        result = replay(trace, executor=Fleet(made(num_blocks=400), 8, router=router), policy=FCFS(), planning=0.0, progress=False)
+        runs.append(sum(part.history.num_runs for part in result.replicas))
+    assert runs[0] < runs[1] / 2
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+def test_a_stopped_replay_holds_the_steps_that_ended_whether_it_looked_ahead_or_not(num_replicas):
+    def stops(request, fleet):
+        if request.id == "r40":
+            raise KeyboardInterrupt
+        return sum(view.num_routed for view in fleet) % num_replicas
+
+    ahead, one_by_one = on_fleets(stops, 7) if num_replicas > 1 else (stopped(LatencyModel), stopped(OneByOne))
+    assert ahead.interrupted and one_by_one.interrupted
+    for first, second in zip(getattr(ahead, "replicas", [ahead]), getattr(one_by_one, "replicas", [one_by_one]), strict=True):
+        pd.testing.assert_frame_equal(first.steps, second.steps, check_exact=True)
+        pd.testing.assert_frame_equal(first.events, second.events, check_exact=True)
+
+
+def stopped(kind):
+    """A replay on one device that is stopped when its last request arrives, in the middle of a step."""
+    trace = [Request(request_id=f"r{k}", arrival_s=0.3 * k, prompt_tokens=8, output_tokens=120) for k in range(4)]
+
+    def lengths(request):
+        if request.request_id == "r3":
+            raise KeyboardInterrupt
+        return 1.0
+
+    return replay(trace, executor=made(kind, num_blocks=400), policy=FCFS(), planning=0.0, progress=False, lengths=lengths)

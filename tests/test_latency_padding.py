@@ -151,7 +151,8 @@ def test_one_prediction_many_and_runs_of_decodes_are_equal_bit_for_bit():
     np.testing.assert_allclose(fitted.parts(FRESH).sum(axis=1), one_by_one, rtol=1e-12)
     decodes = work(np.random.default_rng(0), "decode", 23)
     later = [Work(decodes + k * 23 * (np.arange(len(NAMES)) == INDEX["decode_context"])) for k in range(50)]
-    assert fitted.predict_decodes(Work(decodes), 50) == [fitted.predict(w) for w in later]
+    for num in (20, 50):  # a list, and an array
+        assert list(fitted.predict_decodes(Work(decodes), num)) == [fitted.predict(w) for w in later[:num]]
 
 
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["decode_tokens", "prefill_tokens", "finetune_tokens"]))

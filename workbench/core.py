@@ -5,11 +5,11 @@
 
 import hashlib
 import marshal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from workbench.model_error import ModelError
@@ -78,6 +78,22 @@ class Request:
     sampling: Sampling = Sampling()
 
 
+_REQUEST_VALUES = attrgetter(*(f.name for f in fields(Request)))
+_REQUEST_SETTERS = tuple(Request.__dict__[f.name].__set__ for f in fields(Request))
+_RESOLVED = tuple([f.name for f in fields(Request)].index(name) for name in ("prompt_tokens", "prompt_token_ids", "max_tokens"))
+
+
+def resolved(request: Request, prompt_tokens: int, prompt_token_ids: tuple[int, ...] | None, max_tokens: int) -> Request:
+    """The request with what an executor has found out; `dataclasses.replace` in a quarter of its time, for every request of a replay."""
+    values = list(_REQUEST_VALUES(request))
+    for place, value in zip(_RESOLVED, (prompt_tokens, prompt_token_ids, max_tokens), strict=True):
+        values[place] = value
+    new = object.__new__(Request)
+    for setter, value in zip(_REQUEST_SETTERS, values, strict=True):
+        setter(new, value)
+    return new
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens in one batch with one owner, one adapter and one kind.
@@ -87,6 +103,26 @@ class Segment:
     the first activation-arena row of the micro-batch.
     `documents` holds the token counts of all the micro-batch's documents (a document attends only to itself).
     """
+
+    kind: Kind
+    owner: str
+    adapter: str | None
+    version: int
+    start: int
+    tokens: int
+    blocks: tuple[int, ...] = ()
+    samples: bool = False
+    micro_batch: int | None = None
+    rows: int | None = None
+    documents: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+class Row(NamedTuple):
+    """A Segment's values under the same names, made in a tenth of the time: what the batches of executors with `simulate` hold."""
 
     kind: Kind
     owner: str
@@ -146,7 +182,7 @@ class AdapterLoad:
 
 
 # read_s is a time and no work, is_first follows from top_layer
-_VALUES = {
+_VALUES: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     kind: attrgetter(*(f.name for f in fields(kind) if f.name not in ("read_s", "is_first"))) for kind in (Segment, Backward, AdapterLoad)
 }
 
@@ -177,7 +213,9 @@ class Batch:
 
     def digest(self) -> str:
         """16 hex digits that are equal exactly when the work is: the identity that `Recorded` checks."""
-        rows = [list(map(_VALUES[type(row)], rows)) for rows in (self.segments, self.backwards, self.loads) for row in rows[:1]]
+        segments = [tuple(s) if isinstance(s, Row) else _VALUES[Segment](s) for s in self.segments]
+        rows = [segments] if segments else []
+        rows += [list(map(_VALUES[type(row)], rows)) for rows in (self.backwards, self.loads) for row in rows[:1]]
         work = (self.step, len(self.segments), len(self.backwards), rows, [r.request_id for r in self.admitted], self.released)
         # marshal's format 2 has no references: equal values give equal bytes, five times faster than their repr
         return hashlib.blake2b(marshal.dumps(work, 2), digest_size=8).hexdigest()

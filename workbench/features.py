@@ -4,6 +4,7 @@ Every feature is a sum over the batch's segments (or a count of distinct adapter
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from workbench.core import Backward, Batch, Segment
 
@@ -34,11 +35,20 @@ def causal_pairs(documents: Sequence[int], start: int, tokens: int) -> int:
     pairs, first = 0, 0
     end = start + tokens
     for length in documents:
-        low, high = max(start - first, 0), min(end - first, length)
-        if low < high:
+        if first >= end:
+            break
+        last = first + length
+        if last > start:
+            low, high = (start - first if start > first else 0), (end - first if end < last else length)
             pairs += (high * (high + 1) - low * (low + 1)) // 2
-        first += length
+        first = last
     return pairs
+
+
+@lru_cache(maxsize=4096)
+def totals(documents: tuple[int, ...]) -> tuple[int, int]:
+    """Tokens and attention pairs of whole packed documents."""
+    return sum(documents), causal_pairs(documents, 0, sum(documents))
 
 
 class Work:
@@ -79,8 +89,9 @@ class Work:
 
     def add_backward(self, backward: Backward) -> None:
         b, v = backward, self.values
-        v[10] += b.tokens * b.num_layers
-        v[11] += causal_pairs(b.documents, 0, b.tokens) * b.num_layers
+        tokens, pairs = totals(b.documents)
+        v[10] += tokens * b.num_layers
+        v[11] += pairs * b.num_layers
         v[12] += b.num_layers
         v[13] += b.is_last and b.ends_window
         v[16] += b.is_first and b.num_layers > 0

@@ -5,25 +5,26 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pandas as pd
 import simpy
 
 from workbench.config import SLO, FinetuneJob, Provenance, UnknownAdapterError, require
-from workbench.core import NOTHING, AdapterInfo, Batch, Executor, JobShape, Request, StepResult
+from workbench.core import NOTHING, AdapterInfo, Batch, Executor, JobShape, Request, Row, Segment, StepResult
 from workbench.features import Work
 from workbench.fleet import Fleet
 from workbench.loop.arrivals import Arrivals
 from workbench.loop.checks import check_duration, check_options, check_slo, checked_requests, warn_of_refusals, warn_of_ties
 from workbench.loop.clock import Clock, WallClock
 from workbench.loop.expected import length_predictor
-from workbench.loop.jump import is_alone, jump
+from workbench.loop.jump import Run, is_alone
 from workbench.loop.ledger import Ledger
 from workbench.loop.plan import Plan
 from workbench.loop.redo import can_go_on, is_same_work, redo
@@ -103,6 +104,17 @@ def done_work(planned: Work, batch: Batch, result: StepResult) -> Work:
     return work
 
 
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """A step leaves a few hundred objects and no circles: the usual threshold would look through them after every few steps."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(max(GARBAGE_THRESHOLD, thresholds[0]) if thresholds[0] else 0, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
 def _checksum(requests: Sequence[Request]) -> str:
     """Of the requests' repr as a tuple, which is not made as a whole."""
     found = hashlib.blake2b(b"(", digest_size=8)
@@ -162,6 +174,7 @@ class _Run:
         self.simulate: Callable[..., StepResult | float] | None = getattr(executor, "simulate", None)
         self.thread: ThreadPoolExecutor | None = None
         self.ledger.needs_rows = self.simulate is None
+        self.ledger.segment = Segment if self.ledger.needs_rows else cast(Any, Row)
         self.can_jump = hasattr(executor, "preview") and isinstance(self.env, Clock) and not overlap
         self.lengths = length_predictor(lengths, seed)
         self.ledger.expected_output = self.lengths.predict
@@ -174,6 +187,7 @@ class _Run:
         self.where = "replay"
         self.old_plan: tuple[Plan, float] | None = None
         self.repeating: tuple[Plan, int | None] | None = None
+        self.ahead: Run | None = None
         self.outputs: dict[str, tuple[int, ...]] = {}
         self.resolved: dict[str, Request] = {}
         self.bar: Any = None
@@ -214,6 +228,8 @@ class _Run:
         self.shapes = self.tape.shapes = self.executor.begin(self.jobs, seed=self.seed)
 
     def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.stop(self.env.now)
         self._collect_outputs()
         try:
             self.ledger.close(float(self.env.now))
@@ -247,14 +263,9 @@ class _Run:
         env.process(self.arrivals.bring_jobs(self._start_job))
         env.process(self.arrivals.bring_requests(self._arrive))
         server = env.process(self._guarded(self._serve()))
-        thresholds = gc.get_threshold()
-        # a step leaves a few hundred objects and no circles: the usual threshold would look through them after every few steps
-        gc.set_threshold(max(GARBAGE_THRESHOLD, thresholds[0]) if thresholds[0] else 0, *thresholds[1:])
-        try:
+        with few_collections():
             while server.is_alive and self.failure is None:
                 env.step()
-        finally:
-            gc.set_threshold(*thresholds)
 
     def _guarded(self, process: Generator[simpy.Event, Any, None]) -> Generator[simpy.Event, Any, None]:
         """Keep an exception as it is: SimPy would raise a copy of it."""
@@ -268,11 +279,13 @@ class _Run:
     # arrivals
 
     def _start_job(self, job: FinetuneJob) -> None:
+        self._cut()
         self.ledger.add_job(job, self.shapes[job.id], job.arrival_s)
         self.repeating = None
         self._wake()
 
     def _arrive(self, request: Request, at: float) -> None:
+        self._cut()
         try:
             resolved = self.executor.admissible(request)
         except ValueError as error:
@@ -336,8 +349,10 @@ class _Run:
         while True:
             now = float(env.now)
             ledger.now_s = now
-            if self._poll(now) or ledger.cache is not None or not ledger.host.is_seeded:
+            if self._poll(now) or not ledger.host.is_seeded:
                 ledger.sync_adapters(now)
+            elif ledger.cache is not None:
+                ledger.forget_stale()
             if ledger.ended:
                 self._settle()
             if self.stream is not None:
@@ -440,7 +455,7 @@ class _Run:
         old, left = self.repeating
         self.repeating = None
         ledger = self.ledger
-        if left == 0 or ledger._arrived or ledger._finished or old.loads or not can_go_on(old):
+        if left == 0 or ledger._arrived or ledger._finished or old.loads or old.preempted or not can_go_on(old):
             return None
         plan = redo(old, ledger)
         if not is_same_work(old, plan):
@@ -470,7 +485,8 @@ class _Run:
         start_s = float(env.now)
         accepted_s = start_s + plan_s
         predicted_s = plan.predicted_s
-        counts = (len(ledger.requests) - len(ledger.running), len(ledger.running), ledger.blocks.num_free)
+        num_running = len(ledger.running)
+        counts = (len(ledger.requests) - num_running, num_running, ledger.blocks.num_free)
         ahead = self._ask() if self.overlap else None
         batch = ledger.apply(plan)
         if plan.stops_on_arrival:
@@ -495,21 +511,23 @@ class _Run:
         except BaseException:
             ledger.rollback(batch)
             raise
-        duration_s = plan_s + lasted_s
+        end_s = start_s + (plan_s + lasted_s)
         try:
             if isinstance(env, Clock):
-                if not env.is_free(start_s + duration_s):
-                    yield env.at(start_s + duration_s)
+                if not env.is_free(end_s):
+                    yield env.at(end_s)
             else:
                 assert isinstance(env, WallClock)
-                yield env.timeout(max(start_s + duration_s - env.now, env.wall_s - env.now, 0.0))
-            ledger.commit(batch, result, float(env.now), accepted_s=accepted_s)
+                yield env.timeout(max(end_s - env.now, env.wall_s - env.now, 0.0))
+                end_s = float(env.now)
+            ledger.commit(batch, result, end_s, accepted_s=accepted_s)
         except RuntimeError:
             ledger.rollback(batch)
             raise
         self.where = "replay"
-        self._record(batch, reported, plan, (start_s, float(env.now), plan_s, predicted_s), counts)
-        self._settle()
+        self._record(batch, reported, plan, (start_s, end_s, plan_s, predicted_s), counts)
+        if ledger.ended:
+            self._settle()
         if ahead is not None:
             self.old_plan = (ahead[0], max(0.0, ahead[1] - lasted_s))
 
@@ -525,13 +543,27 @@ class _Run:
 
     def _jump(self, plan: Plan, plan_s: float) -> Generator[simpy.Event, Any, None]:
         """The step of a plan that is to be repeated, and its repetitions as far as nothing happens."""
-        assert isinstance(self.env, Clock) and self.repeating is not None
+        clock = self.env
+        assert isinstance(clock, Clock) and self.repeating is not None
         left = self.repeating[1]
-        most = None if left is None else left + 1
-        num = yield from jump(self.ledger, self.executor, self.env, plan, plan_s, most, self._horizon_s())
-        self.repeating = (plan, None if most is None else most - num)
-        self.num_polls += num - 1
+        most = math.inf if left is None else left + 1
+        run = self.ahead = Run(self.ledger, self.executor, plan, float(clock.now), plan_s, most, self._horizon_s())
+        if not clock.is_free(run.end_s):
+            run.event = clock.at(run.end_s)
+            yield run.event
+        run.finish()
+        self.ahead = None
+        # a job that came meanwhile ends the repetition
+        if self.repeating is not None:
+            self.repeating = (plan, None if left is None else left + 1 - run.num)
+        self.num_polls += run.num - 1
         self._settle()
+
+    def _cut(self) -> None:
+        """Something comes from outside: the ledger gets to where it would be by now."""
+        if self.ahead is not None:
+            assert isinstance(self.env, Clock)
+            self.ahead.cut(self.env.now, self.env)
 
     def _horizon_s(self) -> float:
         """Before this time nothing reaches the ledger from outside."""
@@ -547,7 +579,7 @@ class _Run:
             done = done_work(plan.work, batch, result).values
         ledger = self.ledger
         ledger.history.add_step(
-            batch, result, times, counts, plan.work.values, plan.queue_why, done=done, has_rows=ledger.needs_rows or not plan.decodes_all
+            batch, result, times, counts, plan.work.values, plan.queue_why, done=done, has_rows=ledger.needs_rows or plan.decodes_some
         )
         ledger.last, ledger.last_plan = (batch, result, start_s, predicted_s, plan_s), plan
 

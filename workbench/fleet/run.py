@@ -24,7 +24,7 @@ from workbench.loop.expected import length_predictor
 from workbench.loop.states import JobState, RequestState
 from workbench.loop.views import JobView
 from workbench.policy import Policy, policy_label
-from workbench.replay import ReplayError, _Run
+from workbench.replay import ReplayError, _Run, few_collections
 from workbench.results.conservation import ConservationError, check_conservation
 from workbench.results.replay import Replay
 from workbench.seeds import generator
@@ -114,11 +114,9 @@ class ReplicaRun(_Run):
         return super()._is_pending() or any(ready < math.inf for ready in self.ledger.away.values())
 
     def _horizon_s(self) -> float:
-        """Before this time nothing reaches the ledger from outside: the steps of other replicas do not, where no session waits for them."""
-        if self.arrivals.is_closed_loop:
-            return super()._horizon_s()
+        """Before this time nothing is known to reach the ledger from outside; an arrival cuts what was looked ahead at, as jobs do."""
         until_s = self.until if isinstance(self.until, (int, float)) else math.inf
-        return min(self.arrivals.next_s, self.arrivals.next_job_s, until_s, *self.ledger.away.values())
+        return min([until_s, *self.ledger.away.values()])
 
     def check_arrivals(self) -> None:
         """Raise ConservationError unless every request that was given to this replica arrived here."""
@@ -192,9 +190,10 @@ class FleetRun:
         self.where = "router"
         options = {"jobs": self.jobs, "slo": slo, "seed": seed, "clock": clock, "planning": planning, "lengths": lengths}
         options |= {"measure": measure, "overlap": overlap, "until": self.until, "evict": evict}
+        self.is_watched = False
         self.runs = [ReplicaRun(self, k, executor, policy, options) for k, executor in enumerate(executors)]
         rng = Random(f"router:{seed}")
-        self.views = tuple(ReplicaView(run.ledger, rng, run.number, run.book, self.env) for run in self.runs)
+        self.views = tuple(ReplicaView(run.ledger, rng, run.number, run.book, self.env, self._watch) for run in self.runs)
         self._predicted: tuple[tuple[str, int], float] = ("", 0), 0.0
         self.routed: dict[str, int] = {}
         self.placed: dict[str, int] = {}
@@ -284,17 +283,18 @@ class FleetRun:
         servers = env.all_of([env.process(run._guarded(run._serve())) for run in self.runs])
         if isinstance(env, WallClock):
             env.sync()
-        while not servers.triggered and self.failure is None:
-            try:
-                env.step()
-            except EmptySchedule:
-                # every replica sleeps, each for something that another one would have to bring about
-                if self.arrivals.is_stalled:
-                    left = self.arrivals.num_requests - self.arrivals.num_ended
-                    self.fail(RuntimeError(f"all replicas wait for one another, and {left} requests have not ended"), "fleet")
-                    return
-                self.arrivals.is_stalled = True
-                self.wake_all()
+        with few_collections():
+            while not servers.triggered and self.failure is None:
+                try:
+                    env.step()
+                except EmptySchedule:
+                    # every replica sleeps, each for something that another one would have to bring about
+                    if self.arrivals.is_stalled:
+                        left = self.arrivals.num_requests - self.arrivals.num_ended
+                        self.fail(RuntimeError(f"all replicas wait for one another, and {left} requests have not ended"), "fleet")
+                        return
+                    self.arrivals.is_stalled = True
+                    self.wake_all()
 
     def fail(self, error: BaseException, where: str) -> None:
         """End the replay with the first failure."""
@@ -306,10 +306,22 @@ class FleetRun:
         for run in self.runs:
             run._wake()
 
+    def _watch(self) -> None:
+        """The router looks at how far replicas are: now, and at every arrival to come, they are where the clock is."""
+        if not self.is_watched:
+            self.is_watched = True
+            self._cut()
+
+    def _cut(self) -> None:
+        if self.is_watched:
+            for run in self.runs:
+                run._cut()
+
     # arrivals
 
     def deliver(self, request: Request, at: float) -> None:
         """Give an arrival to the replica that the router chooses."""
+        self._cut()
         number = self._ask("route", routers.route, self._view_of(request, at))
         if number is None:
             return
@@ -340,6 +352,7 @@ class FleetRun:
         return state.view
 
     def _start_job(self, job: FinetuneJob) -> None:
+        self._cut()
         number = self.fleet.placement.get(job.id)
         if number is None:
             run = self.runs[0]
@@ -387,6 +400,7 @@ class FleetRun:
         if source is None or self._has(run, name) or run.ledger.away.get(name, math.inf) < math.inf:
             return
         info = source.infos[name]
+        run._cut()
         if name in run.infos:
             run.ledger.adapter_infos = run.infos
         else:
@@ -409,6 +423,7 @@ class FleetRun:
 
         def bring() -> Any:
             yield self.env.timeout(ready_s - self.env.now)
+            run._cut()
             try:
                 if is_new:
                     del run.ledger.away[info.name]

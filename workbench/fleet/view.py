@@ -1,13 +1,13 @@
 """What a router sees: every replica as a read-only view, with what was given to it and has not ended."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from random import Random
 from typing import TYPE_CHECKING
 
 from workbench.features import Work
 from workbench.loop.states import RequestState
-from workbench.loop.views import RequestView, View
+from workbench.loop.views import AdapterView, AdapterViews, RequestView, View
 
 if TYPE_CHECKING:
     import simpy
@@ -52,20 +52,54 @@ class ArrivalView(RequestView):
         return 0
 
 
+class _WatchedAdapters(AdapterViews):
+    """The adapters of one replica, whose state may depend on how far it is."""
+
+    __slots__ = ("_watch",)
+
+    def __init__(self, ledger: "Ledger", watch: Callable[[], None]) -> None:
+        super().__init__(ledger)
+        self._watch = watch
+
+    def __getitem__(self, name: str) -> AdapterView:
+        self._watch()
+        return super().__getitem__(name)
+
+
 class ReplicaView(View):
     """One replica, live: a policy's `View` of it (queues, `free`, `adapters`, `jobs`), and sums over the requests that it was given.
 
-    `rng` is one generator for all replicas of a replay, seeded with its seed, for routers that draw.
+    `rng` is one generator for all replicas of a replay, seeded with its seed, for routers that draw. Between arrivals a replica may be
+    behind the clock; `watch`, called before anybody looks at how far it is, brings it there, then and at every arrival to come.
     """
 
-    __slots__ = ("_book", "_env")
+    __slots__ = ("_book", "_env", "_of_replica", "_watch")
     _book: Book
     _env: "simpy.Environment"
+    _of_replica: "Ledger"
+    _watch: Callable[[], None]
 
-    def __init__(self, ledger: "Ledger", rng: Random, replica: int, book: Book, env: "simpy.Environment") -> None:
-        super().__init__(ledger, rng, None, replica)
-        object.__setattr__(self, "_book", book)
-        object.__setattr__(self, "_env", env)
+    def __init__(
+        self,
+        ledger: "Ledger",
+        rng: Random,
+        replica: int,
+        book: Book,
+        env: "simpy.Environment",
+        watch: Callable[[], None] = lambda: None,
+    ) -> None:
+        for name, value in (("_book", book), ("_env", env), ("_of_replica", ledger), ("_watch", watch)):
+            object.__setattr__(self, name, value)
+        super().__init__(ledger, rng, None, replica, _WatchedAdapters(ledger, watch))
+
+    @property
+    def _ledger(self) -> "Ledger":  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._watch()
+        return self._of_replica
+
+    @_ledger.setter
+    def _ledger(self, ledger: "Ledger") -> None:
+        assert ledger is self._of_replica
 
     @property
     def now_s(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -99,11 +133,11 @@ class ReplicaView(View):
     @property
     def resident_adapters(self) -> frozenset[str]:
         """Adapters with a version on its device."""
-        return frozenset(name for name, _ in self._ledger.slots.entries)
+        return frozenset(name for name, _ in self._of_replica.slots.entries)
 
     def rank(self, adapter: str | None) -> int:
         """The adapter's rank; 0 for the base, and for one that it does not know."""
-        info = None if adapter is None else self._ledger.adapter_infos.get(adapter)
+        info = None if adapter is None else self._of_replica.adapter_infos.get(adapter)
         return 0 if info is None else info.rank
 
     def cached_tokens(self, request: RequestView) -> int:

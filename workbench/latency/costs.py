@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +35,8 @@ from workbench.latency.terms import (
     term_names,
 )
 
-_CONTEXT = INDEX["decode_context"]
+MANY = 48  # from so many steps on arrays are faster than lists
+_CONTEXT, _ROWS, _ADAPTERS = (INDEX[name] for name in ("decode_context", "decode_tokens", "adapters"))
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class CostModel:
     costs: tuple[float, ...]
     padding: Padding = UNPADDED
     _fast: _Fast = field(init=False, repr=False, compare=False)
+    _decodes: dict[tuple[float, float], float] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """Of steps that only decode, without their context, by rows and adapters."""
 
     def __post_init__(self) -> None:
         names = term_names(self.padding)
@@ -111,11 +115,20 @@ class CostModel:
         """Usual duration in seconds of a step that does `work`."""
         return self._without_context(work) + self._fast.context * work.values[_CONTEXT]
 
-    def predict_decodes(self, work: Work, num_steps: int) -> list[float]:
-        """`predict`, bit for bit, of the next steps that decode the same rows: each reads one token more a row."""
-        fixed, cost = self._without_context(work), self._fast.context
-        context, rows = work.values[_CONTEXT], work.values[INDEX["decode_tokens"]]
-        return [fixed + cost * (context + k * rows) for k in range(num_steps)]
+    def predict_decodes(self, work: Work, num_steps: int, first: int = 0) -> Any:
+        """`predict`, bit for bit, of the next steps but the `first` ones that decode the same rows: each reads one token more a row.
+
+        A list where there are fewer than `MANY`, else an array.
+        """
+        cost, values = self._fast.context, work.values
+        context, rows = values[_CONTEXT], values[_ROWS]
+        key = (rows, values[_ADAPTERS])
+        fixed = self._decodes.get(key)
+        if fixed is None:
+            fixed = self._decodes[key] = self._without_context(work)
+        if num_steps < MANY:
+            return [fixed + cost * (context + k * rows) for k in range(first, first + num_steps)]
+        return fixed + cost * (context + np.arange(first, first + num_steps) * rows)
 
     def _without_context(self, work: Work) -> float:
         v, fast, padding = work.values, self._fast, self.padding

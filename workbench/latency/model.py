@@ -18,9 +18,9 @@ import pandas as pd
 
 from workbench import data, features
 from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, require
-from workbench.core import BUCKETS, AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, StepResult
+from workbench.core import BUCKETS, AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, StepResult, resolved
 from workbench.features import INDEX, NAMES, Work
-from workbench.latency.costs import CostModel, perturbed
+from workbench.latency.costs import MANY, CostModel, perturbed
 from workbench.latency.fit import ErrorReport, error_report, fit_costs, held_out_mask, is_outside, step_arrays
 from workbench.latency.residuals import Residuals, Stream, class_of
 from workbench.latency.terms import Padding
@@ -399,19 +399,18 @@ class LatencyModel:
         if ids is not None or (request.prompt is not None and self.tokenizer is not None):
             ids = data.prompt_token_ids(request, vocab_size=self.vocab_size, tokenizer=self.tokenizer)
             prompt = len(ids)
-        require(prompt >= 1, f"{name}: a prompt must have at least 1 token", prompt)
+        if prompt < 1:
+            require(False, f"{name}: a prompt must have at least 1 token", prompt)
         room = info.max_model_len - prompt
-        require(room >= 1, f"{name}: a prompt must be shorter than the context of {info.max_model_len} tokens", prompt)
+        if room < 1:
+            require(False, f"{name}: a prompt must be shorter than the context of {info.max_model_len} tokens", prompt)
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
         wanted = max_tokens if request.output_tokens is None else min(request.output_tokens, max_tokens)
         blocks = -(-(prompt + wanted) // info.block_tokens)
-        require(
-            blocks <= info.num_blocks,
-            f"{name}: a request must fit the KV pool of {info.num_blocks} blocks of {info.block_tokens} tokens",
-            blocks,
-            "Raise num_blocks.",
-        )
-        return replace(request, prompt_tokens=prompt, prompt_token_ids=ids, max_tokens=max_tokens)
+        if blocks > info.num_blocks:
+            rule = f"{name}: a request must fit the KV pool of {info.num_blocks} blocks of {info.block_tokens} tokens"
+            require(False, rule, blocks, "Raise num_blocks.")
+        return resolved(request, prompt, ids, max_tokens)
 
     def step(self, batch: Batch) -> StepResult:
         """Predicted duration with a recorded residual on it; the backward stops early where `stop_after_s` says so."""
@@ -440,16 +439,18 @@ class LatencyModel:
             duration_s=duration, gpu_s=duration, layers_done=done, stopped_early=done != planned, published=self._commit(batch, done)
         )
 
-    def preview(self, work: Work, num_steps: int) -> tuple[list[float], list[float]]:
+    def preview(self, work: Work, num_steps: int, first: int = 0) -> tuple[Sequence[float], Sequence[float]]:
         """Durations of the next steps, as policies predict them and as drawn, if each decodes the rows of `work`, which are all there is.
 
-        Exactly what `predictor` and `simulate` would give step by step. Nothing is drawn for good before `skip` says how many were made.
+        Exactly what `predictor` and `simulate` would give step by step, without the `first` ones; arrays or lists. Nothing is drawn for
+        good before `skip` says how many were made.
         """
         if self._draw is None:
             raise RuntimeError("preview() needs begin() first: pass the model as executor= to replay().")
-        means = self.costs.predict_decodes(work, num_steps)
-        drawn = list(map(mul, self._draw.preview(class_of(work), num_steps), means))
-        return means if self._seen is None else self._seen.predict_decodes(work, num_steps), drawn
+        means = self.costs.predict_decodes(work, num_steps, first)
+        factors = self._draw.preview(class_of(work), num_steps, first)
+        drawn: Any = factors * means if num_steps >= MANY else list(map(mul, factors.tolist(), means))
+        return means if self._seen is None else self._seen.predict_decodes(work, num_steps, first), drawn
 
     def skip(self, num_steps: int) -> None:
         """So many of the steps of the last `preview` were made."""

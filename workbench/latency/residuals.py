@@ -13,6 +13,7 @@ from workbench.features import Work
 from workbench.latency.terms import CLASSES, classes_of
 
 BLOCK = 16  # consecutive residuals drawn together: slow steps come in runs
+FILL = 1024  # at least so many are drawn ahead
 FEWEST = 8  # steps of a class; with fewer, those of all classes say how it varies
 
 
@@ -26,11 +27,12 @@ class Residuals:
         for kind in np.unique(kinds):
             chosen = np.flatnonzero(kinds == kind)
             rank[chosen[np.argsort(residual[chosen], kind="stable")]] = (np.arange(len(chosen)) + 0.5) / len(chosen)
-        self._series: list[list[float]] = []
+        series: list[np.ndarray] = []
         for kind in range(len(CLASSES)):
             chosen = residual[kinds == kind] if (kinds == kind).sum() >= FEWEST else residual
-            series = np.quantile(chosen, rank, method="hazen")
-            self._series.append(np.where((kinds == kind) & (len(chosen) < len(residual)), residual, series).tolist())
+            drawn = np.quantile(chosen, rank, method="hazen")
+            series.append(np.where((kinds == kind) & (len(chosen) < len(residual)), residual, drawn))
+        self._series = np.array(series)
 
     def stream(self, seed: int, noise: float = 0.0) -> "Stream":
         """The residuals of one replay, with independent noise of that standard deviation on top. Equal seeds give equal streams."""
@@ -38,43 +40,50 @@ class Residuals:
 
 
 class Stream:
-    """Draws 1 + the relative residual of the next step, at least 0.1, given its class; or of the next ones, to be made or not."""
+    """Draws 1 + the relative residual of the next step, at least 0.1, given its class; or of the next ones, to be made or not.
 
-    def __init__(self, series: list[list[float]], seed: int, noise: float) -> None:
-        self._series, self._noise, self._num = series, noise, len(series[0])
+    `series` [classes, steps] is what is drawn from, block by block: one row is taken according to the class of each step.
+    """
+
+    def __init__(self, series: np.ndarray, seed: int, noise: float) -> None:
+        self._series, self._noise = series, noise
+        self._factors = _factors(series)
         self._rng, self._extra_rng = random.Random(f"residuals:{seed}"), random.Random(f"noise:{seed}")
-        self._coming: list[int] = []
-        self._extra: list[float] = []
+        self._coming = np.empty((len(series), 0))  # factors [classes, steps at hand]
         self._at = 0
 
     def __call__(self, kind: int) -> float:
-        value = self.preview(kind, 1)[0]
+        if self._at == self._coming.shape[1]:
+            self._fill(1)
         self._at += 1
-        return value
+        return float(self._coming[kind, self._at - 1])
 
-    def preview(self, kind: int, num: int) -> list[float]:
-        """What the next `num` calls would give."""
-        if self._at + num > len(self._coming):
-            self._fill(num)
-        first, last, series = self._at, self._at + num, self._series[kind]
-        if self._noise:
-            pairs = zip(self._coming[first:last], self._extra[first:last], strict=True)
-            return [1.0 + max(series[k] + extra, -0.9) for k, extra in pairs]
-        return [1.0 + (r if (r := series[k]) > -0.9 else -0.9) for k in self._coming[first:last]]
+    def preview(self, kind: int, num: int, first: int = 0) -> np.ndarray:
+        """What the next `num` calls after the `first` ones would give."""
+        if self._at + first + num > self._coming.shape[1]:
+            self._fill(first + num)
+        first += self._at
+        return self._coming[kind, first : first + num]
 
     def skip(self, num: int) -> None:
         self._at += num
 
     def _fill(self, num: int) -> None:
-        """Let at least `num` places in the recording be at hand: whole blocks, from its end on to its beginning."""
-        del self._coming[: self._at], self._extra[: self._at]
-        self._at = 0
-        coming = self._coming
-        while len(coming) < num:
-            first = self._rng.randrange(self._num)
-            coming += [k % self._num for k in range(first, first + BLOCK)]
+        """Let at least `num` residuals be at hand: whole blocks, from the recording's end on to its beginning."""
+        kept, length = self._coming[:, self._at :], self._series.shape[1]
+        blocks = -(-max(num - kept.shape[1], FILL) // BLOCK)
+        starts = np.array([self._rng.randrange(length) for _ in range(blocks)])
+        which = ((starts[:, None] + np.arange(BLOCK)) % length).ravel()
         if self._noise:
-            self._extra += [self._extra_rng.gauss(0.0, self._noise) for _ in range(len(coming) - len(self._extra))]
+            new = _factors(self._series[:, which] + [self._extra_rng.gauss(0.0, self._noise) for _ in range(len(which))])
+        else:
+            new = self._factors[:, which]
+        self._coming = np.concatenate([kept, new], axis=1)
+        self._at = 0
+
+
+def _factors(residuals: np.ndarray) -> np.ndarray:
+    return 1.0 + np.maximum(residuals, -0.9)
 
 
 def class_of(work: Work) -> int:

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 def log_refused(ledger: "Ledger", plan: "Plan", start_s: float) -> None:
     """Log for which request the reason to leave it out is another one than in the plan before; none any more is an empty note."""
-    if not plan.refused and not ledger.refused:
-        return
     old, requests = ledger.refused, ledger.requests
     new = {name: why for name, why in plan.refused.items() if name in requests and not plan.is_named(name)}
     for name in old:
@@ -53,7 +51,8 @@ def commit_together(ledger: "Ledger", batch: Batch, result: StepResult, ended: "
     ledger.history.decoded(ledger.step, (now_s,))
     if result.tokens:
         ended = [s for segment in batch.of("decode") if _is_last(ledger, s := ledger.requests[segment.owner], result)]
-    end_together(ledger, ended, now_s)
+    if ended:
+        end_together(ledger, ended, now_s)
 
 
 def end_together(ledger: "Ledger", ended: "list[RequestState]", now_s: float) -> None:

@@ -5,6 +5,7 @@ the count of steps since then is the rest. Who needs a block in a step and who e
 """
 
 import heapq
+from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -128,6 +129,41 @@ class Decoding:
     def need_block(self, ahead: int = 0) -> dict[Any, None]:
         """Those that need a block in the decode after `ahead` more, in the order of `running`."""
         return self.growing[(self.count + ahead) % self.block_tokens]
+
+    def steps_to_block(self, num_free: int) -> int:
+        """For how many more decodes of all `num_free` blocks are enough, or at least for how many."""
+        whole, left = divmod(num_free, self.num)
+        steps = whole * self.block_tokens
+        if whole < 64:
+            for ahead in range(self.block_tokens):
+                left -= len(self.growing[(self.count + ahead) % self.block_tokens])
+                if left < 0:
+                    break
+                steps += 1
+        return steps
+
+    def grow_ahead(self, num_steps: int, num_free: int) -> "tuple[list[Any], array[int]]":
+        """Who needs a block in the next decodes, in their order, and the free blocks before each of them, of now `num_free`."""
+        growing, first, every = self.growing, self.count, self.block_tokens
+        states: list[Any] = []
+        free = array("q")
+        if num_steps <= every:
+            for count in range(first, first + num_steps):
+                free.append(num_free)
+                needed = growing[count % every]
+                if needed:
+                    states += needed
+                    num_free -= len(needed)
+            return states, free
+        cycle = [(k, needed) for k in range(every) if (needed := growing[(first + k) % every])]
+        for more in range(0, num_steps, every):
+            for k, needed in cycle:
+                if k + more < num_steps:
+                    free.extend(array("q", (num_free,)) * (k + more + 1 - len(free)))
+                    states += needed
+                    num_free -= len(needed)
+        free.extend(array("q", (num_free,)) * (num_steps - len(free)))
+        return states, free
 
     @property
     def steps_to_end(self) -> int:

@@ -6,6 +6,7 @@ they follow from each request's `Stint` and from the ends of the steps. So do th
 
 from array import array
 from collections.abc import Sequence
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ WorkRow = tuple[int, str, str, int, int, str | None, int]
 
 STEP_TIMES = ("end_s", "duration_s", "predicted_s")
 RUN_TIMES = ("start_s", "plan_s", "gpu_s", "host_s")
+RUN_COLUMNS = ("step", *RUN_TIMES, "waiting", "running")
+_packed = Struct(f"{len(RUN_COLUMNS) + len(NAMES)}d").pack
 _CONTEXT, _ROWS = INDEX["decode_context"], INDEX["decode_tokens"]
 _KIND_RANK = {"finetune": 0, "evaluate": 1, "prefill": 2, "decode": 3, "backward": 4}
 RICH = ("tokens", "layers_done", "losses", "eval_losses", "published")
@@ -33,8 +36,8 @@ RICH = ("tokens", "layers_done", "losses", "eval_losses", "published")
 class History:
     """The rows of a replay so far; those of steps before `first_step`, and of counts of the group before `first_count`, it forgot.
 
-    Runs are steps in a row that did the same work but for longer contexts: `run_first` is the first one's number, and the other `run_`
-    columns are about it; a later step begins where the one before ended, without planning. Counts of the decoding group have runs, too:
+    Runs are steps in a row that did the same work but for longer contexts: a row of `runs` (`RUN_COLUMNS`, then the features) is about the
+    first one; a later step begins where the one before ended, without planning. Counts of the decoding group have runs, too:
     in `decoded_step` the step of the first, in `decoded_after` how many rows of `events` came before their tokens, and in `decoded_s`
     the end of each count. `batches` holds what the batches without the rows of the group had beside them, where anything; `released` what
     those of longer runs released; `odd_rows` how many rows a batch had for the group where not one each, which `conservation` reports.
@@ -49,12 +52,9 @@ class History:
         self.decoded_step: list[int] = []
         self.decoded_after: list[int] = []
         self.decoded_s = array("d")
-        self.times: dict[str, array[float]] = {name: array("d") for name in STEP_TIMES}
+        self.end_s, self.duration_s, self.predicted_s = array("d"), array("d"), array("d")
         self.free_blocks = array("q")
-        self.run_times = array("d")
-        self.run_first: list[int] = []
-        self.run_features = array("d")
-        self.run_counts = array("q")
+        self.runs = array("d")
         self.run_why: list[str] = []
         self.stopped: dict[int, Sequence[float]] = {}
         self.read_s: dict[int, float] = {}
@@ -72,7 +72,7 @@ class History:
 
     @property
     def num_runs(self) -> int:
-        return len(self.run_first)
+        return len(self.run_why)
 
     def decoded(self, step: int, ends: Sequence[float]) -> None:
         """In the steps from `step` on, with these ends, the whole group decoded; all of `events` so far came before their tokens."""
@@ -102,26 +102,25 @@ class History:
         the group.
         """
         step = batch.step
-        at = self.times
         start_s, end_s, plan_s, predicted_s = times
-        at["end_s"].append(end_s)
+        self.end_s.append(end_s)
         if isinstance(result, StepResult):
             duration_s, gpu_s, host_s = result.duration_s, result.gpu_s, result.host_s
         else:
             duration_s, gpu_s, host_s, result = result, result, 0.0, NOTHING
-        at["duration_s"].append(duration_s)
-        at["predicted_s"].append(predicted_s)
-        self.run_times.extend((start_s, plan_s, gpu_s, host_s))
-        self.run_first.append(step)
-        self.run_features.extend(features)
-        self.run_counts.extend(counts[:2])
-        self.free_blocks.append(counts[2])
+        self.duration_s.append(duration_s)
+        self.predicted_s.append(predicted_s)
+        waiting, running, free_blocks = counts
+        self.runs.frombytes(_packed(step, start_s, plan_s, gpu_s, host_s, waiting, running, *features))
+        self.free_blocks.append(free_blocks)
         self.run_why.append(queue_why)
         if done is not None:
             self.stopped[step] = done
         if batch.loads:
             self.read_s[step] = sum([load.read_s for load in batch.loads])
-        if result.stopped_early or result.tokens or result.layers_done or result.losses or result.eval_losses or result.published:
+        if result is not NOTHING and any(
+            (result.stopped_early, result.tokens, result.layers_done, result.losses, result.eval_losses, result.published)
+        ):
             self.results[step] = result
         if has_rows:
             self.digests[step] = batch.digest()
@@ -156,18 +155,25 @@ class History:
         released: tuple[str, ...],
     ) -> None:
         """Steps from `step` on in which only the group decoded; planning counts for the first of them."""
-        at = self.times
-        at["end_s"].extend(ends)
-        at["duration_s"].extend(durations)
-        at["predicted_s"].extend(predicted)
-        self.run_times.extend((start_s, plan_s, durations[0], 0.0))
+        self.end_s.extend(ends)
+        self.duration_s.extend(durations)
+        self.predicted_s.extend(predicted)
+        self.runs.frombytes(_packed(step, start_s, plan_s, durations[0], 0.0, *counts, *features))
         self.free_blocks.extend(free_blocks)
-        self.run_first.append(step)
-        self.run_features.extend(features)
-        self.run_counts.extend(counts)
         self.run_why.append(queue_why)
         if released:
             self.released[step] = released
+
+    def drop_steps(self, num: int) -> None:
+        """Forget the last `num` steps, all of the latest run: they did not end."""
+        if num:
+            for values in (self.end_s, self.duration_s, self.predicted_s, self.free_blocks):
+                del values[-num:]
+            width = len(RUN_COLUMNS) + len(NAMES)
+            if self.runs[-width] == self.num_steps:
+                del self.runs[-width:]
+                self.run_why.pop()
+                self.released.pop(self.num_steps, None)
 
     @property
     def size(self) -> int:
@@ -177,10 +183,9 @@ class History:
     def forget(self) -> None:
         """Forget all rows; what is decoded from now on is known as before."""
         self.first_step, self.first_count, self.num_decoded = self.num_steps, self.decoding.count, 0
-        columns = (self.run_times, self.run_features, self.run_counts, self.free_blocks, self.decoded_s, *self.times.values())
-        for values in columns:
+        for values in (self.runs, self.free_blocks, self.decoded_s, self.end_s, self.duration_s, self.predicted_s):
             del values[:]
-        rows = (self.events, self.work, self.run_first, self.run_why, self.decoded_first, self.decoded_step, self.decoded_after)
+        rows = (self.events, self.work, self.run_why, self.decoded_first, self.decoded_step, self.decoded_after)
         of_steps = (self.stopped, self.read_s, self.results, self.digests, self.odd_rows, self.batches, self.released)
         for values in (*rows, *of_steps, self.decoding.stints):
             values.clear()
@@ -275,19 +280,27 @@ class History:
     def features(self) -> np.ndarray:
         """Planned work of each step by `features.NAMES` [steps, len(NAMES)]."""
         num = self.run_lengths()
-        values = np.repeat(np.asarray(self.run_features).reshape(-1, len(NAMES)), num, axis=0)
+        values = np.repeat(self.run_rows()[:, len(RUN_COLUMNS) :], num, axis=0)
         place = np.arange(len(values)) - np.repeat(np.cumsum(num) - num, num)
         values[:, _CONTEXT] += place * values[:, _ROWS]
         return values
 
+    def run_rows(self) -> np.ndarray:
+        """What is known of each run's first step, by `RUN_COLUMNS` and `features.NAMES` [runs, columns]."""
+        return np.array(self.runs, float).reshape(-1, len(RUN_COLUMNS) + len(NAMES))
+
     def run_lengths(self) -> np.ndarray:
         """How many steps each run has [runs]."""
-        return np.diff(np.append(np.asarray(self.run_first, np.int64), self.num_steps))
+        return np.diff(np.append(self.run_rows()[:, 0].astype(np.int64), self.num_steps))
+
+    def run_counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Waiting and running requests when each run began [runs]."""
+        return tuple(self.run_rows()[:, RUN_COLUMNS.index(name)].astype(np.int64) for name in ("waiting", "running"))  # type: ignore[return-value]
 
     def steps_frame(self, predictor: Predictor | None, num_layers: int) -> pd.DataFrame:
         """`steps`: one row for each step, its duration divided among the kinds of work by `step_parts`."""
         num, features = self.run_lengths(), self.features()
-        waiting, running = np.asarray(self.run_counts, np.int64).reshape(-1, 2).T
+        waiting, running = self.run_counts()
         steps = np.arange(self.first_step, self.num_steps)
         data: dict[str, Any] = {"step": steps} | self.all_times()
         stopped = np.isin(steps, [step for step, result in self.results.items() if result.stopped_early])
@@ -307,13 +320,13 @@ class History:
 
     def all_times(self) -> dict[str, np.ndarray]:
         """Start, end, duration, device, host, planning and predicted seconds of each step [steps], by column of `steps`."""
-        out = {name: np.array(self.times[name], float) for name in STEP_TIMES}
-        first = np.array(self.run_first, np.int64) - self.first_step
-        at_first = np.array(self.run_times, float).reshape(-1, len(RUN_TIMES))
+        out = {name: np.array(getattr(self, name), float) for name in STEP_TIMES}
+        rows = self.run_rows()
+        first = rows[:, 0].astype(np.int64) - self.first_step
         out |= {"start_s": np.roll(out["end_s"], 1), "plan_s": np.zeros(len(out["end_s"]))}
         out |= {"gpu_s": out["duration_s"].copy(), "host_s": np.zeros(len(out["end_s"]))}
-        for name, values in zip(RUN_TIMES, at_first.T, strict=True):
-            out[name][first] = values
+        for name in RUN_TIMES:
+            out[name][first] = rows[:, RUN_COLUMNS.index(name)]
         return out
 
     def all_results(self) -> list[StepResult]:

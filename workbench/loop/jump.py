@@ -6,16 +6,16 @@ An executor takes part if it has `preview` and `skip` (`latency.LatencyModel`): 
 steps, to have no commands and to change no adapter in them.
 """
 
+from array import array
 from bisect import bisect_left
-from collections.abc import Generator
 from itertools import accumulate
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import simpy
 
 from workbench.core import Batch
-from workbench.features import INDEX, Work
 from workbench.loop.checks import check_duration
 from workbench.loop.commit import end_together, log_refused
 
@@ -25,19 +25,9 @@ if TYPE_CHECKING:
     from workbench.loop.plan import Plan
 
 FIRST_AT_ONCE, MOST_AT_ONCE = 24, 1536
-"""So many durations are drawn ahead: at first, then four times as many each time, up to the most."""
+"""So many durations are drawn ahead where it is not known how many will do: at first, then four times as many each time; and at most."""
 
 NO_ROWS = Batch(step=0)
-_CONTEXT = INDEX["decode_context"]
-
-
-class Run(NamedTuple):
-    """Steps of a jump: each one's end, duration, predicted duration, and free blocks at its start."""
-
-    ends: list[float]
-    durations: list[float]
-    predicted: list[float]
-    free_blocks: list[int]
 
 
 def is_alone(plan: "Plan") -> bool:
@@ -46,91 +36,158 @@ def is_alone(plan: "Plan") -> bool:
     return plan.decodes_all and not (others or plan.preempted or plan.rejected or plan.evicted or plan.held)
 
 
-def jump(
-    ledger: "Ledger", executor: Any, clock: "Clock", plan: "Plan", plan_s: float, most: int | None, horizon_s: float
-) -> Generator[simpy.Event, Any, int]:
-    """Run the plan, and the same again until something happens or `most` steps are made; gives their number, at least 1.
+class Run:
+    """The steps of a plan and of its repetitions, looked at ahead and then made: their tokens counted, their rows written.
 
-    `horizon_s` is the time of the next event that could reach the ledger: the step that it falls into is the last one. Planning counts for
-    the first step.
+    `ends`, `durations` and `predicted` are of every step that could be made: before `horizon_s`, the time of the next event that is known
+    to reach the ledger, or with that event in the last of them; at most `most`. Where something comes before, `cut` leaves out those
+    after it. Until then nothing is taken and nothing drawn. Planning counts for the first step.
+
+    The serving loop waits at the end of the last step for `event`, then calls `finish`; what comes from outside before has to `cut` first.
     """
-    group, history, start_s = ledger.decoding, ledger.history, float(clock.now)
-    counts = (len(ledger.requests) - len(ledger.running), len(ledger.running))
-    if plan.refused or ledger.refused:
-        log_refused(ledger, plan, start_s + plan_s)
-    released = tuple(ledger.released)
-    ledger.released.clear()
-    run = _grow(ledger, executor, plan, start_s, plan_s, inf if most is None else most, horizon_s)
-    ends, step, num = run.ends, ledger.step, len(run.ends)
-    history.add_run(step, start_s, plan_s, *run, counts=counts, features=plan.work.values, queue_why=plan.queue_why, released=released)
-    end_s, before = ends[-1], 0
-    if not clock.is_free(end_s):
-        # what arrives in the last step belongs to it, and comes before its tokens
-        if num > 1:
-            history.decoded(step, ends[:-1])
-            group.advance(num - 1, ends[-2])
-            ledger.step += num - 1
-            before = num - 1
-            if not clock.is_free(ends[-2]):
-                yield clock.at(ends[-2])
-        yield clock.at(end_s)
-    history.decoded(step + before, ends[before:])
-    ledger.step = step + num - 1
-    ended = group.advance(num - before, end_s)
-    if ended:
-        end_together(ledger, ended, end_s)
-        if not ledger.num_resident:
-            ledger.slots.unprotect()
-    last_s = start_s if num == 1 else ends[-2]
-    ledger.last = (NO_ROWS, run.durations[-1], last_s, run.predicted[-1], plan_s if num == 1 else 0.0)
-    ledger.last_plan = plan
-    ledger.step += 1
-    return num
 
+    __slots__ = (
+        "counts",
+        "durations",
+        "ends",
+        "event",
+        "executor",
+        "is_fixed",
+        "ledger",
+        "made",
+        "num",
+        "plan",
+        "plan_s",
+        "predicted",
+        "released",
+        "start_s",
+        "step",
+    )
 
-def _grow(ledger: "Ledger", executor: Any, plan: "Plan", start_s: float, plan_s: float, most: float, horizon_s: float) -> Run:
-    """How the steps go, and the blocks that they need, taken in their order."""
-    group, num_free = ledger.decoding, ledger.blocks.num_free
-    most = min(most, group.steps_to_end)
-    run = Run([], [], [], [])
-    work, now_s, delay_s, at_once = Work(plan.work.values), start_s, plan_s, FIRST_AT_ONCE
-    while len(run.ends) < most:
-        made = len(run.ends)
-        work.values[_CONTEXT] = group.context + made * group.num
-        predicted, drawn = executor.preview(work, min(most - made, at_once))
-        at_once = min(4 * at_once, MOST_AT_ONCE)
-        ends = list(accumulate([delay_s + drawn[0], *drawn[1:]], initial=now_s))[1:]
-        num = min(bisect_left(ends, horizon_s) + 1, len(ends))
-        free_blocks = _take_blocks(ledger, group.count + made, num, num_free)
-        num = len(free_blocks)
-        executor.skip(num)
-        if num:
-            now_s, delay_s = ends[num - 1], 0.0
-            num_free = ledger.blocks.num_free
-            run.ends.extend(ends[:num])
-            run.durations.extend(drawn[:num])
-            run.predicted.extend(predicted[:num])
-            run.free_blocks.extend(free_blocks)
-        if num < len(ends) or now_s >= horizon_s:
-            break
-    if not (min(run.durations) >= 0 and now_s < inf):
-        check_duration(min(run.durations))
-        check_duration(max(run.durations))
-    return run
+    def __init__(self, ledger: "Ledger", executor: Any, plan: "Plan", start_s: float, plan_s: float, most: float, horizon_s: float) -> None:
+        self.ledger, self.executor, self.plan, self.start_s, self.plan_s = ledger, executor, plan, start_s, plan_s
+        self.step = ledger.step
+        self.counts = (len(ledger.requests) - len(ledger.running), len(ledger.running))
+        if plan.refused or ledger.refused:
+            log_refused(ledger, plan, start_s + plan_s)
+        self.released = tuple(ledger.released)
+        ledger.released.clear()
+        self.ends, self.durations, self.predicted = array("d"), array("d"), array("d")
+        self._look_ahead(most, horizon_s)
+        self.num, self.made = len(self.ends), 0
+        self.is_fixed = False
+        self.event: simpy.Event | None = None
 
+    def _look_ahead(self, most: float, horizon_s: float) -> None:
+        """How the steps go."""
+        ledger, work, ends, durations = self.ledger, self.plan.work, self.ends, self.durations
+        most = min(most, ledger.decoding.steps_to_end, ledger.decoding.steps_to_block(ledger.blocks.num_free))
+        now_s, delay_s, at_once = self.start_s, self.plan_s, MOST_AT_ONCE
+        if horizon_s < inf:
+            step_s = ledger.jump_step_s
+            at_once = min(max(int((horizon_s - now_s) / step_s * 1.2) + 2, 2), MOST_AT_ONCE) if step_s > 0 else FIRST_AT_ONCE
+        while len(ends) < most:
+            predicted, drawn = self.executor.preview(work, int(min(most - len(ends), at_once)), len(ends))
+            at_once = min(max(4 * at_once, FIRST_AT_ONCE), MOST_AT_ONCE)
+            first_s = now_s + (delay_s + drawn[0])
+            if isinstance(drawn, np.ndarray):
+                ahead: Any = drawn.copy()
+                ahead[0] = first_s
+                np.add.accumulate(ahead, out=ahead)
+                least_s = np.minimum.reduce(drawn)
+            else:
+                ahead = list(accumulate(drawn[1:], initial=first_s))
+                least_s = min(drawn)
+            now_s, delay_s = float(ahead[-1]), 0.0
+            if not (least_s >= 0 and now_s < inf):
+                for duration_s in drawn:
+                    check_duration(duration_s)
+            if now_s >= horizon_s:
+                num = bisect_left(ahead, horizon_s) + 1
+                predicted, drawn, ahead = predicted[:num], drawn[:num], ahead[:num]
+                most = 0
+            for column, values in ((self.predicted, predicted), (durations, drawn), (ends, ahead)):
+                column.frombytes(values.tobytes()) if isinstance(values, np.ndarray) else column.fromlist(values)
 
-def _take_blocks(ledger: "Ledger", first: int, num: int, num_free: int) -> list[int]:
-    """Let the group grow in `num` steps from its count `first` on, or in fewer if blocks are lacking: the free ones before each step."""
-    growing, block_tokens = ledger.decoding.growing, ledger.decoding.block_tokens
-    out = []
-    for count in range(first, first + num):
-        needed = growing[count % block_tokens]
-        if needed:
-            if len(needed) > num_free:
-                break
-            ledger.grow(needed)
-            out.append(num_free)
-            num_free -= len(needed)
+    @property
+    def end_s(self) -> float:
+        """When its last step ends."""
+        return self.ends[self.num - 1]
+
+    def cut(self, now_s: float, clock: "Clock") -> None:
+        """Something comes from outside: the step that it falls into becomes the last one, and those before it are made."""
+        if not self.is_fixed:
+            last = bisect_left(self.ends, now_s)
+            if last + 1 < self.num and self.event is not None:
+                # whoever waits for the end waits for another one
+                event = clock.at(self.ends[last])
+                event.callbacks, self.event.callbacks = self.event.callbacks, event.callbacks
+                self.event = event
+            self._fix(last + 1)
+            if last:
+                self._make(last)
+                self.ledger.now_s = self.ends[last - 1]
+
+    def stop(self, now_s: float) -> None:
+        """The replay is stopped: only the steps that have ended are made."""
+        if self.is_fixed:
+            self.ledger.history.drop_steps(self.num - self.made)
         else:
-            out.append(num_free)
-    return out
+            num = bisect_left(self.ends, now_s)
+            if num:
+                self._fix(num)
+                self._make(num)
+
+    def finish(self) -> None:
+        """Make all the steps that are left; the clock stands at the end of the last one."""
+        ledger, num = self.ledger, self.num
+        if not self.is_fixed:
+            self._fix(num)
+        end_s = self.ends[num - 1]
+        ended = self._make(num)
+        ledger.step = self.step + num - 1
+        if ended:
+            end_together(ledger, ended, end_s)
+            if not ledger.num_resident:
+                ledger.slots.unprotect()
+        ledger.jump_step_s = self.durations[num - 1]
+        ledger.step += 1
+
+    def _fix(self, num: int) -> None:
+        """Its first `num` steps will be made: take the blocks that they need, in the order of the steps, and write their rows."""
+        self.num, self.is_fixed = num, True
+        ledger = self.ledger
+        if num < len(self.ends):
+            del self.ends[num:], self.durations[num:], self.predicted[num:]
+        plan = self.plan
+        growing, free_blocks = ledger.decoding.grow_ahead(num, ledger.blocks.num_free)
+        if growing:
+            ledger.grow(growing)
+        self.executor.skip(num)
+        ledger.history.add_run(
+            self.step,
+            self.start_s,
+            self.plan_s,
+            self.ends,
+            self.durations,
+            self.predicted,
+            free_blocks,
+            counts=self.counts,
+            features=plan.work.values,
+            queue_why=plan.queue_why,
+            released=self.released,
+        )
+
+    def _make(self, upto: int) -> "list[Any]":
+        """Count the tokens of the steps before `upto` that are not made yet; the requests that have reached their limit with them."""
+        made, ledger = self.made, self.ledger
+        if upto == made:
+            return []
+        ends = self.ends[made:upto] if made or upto < len(self.ends) else self.ends
+        ledger.history.decoded(self.step + made, ends)
+        self.made, last = upto, upto - 1
+        ledger.step = self.step + upto
+        start_s = self.ends[last - 1] if last else self.start_s
+        ledger.last = (NO_ROWS, self.durations[last], start_s, self.predicted[last], 0.0 if last else self.plan_s)
+        ledger.last_plan = self.plan
+        return ledger.decoding.advance(upto - made, ends[-1])

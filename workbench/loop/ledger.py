@@ -38,7 +38,8 @@ class Ledger:
 
     `away` holds adapters that are not in this replica's host memory, and when they will be (inf: not on their way); see `fleet.Fleet`.
     `rows` holds the event rows that were written out; the tokens of steps in which all running requests decoded are in `decoding`.
-    Without `needs_rows` a batch leaves those decode rows out: for an executor that only wants the sums.
+    Without `needs_rows` a batch leaves those decode rows out, and holds a `Row` for any other Segment: for an executor that only wants the
+    sums.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Ledger:
         self.running: dict[str, RequestState] = {}
         self.decoding = Decoding(info.block_tokens)
         self.needs_rows = True
+        self.segment: Callable[..., Segment] = Segment
         self.begun: dict[str, RequestState] = {}
         self.preempted: dict[str, RequestState] = {}
         self.fresh: dict[str, RequestState] = {}
@@ -83,6 +85,7 @@ class Ledger:
         self.num_arrived = 0
         self.last: tuple[Batch, StepResult | float, float, float, float] | None = None
         self.last_plan: Plan | None = None
+        self.jump_step_s = 0.0  # what a step of the latest jump took
         self.limits = Room(
             tokens=info.max_batch_tokens,
             requests=info.max_requests,
@@ -142,7 +145,8 @@ class Ledger:
     @property
     def waiting_views(self) -> tuple[RequestView, ...]:
         if self._waiting_views is None:
-            self._waiting_views = tuple([s.view for s in self.waiting_states()])
+            queues = (self.begun, self.preempted, self.fresh)
+            self._waiting_views = tuple([s.view for queue in queues for s in queue.values()]) if any(queues) else ()
         return self._waiting_views
 
     @property
@@ -317,11 +321,16 @@ class Ledger:
         known = self.adapter_infos
         if not self.host.is_seeded:
             self.host.seed(self)
-        if self.cache is not None:
-            self.cache.forget_stale(lambda key: key[0] in known and known[key[0]].version == key[1])
+        self.forget_stale()
         gone = [s for s in self.fresh.values() if s.adapter is not None and s.adapter not in known]
         for s in gone:
             self.end(s, "rejected", now_s, f"adapter {s.adapter!r} was unloaded while the request waited")
+
+    def forget_stale(self) -> None:
+        """Let nobody find in the prefix cache what an adapter's earlier version has computed."""
+        if self.cache is not None and self.cache.tables:
+            known = self.adapter_infos
+            self.cache.forget_stale(lambda key: key[0] in known and known[key[0]].version == key[1])
 
     def command(self, command: Command, now_s: float) -> None:
         """A user's command on a job: pause, resume, stop; publish is logged when the executor reports the version."""
@@ -375,18 +384,24 @@ class Ledger:
             s.blocks, s.table, s.capacity, s.prefilled = [], (), 0, 0
 
     def leave_queues(self, s: RequestState) -> None:
-        for queue in (self.running, self.begun, self.preempted, self.fresh):
-            if queue.pop(s.id, None) is not None:
-                break
+        if self.running.pop(s.id, None) is not None:
+            self._running_views = None
+        else:
+            for queue in (self.fresh, self.begun, self.preempted):
+                if queue.pop(s.id, None) is not None:
+                    self._waiting_views = None
+                    break
         if s.stint is not None:
             self.decoding.leave(s)
-        self._running_views = self._waiting_views = None
 
     def enter_queue(self, s: RequestState, queue: dict[str, RequestState]) -> None:
         self.leave_queues(s)
         queue[s.id] = s
         if queue is self.running:
+            self._running_views = None
             self.decoding.join(s)
+        else:
+            self._waiting_views = None
 
     def close(self, time_s: float) -> None:
         """The replay ends: everything that is held is given back; requests still there stay unfinished."""
@@ -448,20 +463,25 @@ class Ledger:
             raise
 
     def _apply(self, plan: Plan, undo: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Batch:
-        for s, reason in plan.rejected.values():
-            self._release(s, undo)
-            self._at_start.append(("aborted" if s.admitted else "rejected", s.id, s.adapter, None, reason))
-        for s in plan.preempted.values():
-            self._release(s, undo)
-            self._at_start.append(("preempted", s.id, s.adapter, None, ""))
+        if plan.rejected or plan.preempted:
+            for s, reason in plan.rejected.values():
+                self._release(s, undo)
+                self._at_start.append(("aborted" if s.admitted else "rejected", s.id, s.adapter, None, reason))
+            for s in plan.preempted.values():
+                self._release(s, undo)
+                self._at_start.append(("preempted", s.id, s.adapter, None, ""))
         loads = self._swap_slots(plan, undo) if plan.loads or plan.evicted else ()
-        segments = [self._training_segment(plan, s, n, "finetune", undo) for s, n in plan.finetunes]
-        segments += [self._training_segment(plan, s, n, "evaluate", undo) for s, n in plan.evaluates]
-        # all of them before any block is taken, which may evict what another one has found
-        for owner, found in plan.found.items():
-            self._hold_found(self.requests[owner], found, undo)
+        segments: list[Segment] = []
+        if plan.finetunes or plan.evaluates:
+            segments += [self._training_segment(plan, s, n, "finetune", undo) for s, n in plan.finetunes]
+            segments += [self._training_segment(plan, s, n, "evaluate", undo) for s, n in plan.evaluates]
+        admitted: tuple[Request, ...] = ()
         if plan.prefills:
+            # all of them before any block is taken, which may evict what another one has found
+            for owner, found in plan.found.items():
+                self._hold_found(self.requests[owner], found, undo)
             segments += sorted([self._prefill_segment(s, n, info, undo) for s, n, info in plan.prefills], key=_by_adapter)
+            admitted = tuple([s.request for s, _, _ in plan.prefills if not s.admitted])
         if plan.decodes_all:
             needed = self.decoding.need_block()
             if needed:
@@ -471,18 +491,12 @@ class Ledger:
         if not plan.decodes_all or self.needs_rows:
             segments += sorted([self._decode_segment(s, undo) for s in plan.decodes], key=_by_adapter)
         released: tuple[str, ...] = ()
-        if not plan.empty:
+        if self.released and not plan.empty:
             released = tuple(self.released)
             undo.append((self.released.extend, (released,)))
             self.released.clear()
-        return Batch(
-            step=self.step,
-            segments=tuple(segments),
-            backwards=tuple([self._backward(s, n) for s, n in plan.backwards]),
-            loads=loads,
-            admitted=tuple([s.request for s, _, _ in plan.prefills if not s.admitted]),
-            released=released,
-        )
+        backwards = tuple([self._backward(s, n) for s, n in plan.backwards]) if plan.backwards else ()
+        return Batch(self.step, tuple(segments), backwards, loads, admitted, released)
 
     def _release(self, s: RequestState, undo: list[Any]) -> None:
         if not s.blocks:
@@ -535,7 +549,7 @@ class Ledger:
         end = s.prefilled + n
         blocks = tuple(s.blocks[: -(-end // self.info.block_tokens)])
         version = 0 if s.key is None else s.key[1]
-        return Segment("prefill", s.id, s.adapter, version, s.prefilled, n, blocks, end == s.context)
+        return self.segment("prefill", s.id, s.adapter, version, s.prefilled, n, blocks, end == s.context)
 
     def _unbegin(self, s: RequestState, num_found: int, key: Version | None, info: AdapterInfo | None) -> None:
         self.blocks.untake(s.blocks[num_found:])
@@ -568,7 +582,7 @@ class Ledger:
         if not s.table:
             s.table = tuple(s.blocks)
         version = 0 if s.key is None else s.key[1]
-        return Segment("decode", s.id, s.adapter, version, s.context - 1, 1, s.table, True)
+        return self.segment("decode", s.id, s.adapter, version, s.context - 1, 1, s.table, True)
 
     def _ungrow(self, states: tuple[RequestState, ...]) -> None:
         self.blocks.untake([s.blocks.pop() for s in states])
@@ -584,7 +598,7 @@ class Ledger:
             j.rows = start
             undo.append((self._unreserve, (j,)))
         index = j.index if kind == "finetune" else j.eval_index
-        return Segment(kind, j.id, j.job.adapter, 0, j.offset, n, micro_batch=index, rows=j.rows, documents=j.current.documents)
+        return self.segment(kind, j.id, j.job.adapter, 0, j.offset, n, micro_batch=index, rows=j.rows, documents=j.current.documents)
 
     def _unreserve(self, j: JobState) -> None:
         self.arena.release(j.id)
@@ -625,33 +639,37 @@ class Ledger:
                 raise RuntimeError(f"an executor that reports tokens must report one for each sampled row, missing {missing}")
         self._plan = self._undo = None
         start_s = now_s if accepted_s is None else accepted_s
-        rejected = {f: s for f, (s, _) in plan.rejected.items()}
-        for kind, owner, adapter, value, note in self._at_start:
-            if owner in rejected and kind in ("rejected", "aborted"):
-                self.end(rejected[owner], kind, start_s, note)
-                continue
-            self.log(start_s, kind, owner, adapter, value, note)
+        if self._at_start:
+            rejected = {f: s for f, (s, _) in plan.rejected.items()}
+            for kind, owner, adapter, value, note in self._at_start:
+                if owner in rejected and kind in ("rejected", "aborted"):
+                    self.end(rejected[owner], kind, start_s, note)
+                    continue
+                self.log(start_s, kind, owner, adapter, value, note)
+            self._at_start = []
         for s in plan.preempted.values():
             s.phase = "waiting"
             s.preemptions += 1
             self.enter_queue(s, self.preempted)
-        if len(plan.preempted) and len(self.preempted) > 1:
+        if plan.preempted and len(self.preempted) > 1:
             self.preempted = dict(sorted(self.preempted.items(), key=lambda item: item[1].seq))
         for owner, paused in plan.held.items():
             self.set_paused(self.jobs[owner], paused, start_s)
-        log_refused(self, plan, start_s)
+        if plan.refused or self.refused:
+            log_refused(self, plan, start_s)
         # before anybody joins them
         ended = self.decoding.advance(1, now_s) if plan.decodes_all else None
-        commit_prefills(self, batch, result, start_s, now_s)
+        if plan.prefills:
+            commit_prefills(self, batch, result, start_s, now_s)
         if ended is not None:
             commit_together(self, batch, result, ended, now_s)
         elif plan.decodes:
             commit_decodes(self, batch, result, now_s)
-        commit_jobs(self, batch, result, now_s)
+        if plan.finetunes or plan.backwards or plan.evaluates or result.published:
+            commit_jobs(self, batch, result, now_s)
         if not self.num_resident:
             self.slots.unprotect()
         self.step += not plan.empty
-        self._at_start = []
 
 
 def _by_adapter(segment: Segment) -> tuple[str, int]:

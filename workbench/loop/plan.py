@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from workbench.config import did_you_mean
 from workbench.core import AdapterInfo
-from workbench.features import Work, causal_pairs
+from workbench.features import Work, causal_pairs, totals
 from workbench.loop.plan_accounts import Accounts, PlanError, Why
 from workbench.loop.views import JobView, RequestView
 
@@ -127,10 +127,11 @@ class Plan(Accounts):
         `skip`. A request begins only if its whole prefill fits the free blocks; it holds them from then on. Tokens in the prefix cache
         (`RequestView.cached_tokens`) are not computed and use up no tokens; their blocks count only if nobody else holds them.
         """
-        self._check_amount("tokens", tokens)
-        self._check_within(within_s)
+        if tokens is not None or within_s != inf:
+            self._check_amount("tokens", tokens)
+            self._check_within(within_s)
         self.why = ""
-        if not self._is_kind("prefill"):
+        if not requests or not self._is_kind("prefill"):
             return 0
         total = 0
         for view in (requests,) if isinstance(requests, RequestView) else requests:
@@ -221,7 +222,8 @@ class Plan(Accounts):
 
     def train(self, job: JobView, *, within_s: float = inf) -> int:
         """Whichever of the three is due: forward or evaluation tokens, or backward layers. The amount taken."""
-        verb = {"backward": self.backward, "evaluate": self.evaluate}.get(job.phase, self.finetune)
+        phase = job._state.phase
+        verb = self.backward if phase == "backward" else self.evaluate if phase == "evaluate" else self.finetune
         return verb(job, within_s=within_s)
 
     def backward(self, job: JobView, num_layers: int | None = None, *, within_s: float = inf) -> int:
@@ -238,8 +240,7 @@ class Plan(Accounts):
         if not self._may_train(s, "backward", "backward", "cut_backward", most < left):
             return 0
         micro_batch = s.current
-        num_tokens = micro_batch.tokens
-        pairs = causal_pairs(micro_batch.documents, 0, num_tokens)
+        num_tokens, pairs = totals(micro_batch.documents)
 
         def add(work: Work, n: int) -> None:
             v = work.values

@@ -118,6 +118,11 @@ class Accounts:
         """Whether it decodes everything that ran when it was made, in that order, with no other decode beside."""
         return self._all is not None
 
+    @property
+    def decodes_some(self) -> bool:
+        """Whether it decodes requests one by one."""
+        return bool(self._decodes)
+
     def decodes_all_of(self, running: tuple[RequestView, ...] | None) -> bool:
         """Whether it decodes all running requests, and these very ones."""
         return self._all is not None and self._all is running

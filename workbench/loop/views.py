@@ -316,7 +316,7 @@ class AdapterView:
         return f"AdapterView({self._name!r}, version={self.version}, rank={self.rank}, {self.state})"
 
 
-class _Adapters(Mapping[str, AdapterView]):
+class AdapterViews(Mapping[str, AdapterView]):
     """The servable adapters by name."""
 
     __slots__ = ("_ledger",)
@@ -366,8 +366,16 @@ class View:
     replica: int
     rng: Random
 
-    def __init__(self, ledger: "Ledger", rng: Random, oracle: Oracle | None = None, replica: int = 0) -> None:
-        for name, value in (("_ledger", ledger), ("rng", rng), ("oracle", oracle), ("replica", replica), ("adapters", _Adapters(ledger))):
+    def __init__(
+        self,
+        ledger: "Ledger",
+        rng: Random,
+        oracle: Oracle | None = None,
+        replica: int = 0,
+        adapters: Mapping[str, AdapterView] | None = None,
+    ) -> None:
+        adapters = AdapterViews(ledger) if adapters is None else adapters
+        for name, value in (("_ledger", ledger), ("rng", rng), ("oracle", oracle), ("replica", replica), ("adapters", adapters)):
             object.__setattr__(self, name, value)
 
     __setattr__ = _ReadOnly.__setattr__

@@ -38,8 +38,12 @@ class TemporalSharing:
     every: int = 64
     count: int = field(default=0, repr=False)
     tuning: tuple[str, int] | None = field(default=None, repr=False)
+    next_step: int = field(default=0, repr=False)
 
     def __call__(self, view: View, plan: Plan) -> None:
+        # those that were repeated without asking count as well
+        self.count += max(0, view.step - self.next_step)
+        self.next_step = view.step + 1
         jobs = in_turn(view)
         evaluating = [j for j in jobs if j.phase == "evaluate"]
         begun = evaluating or [j for j in jobs if (j.id, j.committed_tokens) == self.tuning]
@@ -54,6 +58,8 @@ class TemporalSharing:
         left = continue_residents(view, plan)
         begin_in_order(view, plan, not_begun(view), left)
         self.count += 1
+        if not view.waiting:
+            plan.repeat(max(0, self.every - self.count) if jobs else None)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,12 @@ class LoquetierStatic:
     max_resident: int = 16
     max_wait_s: float = 6.0
     count: int = field(default=0, repr=False)
+    next_step: int = field(default=0, repr=False)
 
     def __call__(self, view: View, plan: Plan) -> None:
+        # those that were repeated without asking count as well
+        self.count += max(0, view.step - self.next_step)
+        self.next_step = view.step + 1
         waiting = []
         for request in view.waiting:
             is_new = not is_resident(request) and request.preemptions == 0
@@ -38,6 +42,8 @@ class LoquetierStatic:
         if not evaluations and (not jobs or self.count < self.num_steps(residents)) and residents:
             self.count += 1
             self.serve(view, plan, admitted)
+            if not view.waiting:
+                plan.repeat(max(0, self.num_steps(residents) - self.count) if jobs else None)
         elif jobs:
             self.count = 0
             self.tune(view, plan, admitted, evaluations or jobs)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from workbench.features import INDEX, NAMES
-from workbench.loop.history import History
+from workbench.features import INDEX
+from workbench.loop.history import RUN_COLUMNS, History
 from workbench.results.frames import EVENT_COLUMNS, rows_as_given
 from workbench.results.metrics import ENDS
 
@@ -87,8 +87,7 @@ def facts_of_frames(replay: Any, names: pd.Index) -> Facts:
 
 def facts_of_history(history: History, names: pd.Index) -> Facts:
     """The facts as a history tells them: a run of tokens is what one request decoded with the group without a break."""
-    written = rows_as_given([row for row in history.events if row[2] in _KINDS], EVENT_COLUMNS)
-    by_kind = _by_kind(written, names)
+    by_kind = _by_kind_of_rows(history.events, names)
     tokens, decodes, at_step = _of_group(history, names)
     alone, is_decode = by_kind.pop("token"), [row for row in history.work if row[2] == "decode"]
     prefills = [row for row in history.work if row[2] == "prefill"]
@@ -177,6 +176,19 @@ def _by_kind(events: pd.DataFrame, names: pd.Index) -> dict[str, Rows]:
     return out
 
 
+def _by_kind_of_rows(events: Sequence[tuple[Any, ...]], names: pd.Index) -> dict[str, Rows]:
+    """What `_by_kind` gives for a frame of these rows, which is not made."""
+    found: dict[str, list[tuple[Any, ...]]] = {name: [] for name in (*_EVENTS, "token")}
+    for row in events:
+        if row[2] in found:
+            found[row[2]].append(row)
+    out = {}
+    for name, rows in found.items():
+        time, step, value = (np.array([row[k] for row in rows], kind) for k, kind in ((0, float), (1, np.int64), (5, float)))
+        out[name] = Rows(time, step, names.get_indexer(_column(rows, 3)), value)
+    return out
+
+
 def _done(kind: np.ndarray, at: np.ndarray, tokens: np.ndarray, num_steps: int) -> np.ndarray:
     """Tokens of each kind in each step [steps, 4] from rows of work."""
     return np.column_stack([np.bincount(at[kind == name], tokens[kind == name], num_steps).astype(float) for name in TOKEN_KINDS])
@@ -184,8 +196,8 @@ def _done(kind: np.ndarray, at: np.ndarray, tokens: np.ndarray, num_steps: int) 
 
 def _plain_steps(history: History) -> pd.DataFrame:
     """The columns of `steps` that are checked."""
-    num, features = history.run_lengths(), np.asarray(history.run_features).reshape(-1, len(NAMES))
-    waiting, running = np.asarray(history.run_counts, np.int64).reshape(-1, 2).T
+    num, features = history.run_lengths(), history.run_rows()[:, len(RUN_COLUMNS) :]
+    waiting, running = history.run_counts()
     data = {"step": np.arange(history.first_step, history.num_steps)} | history.all_times()
     data |= {"waiting": np.repeat(waiting, num), "running": np.repeat(running, num)}
     return pd.DataFrame(data | {name: np.repeat(features[:, INDEX[name]], num) for name in _FEATURES})
