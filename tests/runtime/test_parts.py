@@ -39,7 +39,7 @@ def test_the_trace_of_a_step_names_its_parts_nested_in_the_step(engine, tmp_path
     assert result is not None and result.tokens and result.layers_done == {j.id: 3}
     found = slices(tmp_path / "new" / "step.json")
     (step,) = [e for e in found if e["name"] == "step 0"]
-    for name in ("admit", "load adapters", "inputs", "forward", "attention", "logits", "loss", "sample", "backward", "losses", "commit"):
+    for name in ("admit", "load adapters", "pack", "forward", "attention", "logits", "loss", "sample", "backward", "losses", "commit"):
         inside = [e for e in found if e["name"] == name]
         assert inside, name
         assert all(step["ts"] <= e["ts"] and e["ts"] + e["dur"] <= step["ts"] + step["dur"] for e in inside)
@@ -139,13 +139,13 @@ class Recorder:
 )
 def test_recording_graphs_shows_a_bar_of_all_of_them(base, monkeypatch, configured, given, expected):
     engine = Engine.from_pretrained(base, device="cpu", config=replace(SMALL, progress=configured))
-    engine._graphs, engine.runner.pieces = Recorder(5), Recorder(2)
+    engine._graphs, engine.runner.mixed = Recorder(5), Recorder(2)
     monkeypatch.setattr(Bar, "made", [])
     monkeypatch.setattr(engine_measuring, "progress_bar", Bar)
     engine.warm_up(progress=given)
     (bar,) = Bar.made
     assert bar.total == bar.count == 7 and bar.progress is expected
-    assert engine._graphs.recorded == [0, 1, 2, 3, 4] and engine.runner.pieces.recorded == [0, 1]
+    assert engine._graphs.recorded == [0, 1, 2, 3, 4] and engine.runner.mixed.recorded == [0, 1]
 
 
 @pytest.mark.parametrize("progress", [True, False])

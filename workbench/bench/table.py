@@ -18,6 +18,7 @@ TITLES = {
     "w4": "Fine-tuning (W4)",
     "w5": "Kernels (W5)",
     "w6": "Serving beside fine-tuning (W6)",
+    "contest": "Policies 14 to 21",
     "model": "Whole replays, model against engine",
     "replay": "The replay itself",
 }

@@ -83,11 +83,12 @@ class MixedGraphs:
         self.greedy = torch.zeros(max_requests, device=device, dtype=torch.int64)
 
     def run(self, step: PackedStep) -> MixedOutput | None:
-        """The step's outputs; None where no graph can run it: more tokens than a step may have, and fp32 fine-tune rows, whose attention
-        reads the documents' bounds on the host.
+        """The step's outputs; None where no graph can run it: more tokens or sequences than a step may have, and fp32 fine-tune rows, whose
+        attention reads the documents' bounds on the host.
         """
         bucket = token_bucket(step.num_tokens, self.max_tokens)
-        if bucket is None or (step.train and self.hidden.dtype == torch.float32 and self.recorder.device.type == "cuda"):
+        reads_on_host = bool(step.train) and self.hidden.dtype == torch.float32 and self.recorder.device.type == "cuda"
+        if bucket is None or len(step.queries) > self.max_requests or reads_on_host:
             return None
         tiles, _, num_tiles = padded_tiles(step.entries, bucket)
         recorded = self._find(self.key(step, bucket, num_tiles))
