@@ -1,7 +1,9 @@
 """The latency model of an executor that pads: costs by bucket come back, delays do not move them, and a prediction is one of its bucket."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_latency import INFO, synthetic
 
-from scripts.refit_profile import refit
 from workbench.features import INDEX, NAMES, Work
 from workbench.latency.costs import CostModel
 from workbench.latency.fit import fit_costs
 from workbench.latency.model import MODEL_FILE, LatencyModel
 from workbench.latency.terms import CLASSES, Padding, design, table_terms, term_names
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from refit_profile import refit
 
 PADDED = replace(
     INFO,

@@ -197,9 +197,17 @@ def test_a_saved_replay_recomputes_its_metrics_without_a_rerun(engine, tmp_path)
 
 
 def test_planning_time_and_committed_tokens_are_in_the_books(engine):
-    result = wb.replay(trace(6), executor=engine, policy=wb.policies.LoquetierStatic(1), jobs=[tuned()], until="jobs")
+    static, asked = wb.policies.LoquetierStatic(1), []
+
+    def policy(view, plan):
+        asked.append(view.step)
+        static(view, plan)
+
+    result = wb.replay(trace(6), executor=engine, policy=policy, jobs=[tuned()], until="jobs")
     steps = result.steps
-    assert (steps["plan_s"] > 0).all() and (steps["duration_s"] > 0).all()
+    was_asked = steps["step"].isin(asked)  # the others are repetitions, for which nobody planned
+    assert was_asked.sum() > 5 and (steps["plan_s"][was_asked] > 0).all() and (steps["plan_s"][~was_asked] == 0).all()
+    assert (steps["duration_s"] > 0).all()
     committed = result.events[result.events["kind"] == "committed"]["value"].sum()
     expected = sum(result.finetune_jobs[0].data and engine._states["job:mine"].prepared.micro_batch(i).tokens for i in range(2))
     assert committed == expected == result.jobs["committed_tokens"].sum()

@@ -14,7 +14,7 @@ class SLOSlack:
 
     A gap target at quantile q forgives a request one late gap in 1 / (1 - q): one in a hundred at 0.99. A sprint decodes, and nothing else,
     until everybody who runs has such a gap to spend. In the rest that follows, one late gap for each, jobs train in whole pieces. It ends
-    when somebody falls behind the pace of its targets (first token + i * target: who reads at that pace never waits; `pace=False` leaves
+    when somebody falls behind the pace of its targets (first token + i * target: who reads at that pace hardly waits; `pace=False` leaves
     that out for gap targets), when those who arrived fill the places, or when the first of them is due, less `reserve` of its TTFT target
     and the time to prefill them all. They are prefilled then, all but a last token each, so that their first tokens come together in
     the first step of the next sprint: no gap has a prefill or training in it, and errors of their predictions make none late.

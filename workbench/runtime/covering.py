@@ -110,7 +110,7 @@ class Cover:
             while len(pool) < number and fresh < rows:
                 context = self._context(free, number - len(pool)) if key[0] else self.short
                 needed = self._blocks(context + self.growth)
-                if needed > free and pool:
+                if needed > (free if pool else len(self.driver.free_blocks)):
                     break
                 adapter = None if key[1] or not self.names else self.names[len(pool) % len(self.names)]
                 pool.append(self._begin(context, adapter))

@@ -167,6 +167,8 @@ class LiveRun(_Run):
         super()._record(batch, result, *rest)
         for owner, token in (result.tokens if isinstance(result, StepResult) else {}).items():
             self._deliveries.setdefault(owner, Delivery()).tokens.append(token)
+        if not self.ledger.ended:  # else `_settle` comes next, which says who ended too
+            self._deliver()
 
     def _settle(self) -> None:
         ended = list(self.ledger.ended)
@@ -175,6 +177,10 @@ class LiveRun(_Run):
             note = "" if state.phase == "finished" else self._note_of(state.id)
             phase = "refused" if state.id == self._arriving else state.phase
             self._deliveries.setdefault(state.id, Delivery()).end = (phase, note)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Let those who wait have what came for them, and forget what nobody asks for any more."""
         if self._deliveries:
             deliveries, self._deliveries = self._deliveries, {}
             with self._changed:
