@@ -57,7 +57,8 @@ class Mix:
         """How far the covering points reach on an executor of these limits."""
         # where nothing is padded, a few chunks' length says what longer ones cost; buckets are all to be seen
         tokens = info.max_batch_tokens if info.token_buckets else min(info.max_batch_tokens, 2 * self.max_chunk_tokens)
-        return Reach(max_rows=self.max_rows, max_prompt_tokens=self.max_prompt_tokens, max_tokens=tokens)
+        context = info.max_model_len if info.token_buckets else min(info.max_model_len, 4 * self.max_prompt_tokens)
+        return Reach(max_rows=self.max_rows, max_prompt_tokens=self.max_prompt_tokens, max_tokens=tokens, max_context=context)
 
     def jobs(self) -> list[FinetuneJob]:
         """A job for each micro-batch; the first one is evaluated, too."""
@@ -162,7 +163,7 @@ def measure(
     *,
     max_steps: int = 1000,
     seconds: float = 6.0,
-    rounds: int = 3,
+    rounds: int | None = None,
     seed: int = 0,
     mix: Mix | None = None,
     progress: bool | None = None,
@@ -170,12 +171,14 @@ def measure(
     """Steps of every kind, one row a step: `features.NAMES`, durations in seconds, and the `round` that it belongs to.
 
     First `rounds` times every point of `covering` (each bucket that the engine pads to, in each kind of step), in random order, then random
-    mixes (round -1) for the rest. Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps. On CUDA exactly the same steps
-    run once before, so that compilation and recording stay out of the numbers; elsewhere the first step of each kind is left out.
+    mixes (round -1) for the rest. None: three times where steps are padded, not at all elsewhere, where a mix says as much in less time.
+    Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps. On CUDA exactly the same steps run once before, so that
+    compilation and recording stay out of the numbers; elsewhere the first step of each kind is left out.
     `progress` shows a bar, or never (False); None takes `EngineConfig.progress`. Raises RuntimeError while a replay is running.
     """
     if engine.is_running:
         raise RuntimeError("calibration needs the engine to be idle, got a running replay. Call engine.calibrate() before it.")
+    rounds = (3 if engine.info.token_buckets else 0) if rounds is None else rounds
     require(rounds >= 0, "rounds must be at least 0", rounds)
     mix = mix or Mix.for_engine(engine)
     progress = engine.config.progress if progress is None else progress

@@ -35,11 +35,12 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How far the points reach: decode rows, tokens of a prompt and of a step."""
+    """How far the points reach: decode rows, tokens of a prompt and of a step, and of a context."""
 
     max_rows: int
     max_prompt_tokens: int
     max_tokens: int
+    max_context: int
 
 
 def points(driver: Driver, reach: Reach) -> list[Point]:
@@ -119,10 +120,10 @@ class Cover:
         return fresh
 
     def _context(self, free: int, left: int) -> int:
-        """Three quarters of the model's context for the first long sequences, less for later ones: `left` of them fit `free` blocks."""
+        """Three quarters of the longest context for the first long sequences, less for later ones: `left` of them fit `free` blocks."""
         info = self.driver.info
         tokens = (free - left * self._blocks(self.short + self.growth)) * info.block_tokens
-        return max(self.short, min(info.max_model_len * 3 // 4, tokens // 16))
+        return max(self.short, min(self.reach.max_context * 3 // 4, tokens // 16))
 
     def _free_blocks(self) -> int:
         """Blocks that no resident holds or will grow into."""
