@@ -7,13 +7,17 @@ KERNEL_READY = """() => {
     const light = document.querySelector('.jp-Notebook-ExecutionIndicator');
     return name && name.textContent.trim() && !name.textContent.includes('No Kernel') && light && light.dataset.status === 'idle';
 }"""
-ALL_RUN = """() => {
+# What a cell raised is drawn like what it writes to stderr.
+ERRORS = """() => [...document.querySelectorAll('.jp-Notebook .jp-OutputArea-output')]
+    .filter(output => /vnd\\.jupyter\\.(error|stderr)/.test(output.dataset.mimeType))
+    .map(output => output.innerText).filter(text => text.includes('Traceback (most recent call last)'))"""
+ALL_RUN = f"""() => {{
     const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')]
         .filter(cell => cell.querySelector('.cm-content').innerText.trim())
         .map(cell => cell.querySelector('.jp-InputPrompt').textContent);
-    const failed = document.querySelector('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]');
+    const failed = ({ERRORS})().length;
     return failed ? 'failed' : prompts.length > 0 && prompts.every(p => /\\[\\d+\\]/.test(p)) ? 'done' : null;
-}"""
+}}"""
 
 
 def wait_for_kernel(page: Any, timeout_s: float = 90) -> None:
@@ -27,8 +31,7 @@ def run_all(page: Any, timeout_s: float) -> None:
     page.locator('li[data-command="runmenu:run-all"]').click()
     outcome = page.wait_for_function(ALL_RUN, timeout=1000 * timeout_s).json_value()
     if outcome == "failed":
-        errors = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
-        raise AssertionError("a cell of the notebook failed:\n" + "\n".join(errors))
+        raise AssertionError("a cell of the notebook failed:\n" + "\n".join(page.evaluate(ERRORS)))
 
 
 def slider(page: Any, label: str) -> Any:

@@ -4,7 +4,7 @@ Legend: T packed tokens (fine-tune and evaluate rows come first), D documents of
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -79,16 +79,16 @@ class PackedStep:
     `sampled`.
     """
 
-    token_ids: list[int]
-    positions: list[int]
-    places: np.ndarray
-    entries: list[tuple[int | None, int]]
-    train: list[TrainSpan]
-    queries: list[int]
-    contexts: list[int]
-    blocks: list[tuple[int, ...]]
-    samples: list[int]
-    sampled: list[Segment]
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    places: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    entries: list[tuple[int | None, int]] = field(default_factory=list)
+    train: list[TrainSpan] = field(default_factory=list)
+    queries: list[int] = field(default_factory=list)
+    contexts: list[int] = field(default_factory=list)
+    blocks: list[tuple[int, ...]] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    sampled: list[Segment] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -204,7 +204,7 @@ def pack(
     block_tokens: int,
 ) -> PackedStep:
     """The step's rows. Raises AssertionError where the batch contradicts the engine's record of a sequence."""
-    step = PackedStep([], [], np.zeros(0, dtype=np.int64), [], [], [], [], [], [], [])
+    step = PackedStep()
     places: list[np.ndarray] = []
     for segment in batch.segments:
         first = len(step.token_ids)

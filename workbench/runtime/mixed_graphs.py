@@ -134,8 +134,7 @@ class MixedGraphs:
 
     def _record(self, key: MixedKey) -> Replayable:
         run = partial(self._forward, key, self._inputs(key))
-        nothing = PackedStep([], [], np.zeros(0, dtype=np.int64), [], [], [], [], [], [], [])
-        write_step(self.staging.host, nothing, [], key.tokens, self.runner.pool.num_blocks * self.runner.pool.block_tokens)
+        write_step(self.staging.host, PackedStep(), [], key.tokens, self.runner.pool.num_blocks * self.runner.pool.block_tokens)
         self.staging.upload()  # padding rows alone: they leave no trace
         self.recorder.warm_up(run)
         return self.recorder.record(run)
