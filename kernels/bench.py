@@ -3,7 +3,8 @@
 Every row's numbers are checked against float64 first (smaller rows of the same kind); a row that fails prints no time, and the program
 ends with 1. Times are CUDA-graph replays with a cold L2 cache (each call of a replay has inputs of its own): what a launch costs the
 host is not in them. The floor is bytes moved once over the copy bandwidth, or FLOPs over the matrix rate, of an H100 (3.02 TB/s, 711
-TFLOP/s), whichever is larger. Beside segmented LoRA stand the base GEMM alone, both together, and a torch loop over the adapters.
+TFLOP/s), whichever is larger. Beside segmented LoRA stand the base GEMM alone, both together (from 1,024 rows on as one product, see
+`lora_tail`), and a torch loop over the adapters.
 """
 
 import argparse
@@ -28,8 +29,9 @@ from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.lora_loop import lora_loop_
 from kernels.lora_table import LoraTable, SlotWeights
+from kernels.lora_tail import LoraTails, tail_linear, with_tail
 from kernels.paged_attention import paged_attention
-from kernels.segmented_lora import lora_gradients, segmented_lora_
+from kernels.segmented_lora import lora_gradients, segmented_lora_, shrink
 
 BYTES_PER_S, FLOPS_PER_S = 3.02e12, 711e12
 TOLERANCE = 1.5e-2
@@ -39,6 +41,7 @@ OPS = (*LORA_OPS, "decode_attention", "prefill_attention", "linear_cross_entropy
 # Inputs of all calls of one replay together: thrice an H100's L2 cache, so that a call finds none of its own there.
 COLD_BYTES, MAX_COPIES = 160e6, 256
 CHECKED_ROWS = 300
+TAIL_ROWS = 1024  # from here on base product and LoRA are one product, with the adapters in the weight's tail
 REPLAYS = 21
 
 
@@ -79,6 +82,9 @@ def _table(adapters: int, k: int, n: int, rank: int, device: str) -> LoraTable:
 def _lora_check(op: str, adapters: int, k: int, n: int, rows: int, rank: int, device: str) -> dict[str, float]:
     """Errors against float64, on at most `CHECKED_ROWS` rows."""
     runs = _runs(min(rows, CHECKED_ROWS), adapters)
+    if op == "base_gemm_lora" and in_one_product(rows, device):
+        sizes = {"columns": tail_columns(adapters, rank), "in_features": k, "out_features": (n,)}
+        return problems.tail_errors(runs, [[rank] * adapters], BF16, device, **sizes)
     if op not in ("lora_loop", "base_gemm"):
         return problems.lora_errors(runs, [[rank] * adapters], BF16, device, in_features=k, out_features=(n,))
     layout = SegmentLayout.build(runs, device)
@@ -95,6 +101,35 @@ def _lora_check(op: str, adapters: int, k: int, n: int, rows: int, rank: int, de
     return {"y": testing.relative_error(lora_loop_(y, x, table, layout), expected)}
 
 
+def tail_columns(adapters: int, rank: int) -> int:
+    """Columns of a tail with room for all adapters: a whole number of lines of 128 bytes."""
+    return -(-adapters * rank // 64) * 64
+
+
+def in_one_product(rows: int, device: str) -> bool:
+    """Whether `base_gemm_lora` is the base product with the adapters in the weight's tail."""
+    return rows >= TAIL_ROWS and device != "cpu"
+
+
+def _with_tail(x: torch.Tensor, weight: torch.Tensor, table: LoraTable, layout: SegmentLayout, columns: int) -> Callable[[], object]:
+    """Base product and LoRA term in one, the adapters' way into the weight's tail included."""
+    wide_x, wide = (with_tail(*t.shape, columns, t).copy_(t) for t in (x, weight))
+    wide.as_strided((wide.shape[0], wide.stride(0)), wide.stride())[:, wide.shape[1] :] = 0
+    tails = LoraTails([table], [wide], table.entries)
+    rows = {slot: count for slot, _, count in layout.runs}
+    chosen = torch.from_numpy(tails.choose(rows, lambda _, slot: table.weights[0, slot].rank)).to(x.device)
+    tail = tails.of(0, chosen)
+    assert tail is not None
+
+    def run() -> torch.Tensor:
+        tails.fill_(chosen)
+        low = shrink(wide_x, table, layout)
+        assert low is not None
+        return tail_linear(wide_x, wide, None, low, table, layout, tail)
+
+    return run
+
+
 def lora_case(op: str, adapters: int, k: int, n: int, rows: int, rank: int = 8, device: str = "cuda") -> Case:
     """One of `LORA_OPS` on one projection [T, k] -> [T, n], rows dealt out to the adapters."""
 
@@ -106,6 +141,8 @@ def lora_case(op: str, adapters: int, k: int, n: int, rows: int, rank: int = 8, 
             weight = torch.randn(n, k, dtype=BF16, device=device) * k**-0.5
             if op == "base_gemm":
                 return lambda: F.linear(x, weight)
+            if in_one_product(rows, device):
+                return _with_tail(x, weight, table, layout, tail_columns(adapters, rank))
             return lambda: segmented_lora_(F.linear(x, weight), x, table, layout)
         if op == "lora_gradients":
             return lambda: lora_gradients(y, x, table, layout)

@@ -152,6 +152,7 @@ def expand_kernel(
     tiles,
     entries,
     partials,
+    placed,
     y_stride,
     num_slots,
     slice_stride,
@@ -166,9 +167,12 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     WIDE: tl.constexpr,
+    SKIPS: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    """y += scale * v B^T for one of PARTS stretches of a tile's rows, REPEATS blocks of columns, one slice."""
+    """y += scale * v B^T for one of PARTS stretches of a tile's rows, REPEATS blocks of columns, one slice. With SKIPS, rows of slots
+    that have a place in `placed` [S, 2] are left as they are.
+    """
     tile = tiles + tl.program_id(0) // PARTS * 4
     skipped = tl.program_id(0) % PARTS * BLOCK_T
     slice = tl.program_id(2)
@@ -176,6 +180,8 @@ def expand_kernel(
     num_rows = tile_rows(tile) - skipped
     _a, b, rank, scale, column, width = load_entry(entries, slot, num_slots, slice, y.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
     begin = tl.program_id(1) * (REPEATS * BLOCK_N)
+    if SKIPS:
+        num_rows = tl.where(tl.load(placed + slot * 2) >= 0, 0, num_rows)
     wait_for_previous(WAITS)
     if (num_rows <= 0) | (rank == 0) | (begin >= width):
         return

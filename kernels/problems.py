@@ -10,6 +10,7 @@ import torch
 from kernels.keep import keep_rows_
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.lora_tail import LoraTails, tail_linear, tail_linear_reference, with_tail
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from kernels.qkv import place_qkv_, place_qkv_reference
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm_backward, rms_norm_backward_reference
@@ -102,6 +103,77 @@ def gated_errors(
         "kept beside the separate ops": relative_error(kept, apart_kept),
         "a without keeping": relative_error(without, out),
     }
+
+
+def tail_errors(
+    row_slots: Sequence[tuple[int | None, int]],
+    ranks: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    columns: int = 64,
+    in_features: int = 96,
+    out_features: Sequence[int] = (80, 48),
+    block_rows: int | None = None,
+    before: Sequence[tuple[int | None, int]] = (),
+    seed: int = 0,
+) -> Errors:
+    """tail_linear with `columns` behind the rows of the weight: its output, that of a second table filled in the same launch, and which
+    share of the slots had a place. `before`: rows of a step that filled the tails earlier with a choice of its own.
+    """
+    tables = [random_table(in_features, out_features, ranks, dtype, device, seed + i) for i in range(2)]
+    entries = torch.cat([table.entries for table in tables])
+    layout = SegmentLayout.build(row_slots, device, block_rows=block_rows)
+    biases = [random_tensor((sum(out_features),), seed + 8, dtype, device), None]
+    weights, xs = [], []
+    for i in range(2):
+        weights.append(with_tail(sum(out_features), in_features, columns, entries.to(dtype)))
+        weights[i].as_strided((weights[i].shape[0], in_features + columns), weights[i].stride()).zero_()
+        weights[i].copy_(random_tensor((sum(out_features), in_features), seed + 2 + i, dtype, device, std=in_features**-0.5))
+        with poisoned_memory():
+            xs.append(with_tail(layout.num_rows, in_features, columns, weights[i]))
+        xs[i].copy_(random_tensor((layout.num_rows, in_features), seed + 4 + i, dtype, device))
+    tails = LoraTails(tables, weights, entries)
+
+    def choice(slots: Sequence[tuple[int | None, int]]) -> torch.Tensor:
+        rows = {slot: sum(n for s, n in slots if s == slot) for slot, _ in slots if slot is not None}
+        return torch.from_numpy(tails.choose(rows, lambda kind, slot: max(of_slice[slot] for of_slice in ranks))).to(device)
+
+    if before:
+        tails.fill_(choice(before))
+    chosen = choice(row_slots)
+    tails.fill_(chosen)
+    errors: Errors = {}
+    for i, (table, weight, x, bias) in enumerate(zip(tables, weights, xs, biases, strict=True)):
+        tail, low = tails.of(i, chosen), shrink(x, table, layout)
+        assert tail is not None and low is not None
+        with poisoned_memory():
+            y = tail_linear(x, weight, bias, low, table, layout, tail)
+        of_cpu = [None if t is None else t.double().cpu() for t in (x, weight, bias)]
+        assert of_cpu[0] is not None and of_cpu[1] is not None
+        expected = tail_linear_reference(of_cpu[0], of_cpu[1], of_cpu[2], widened(table), SegmentLayout.build(row_slots, "cpu"))
+        errors[f"y{i}"] = relative_error(y, expected)
+    return errors
+
+
+def spoiled_tail(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """y of 9 rows of an adapter with one infinite weight and 20 of another, both in the tail; and y without the infinite weight."""
+    found = []
+    for value in (float("inf"), 1.0):
+        table = random_table(48, (64,), [[8, 8]], dtype, device)
+        table.weights[0, 0].b[5, 3] = value
+        layout = SegmentLayout.build([(0, 9), (1, 20)], device)
+        weight, x = (with_tail(rows, 48, 64, table.weights[0, 0].a) for rows in (64, 29))
+        weight.as_strided((64, 112), weight.stride()).zero_()
+        weight.copy_(random_tensor((64, 48), 1, dtype, device))
+        x.copy_(random_tensor((29, 48), 2, dtype, device))
+        tails = LoraTails([table], [weight], table.entries)
+        chosen = torch.from_numpy(tails.choose({0: 9, 1: 20}, lambda kind, slot: 8)).to(device)
+        tails.fill_(chosen)
+        tail, low = tails.of(0, chosen), shrink(x, table, layout)
+        assert tail is not None and low is not None
+        found.append(tail_linear(x, weight, None, low, table, layout, tail))
+    return found[0], found[1]
 
 
 def paged_attention_errors(

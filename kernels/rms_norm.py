@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from kernels.backend import jit, num_processors, overlapped, tl, uses_triton, wait_for_previous, wide_dtype
 from kernels.counters import count
+from kernels.lora_tail import with_tail
 from kernels.plan import plan
 
 
@@ -36,9 +37,10 @@ def rms_norm_backward_reference(
 
 
 @jit
-def add_rms_norm_kernel(x, delta, weight, total, h, eps, H, HAS_DELTA: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr):
+def add_rms_norm_kernel(x, delta, weight, total, h, h_stride, eps, H, HAS_DELTA: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr):
     """One row."""
-    at = tl.program_id(0).to(tl.int64) * H
+    row = tl.program_id(0).to(tl.int64)
+    at = row * H
     c = tl.arange(0, BLOCK)
     mask = c < H
     w = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
@@ -48,7 +50,7 @@ def add_rms_norm_kernel(x, delta, weight, total, h, eps, H, HAS_DELTA: tl.conste
         s = (s + tl.load(delta + at + c, mask=mask, other=0.0).to(tl.float32)).to(total.dtype.element_ty).to(tl.float32)
         tl.store(total + at + c, s.to(total.dtype.element_ty), mask=mask)
     r = tl.rsqrt(tl.sum(s * s, 0) / H + eps)
-    tl.store(h + at + c, (s * r * w).to(h.dtype.element_ty), mask=mask)
+    tl.store(h + row * h_stride + c, (s * r * w).to(h.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -91,24 +93,26 @@ def add_rms_norm(
     eps: float,
     *,
     out: Float[torch.Tensor, "T H"] | None = None,
+    tail: int = 0,
 ) -> tuple[Float[torch.Tensor, "T H"], Float[torch.Tensor, "T H"]]:
     """(s = x + delta, its RMS norm times weight); without `delta`, s is x itself. No gradients.
 
-    s is written to `out` where it is given, which may be x itself. Tensors are contiguous and share a dtype. Raises ValueError where shapes
-    or strides do not fit.
+    s is written to `out` where it is given, which may be x itself. Tensors are contiguous and share a dtype; the norm has `tail`
+    columns behind each row (`lora_tail`). Raises ValueError where shapes or strides do not fit.
     """
     _check(weight, x=x, delta=delta, out=out)
     if not uses_triton(x):
         count("add_rms_norm", "reference", x.device.type)
-        return add_rms_norm_reference(x, delta, weight, eps, out)
+        total, h = add_rms_norm_reference(x, delta, weight, eps, out)
+        return total, with_tail(*x.shape, tail, x).copy_(h) if tail else h
     count("add_rms_norm", "triton", x.device.type)
-    total, h = x, torch.empty_like(x)
+    total, h = x, with_tail(x.shape[0], x.shape[1], tail, x)
     if delta is not None:
         total = torch.empty_like(x) if out is None else out
     if x.shape[0]:
         other = x if delta is None else delta
         launch = _launch(x) | overlapped(x.device)
-        add_rms_norm_kernel[(x.shape[0],)](x, other, weight, total, h, eps, x.shape[1], HAS_DELTA=delta is not None, **launch)
+        add_rms_norm_kernel[(x.shape[0],)](x, other, weight, total, h, h.stride(0), eps, x.shape[1], HAS_DELTA=delta is not None, **launch)
     return total, h
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 
 from kernels.backend import IS_INTERPRETED, Beside, num_processors, overlapped, triton, uses_triton, wide_dtype
 from kernels.counters import count
@@ -41,10 +41,14 @@ class Low:
     partials: torch.Tensor | None = None
 
 
-def segmented_lora_reference(y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> torch.Tensor:
-    """The specification of `segmented_lora_`: computed in fp32 (or wider), rounded once, added to y in place."""
+def segmented_lora_reference(
+    y: torch.Tensor, x: torch.Tensor, table: LoraTable, layout: SegmentLayout, placed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The specification of `segmented_lora_` (and of `expand_`): in fp32 (or wider), rounded once, added to y in place."""
     wide = wide_dtype(x.dtype)
     for slot, first, rows in layout.runs:
+        if placed is not None and placed[slot, 0] >= 0:
+            continue
         x_run = x[first : first + rows].to(wide)  # [rows, K]
         for j, (offset, width) in enumerate(zip(table.out_offsets, table.out_features, strict=True)):
             weights = table.get(j, slot)
@@ -140,8 +144,8 @@ def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is
     return partials
 
 
-def _expand_(y: torch.Tensor, partials: torch.Tensor, table: LoraTable, layout: SegmentLayout) -> None:
-    """y += scale * v B^T."""
+def _expand_(y: torch.Tensor, partials: torch.Tensor, table: LoraTable, layout: SegmentLayout, placed: torch.Tensor | None) -> None:
+    """y += scale * v B^T, but for rows of slots with a place."""
     widest = max(table.out_features)
     launch = _plan("expand", table, layout.block_rows, widest, layout.num_tiles * table.num_slices * (widest // 128), y.device)
     expand_kernel[(layout.num_tiles * launch.parts, triton.cdiv(widest, launch.block * launch.repeats), table.num_slices)](
@@ -149,6 +153,7 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, table: LoraTable, layout: 
         layout.tiles,
         table.entries,
         partials,
+        layout.tiles if placed is None else placed,
         y.stride(0),
         table.num_slots,
         partials.stride(1),
@@ -163,6 +168,7 @@ def _expand_(y: torch.Tensor, partials: torch.Tensor, table: LoraTable, layout: 
         BLOCK_N=launch.block,
         BLOCK_R=launch.block_rank,
         WIDE=IS_INTERPRETED,
+        SKIPS=placed is not None,
         **overlapped(y.device),
         **launch.options,
     )
@@ -271,15 +277,24 @@ def shrink(x: Float[torch.Tensor, "T K"], table: LoraTable, layout: SegmentLayou
     return Low(x, _shrink(x, table, layout) if uses_triton(x) else None)
 
 
-def expand_(y: Float[torch.Tensor, "T N"], low: Low | None, table: LoraTable, layout: SegmentLayout) -> Float[torch.Tensor, "T N"]:
-    """The second half of `segmented_lora_`: add scale * v B^T to y in place and return y. Raises ValueError where y does not fit."""
+def expand_(
+    y: Float[torch.Tensor, "T N"],
+    low: Low | None,
+    table: LoraTable,
+    layout: SegmentLayout,
+    placed: Int32[torch.Tensor, "P 2"] | None = None,
+) -> Float[torch.Tensor, "T N"]:
+    """The second half of `segmented_lora_`: add scale * v B^T to y in place and return y. Raises ValueError where y does not fit.
+
+    Rows of slots s with placed[s, 0] >= 0 are left as they are: they have their term already (`lora_tail`).
+    """
     _check("y", y, table.total_out, table, layout)
     if low is None:
         return y
     count("segmented_lora", "reference" if low.partials is None else "triton", y.device.type)
     if low.partials is None:
-        return segmented_lora_reference(y, low.x, table, layout)
-    _expand_(y, low.partials, table, layout)
+        return segmented_lora_reference(y, low.x, table, layout, placed)
+    _expand_(y, low.partials, table, layout, placed)
     return y
 
 

@@ -19,6 +19,7 @@ from kernels.keep import keep_rows_
 from kernels.layout import SegmentLayout
 from kernels.lora_kernels import low_term
 from kernels.lora_table import LoraTable
+from kernels.lora_tail import with_tail
 from kernels.plan import Launch, plan
 from kernels.segmented_lora import Low, expand_
 
@@ -38,7 +39,7 @@ def swiglu_backward_reference(da: torch.Tensor, gate_up: torch.Tensor) -> torch.
 
 
 @jit
-def swiglu_kernel(gate_up, out, width, WAITS: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(gate_up, out, out_stride, width, WAITS: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK features of one row."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -47,7 +48,7 @@ def swiglu_kernel(gate_up, out, width, WAITS: tl.constexpr, BLOCK: tl.constexpr)
     at = gate_up + row * 2 * width + c
     g = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * width + c, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row * out_stride + c, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -74,6 +75,7 @@ def lora_swiglu_kernel(
     partials,
     kept,
     places,
+    out_stride,
     num_slots,
     slice_stride,
     split_stride,
@@ -164,7 +166,7 @@ def lora_swiglu_kernel(
         tl.store(kept_at + width, u, mask=kept_mask)
     wide_g = g.to(tl.float32)
     a = wide_g / (1.0 + tl.exp(-wide_g)) * u.to(tl.float32)
-    tl.store(out + rows[:, None] * width + n[None, :], a.to(dtype), mask=mask)
+    tl.store(out + rows[:, None] * out_stride + n[None, :], a.to(dtype), mask=mask)
 
 
 def _check(gate_up: torch.Tensor, da: torch.Tensor | None = None) -> None:
@@ -179,19 +181,23 @@ def _launch(gate_up: torch.Tensor) -> Launch:
     return plan("swiglu", processors=num_processors(gate_up.device), device=gate_up.device, **sizes)
 
 
-def swiglu(gate_up: Float[torch.Tensor, "T I2"]) -> Float[torch.Tensor, "T I"]:
-    """silu(gate) * up [T, I] of the contiguous pair [T, 2 I]. No gradients. Raises ValueError where the shape does not fit."""
+def swiglu(gate_up: Float[torch.Tensor, "T I2"], *, tail: int = 0) -> Float[torch.Tensor, "T I"]:
+    """silu(gate) * up [T, I] of the contiguous pair [T, 2 I], with `tail` columns behind each row (`lora_tail`). No gradients.
+
+    Raises ValueError where the shape does not fit.
+    """
     _check(gate_up)
     if not uses_triton(gate_up):
         count("swiglu", "reference", gate_up.device.type)
-        return swiglu_reference(gate_up)
+        a = swiglu_reference(gate_up)
+        return with_tail(*a.shape, tail, a).copy_(a) if tail else a
     count("swiglu", "triton", gate_up.device.type)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    out = with_tail(rows, width, tail, gate_up)
     if rows:
         launch = _launch(gate_up)
         grid, options = (rows, triton.cdiv(width, launch.block)), launch.options | overlapped(gate_up.device)
-        swiglu_kernel[grid](gate_up, out, width, BLOCK=launch.block, **options)
+        swiglu_kernel[grid](gate_up, out, out.stride(0), width, BLOCK=launch.block, **options)
     return out
 
 
@@ -202,11 +208,13 @@ def lora_swiglu(
     layout: SegmentLayout,
     kept: Float[torch.Tensor, "A I2"] | None = None,
     places: Int64[torch.Tensor, " T"] | None = None,
+    *,
+    tail: int = 0,
 ) -> Float[torch.Tensor, "T I"]:
     """`swiglu(expand_(gate_up, low, table, layout))` [T, I], bit for bit, of a table with the two slices gate and up. No gradients.
 
     With `kept`, the sum of rows with a negative place goes to kept[~place], as `keep_rows_` would. gate_up itself need not hold the sum
-    afterwards. Raises ValueError where shapes or strides do not fit.
+    afterwards; `tail` columns lie behind each row of the output. Raises ValueError where shapes or strides do not fit.
     """
     _check(gate_up)
     width = gate_up.shape[1] // 2
@@ -221,12 +229,12 @@ def lora_swiglu(
         gate_up = expand_(gate_up, low, table, layout)
         if kept is not None and places is not None:
             keep_rows_(kept, gate_up, places)
-        return swiglu(gate_up)
+        return swiglu(gate_up, tail=tail)
     count("lora_swiglu", "triton", gate_up.device.type)
     partials, rows = low.partials, layout.block_rows
     sizes = {"rows": rows, "length": width, "programs": layout.num_tiles, "itemsize": gate_up.dtype.itemsize, "rank": table.max_rank}
     launch = plan("lora_swiglu", processors=num_processors(gate_up.device), device=gate_up.device, **sizes)
-    out = torch.empty(gate_up.shape[0], width, dtype=gate_up.dtype, device=gate_up.device)
+    out = with_tail(gate_up.shape[0], width, tail, gate_up)
     lora_swiglu_kernel[(layout.num_tiles * launch.parts, triton.cdiv(width, launch.block))](
         gate_up,
         out,
@@ -235,6 +243,7 @@ def lora_swiglu(
         partials,
         gate_up if kept is None else kept,
         layout.tiles if places is None else places,
+        out.stride(0),
         table.num_slots,
         partials.stride(1),
         partials.stride(0),

@@ -21,6 +21,8 @@ from kernels.problems import (
     lora_errors,
     paged_attention_errors,
     scattered_attention_errors,
+    spoiled_tail,
+    tail_errors,
     varlen_attention_errors,
 )
 from kernels.segmented_lora import SlotWeights, lora_gradients, segmented_lora, segmented_lora_
@@ -79,6 +81,24 @@ def test_swiglu_with_the_adapters_term_equals_the_ops_one_after_another(block_ro
     errors = gated_errors(row_slots, ranks, dtype, "cuda", in_features=512, width=1040, block_rows=block_rows)
     assert_close(errors, dtype)
     assert errors["a beside the separate ops"] == errors["kept beside the separate ops"] == errors["a without keeping"] == 0
+
+
+@pytest.mark.parametrize("columns", [64, 256])
+@pytest.mark.parametrize("ranks", [[[8, 3, 16, 17], [8, 0, 8, 3]], [[8] * 12] * 2, [[40, 8], [0, 64]]], ids=["mixed", "many", "large"])
+@DTYPES
+def test_base_product_and_adapters_are_one_product_whichever_slots_have_a_place(ranks, columns, dtype):
+    slots = len(ranks[0])
+    row_slots = [(slot, 50 + 37 * slot) for slot in range(slots)] + [(None, 77), (0, 200)]
+    sizes = {"in_features": 520, "out_features": (1040, 264), "columns": columns}
+    for before in ([], [(slots - 1, 9), (0, 1)]):
+        assert_close(tail_errors(row_slots, ranks, dtype, "cuda", before=before, **sizes), dtype)
+
+
+@DTYPES
+def test_an_adapter_that_is_not_finite_spoils_only_its_own_rows(dtype):
+    y, clean = spoiled_tail("cuda", dtype)
+    assert y[:9].isnan().any(1).all()
+    torch.testing.assert_close(y[9:], clean[9:], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("popularity", POPULARITIES)

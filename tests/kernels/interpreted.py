@@ -15,7 +15,15 @@ from kernels.candidates import splits, variants
 from kernels.counter import dropout_mask, dropout_mask_reference, gumbel_noise, gumbel_noise_reference
 from kernels.layout import SegmentLayout
 from kernels.plan import overridden, plan
-from kernels.problems import cross_entropy_errors, gated_errors, layer_errors, lora_errors, paged_attention_errors
+from kernels.problems import (
+    cross_entropy_errors,
+    gated_errors,
+    layer_errors,
+    lora_errors,
+    paged_attention_errors,
+    spoiled_tail,
+    tail_errors,
+)
 from kernels.rotary import rotary, rotary_reference
 from kernels.segmented_lora import SlotWeights, segmented_lora
 from kernels.testing import random_tensor, relative_error
@@ -47,6 +55,23 @@ def test_mixed_ranks_ragged_rows_and_missing_slices(dtype):
 def test_swiglu_adds_the_adapters_term_and_keeps_the_sum(row_slots, dtype):
     errors = gated_errors(row_slots, [[1, 8, 17, 64], [8, 0, 128, 3]], dtype, "cpu", in_features=40, width=24)
     assert max(errors.values()) < TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("ranks", [[[8, 3, 16, 17], [8, 0, 8, 3]], [[8] * 6, [8] * 6], [[40, 8], [0, 64]]], ids=["mixed", "many", "large"])
+def test_base_product_and_adapters_are_one_product_whichever_slots_have_a_place(ranks, dtype):
+    slots = len(ranks[0])
+    row_slots = [(slot, 5 + 3 * slot) for slot in range(slots)] + [(None, 7), (0, 20)]
+    before = [(slots - 1, 9), (0, 1)]  # whose adapters are still in the tails, in other columns
+    errors = tail_errors(row_slots, ranks, dtype, "cpu", in_features=40, out_features=(32, 19), before=before)
+    assert max(errors.values()) < TOLERANCE[dtype], errors
+    assert counters.calls[("tail_linear", "triton", "cpu")] == 2
+
+
+def test_an_adapter_that_is_not_finite_spoils_only_its_own_rows():
+    y, clean = spoiled_tail("cpu")
+    assert y[:9].isnan().any(1).all(), "rows of the adapter with an infinite weight"
+    torch.testing.assert_close(y[9:], clean[9:], rtol=0, atol=0)
 
 
 def test_a_long_run_is_chunked_and_a_long_input_is_split(monkeypatch):

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import counter, keep, linear_cross_entropy, lora_kernels, paged_attention, qkv, rms_norm, rotary, swiglu
+from kernels import counter, keep, linear_cross_entropy, lora_kernels, lora_tail, paged_attention, qkv, rms_norm, rotary, swiglu
 from kernels.candidates import variants
 from kernels.launch import Launch, ShapeClass
 from kernels.plan import OPS, default_launch
@@ -25,6 +25,7 @@ TYPES = {
     "delta": "*bf16", "weight": "*bf16", "total": "*bf16", "h": "*bf16", "dh": "*bf16", "above": "*bf16", "da": "*bf16",
     "gate_up": "*bf16", "qkv": "*bf16", "q_weight": "*bf16", "k_weight": "*bf16", "k_pool": "*bf16", "v_pool": "*bf16",
     "k_arena": "*bf16", "v_arena": "*bf16", "places": "*i64", "arena": "*bf16", "eps": "fp32",
+    "targets": "*i64", "chosen": "*i32", "flags": "*i32", "like": "*bf16", "share_of": "*i32", "placed": "*i32",
     "x": "*bf16", "cos": "*fp32", "sin": "*fp32", "sign": "fp32",
 }  # fmt: skip
 LORA = {"R": 256, "RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "SPLITS": 4, "BLOCK_T": 16, "BLOCK_R": 16, "WIDE": False}
@@ -32,8 +33,13 @@ ATTENTION = {"BLOCK_TOKENS": 16, "G": 4, "D": 64, "BLOCK_M": 16, "BLOCK_N": 32, 
 KERNELS = {
     "shrink": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": False, "BLOCK_K": 64, "PARTS": 2}),
     "shrink backward": (lora_kernels.shrink_kernel, LORA | {"IS_BACKWARD": True, "BLOCK_K": 64, "PARTS": 2}),
-    "expand": (lora_kernels.expand_kernel, LORA | {"BLOCK_N": 64, "REPEATS": 4, "PARTS": 2}),
+    "expand": (lora_kernels.expand_kernel, LORA | {"BLOCK_N": 64, "REPEATS": 4, "PARTS": 2, "SKIPS": True}),
     "expand dx": (lora_kernels.expand_dx_kernel, LORA | {"BLOCK_N": 64, "ADDS": True, "PARTS": 2}),
+    "fill tails": (
+        lora_tail.fill_kernel,
+        {"RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "MAX_CHOSEN": 8, "BLOCK_N": 512, "BLOCK_C": 64, "STEP_N": 32},
+    ),
+    "place in tail": (lora_tail.place_kernel, {"R": 16, "SPLITS": 4, "PARTS": 8, "BLOCK_T": 16, "BLOCK_C": 64}),
     "outer": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": True}),
     "outer transposed": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": False}),
     "attention": (paged_attention.attention_kernel, ATTENTION | {"SPLITS": 1, "BLOCK_Q": 4, "IS_DECODE": False}),
@@ -56,6 +62,7 @@ KERNELS = {
 SWIGLU = {"out": "*bf16"}
 OTHER_TYPES = {
     counter.dropout_kernel: {"rows": "*i64", "out": "*bf16"},
+    lora_tail.place_kernel: {"places": "*i32"},
     swiglu.swiglu_kernel: SWIGLU,
     swiglu.lora_swiglu_kernel: SWIGLU | {"kept": "*bf16"},
     swiglu.swiglu_backward_kernel: SWIGLU,

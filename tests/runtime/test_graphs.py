@@ -132,6 +132,7 @@ def test_what_is_recorded_ahead_covers_every_kind_of_mixed_step_once():
         fused=SimpleNamespace(dims=DIMS, embed=torch.zeros(1)),
         device=torch.device("cpu"),
         pool=SimpleNamespace(num_blocks=8, block_tokens=16),
+        tails=None,
         table=SimpleNamespace(facts=((True, 16, 8),)),
     )
     graphs = MixedGraphs(runner, 512, 256, 192)

@@ -27,7 +27,7 @@ def run(session: Session) -> bool:
         return False
     for cell, of_op in cases.items():
         if session.left_s > 0:
-            _measure(session, cell, of_op, is_compute_bound=wanted[cell][3] >= COMPUTE_BOUND_ROWS)
+            _measure(session, cell, of_op, wanted[cell][3])
         else:
             session.skipped.append(f"w5 {cell}")
     for case in others:
@@ -41,7 +41,7 @@ def _errors(cases: "dict[str, dict[str, Case]]", others: "list[Case]") -> correc
     from kernels.bench import TOLERANCE
 
     # The check of segmented_lora compares the gradients too.
-    checked = [of_op[op] for of_op in cases.values() for op in ("segmented_lora", "lora_loop", "base_gemm")] + others
+    checked = [of_op[op] for of_op in cases.values() for op in ("segmented_lora", "lora_loop", "base_gemm", "base_gemm_lora")] + others
     worst: dict[str, float] = {}
     for case in checked:
         # NaN is the worst error, whatever it is compared with
@@ -50,12 +50,19 @@ def _errors(cases: "dict[str, dict[str, Case]]", others: "list[Case]") -> correc
     return {op: (error, TOLERANCE) for op, error in worst.items()} or {"no kernel was asked for": (0.0, TOLERANCE)}
 
 
-def _measure(session: Session, cell: str, cases: "dict[str, Case]", *, is_compute_bound: bool) -> None:
-    forward = _record(session, cell, "addition", OURS, cases["segmented_lora"])
+def _measure(session: Session, cell: str, cases: "dict[str, Case]", rows: int) -> None:
+    from kernels.bench import in_one_product
+
+    is_one = in_one_product(rows, session.torch_device.type)
     _record(session, cell, "addition", LOOP, cases["lora_loop"])
-    base = _record(session, cell, "GEMM", GEMM, cases["base_gemm"])
-    if is_compute_bound:
+    base, both = _record(session, cell, "GEMM", GEMM, cases["base_gemm"]), 0.0
+    forward = _record(session, cell, "addition apart" if is_one else "addition", OURS, cases["segmented_lora"])
+    if is_one or rows >= COMPUTE_BOUND_ROWS:
         both = _record(session, cell, "GEMM and addition", BOTH, cases["base_gemm_lora"])
+    if is_one:
+        note = f"in one product: {both:.1f} us against {base:.1f} us"
+        session.record(cell, "addition", [both - base], "us", system=OURS, floor=cases["segmented_lora"].floor_us, note=note)
+    if rows >= COMPUTE_BOUND_ROWS:
         backward = _record(session, cell, "backward", OURS, cases["lora_gradients"])
         session.record(cell, "over the base GEMM", [100 * (both / base - 1)], "%", note=f"{both:.1f} and {base:.1f} us")
         session.record(cell, "backward over forward", [backward / forward], "x", note=f"{backward:.1f} and {forward:.1f} us")

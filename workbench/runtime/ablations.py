@@ -3,7 +3,7 @@
 Each is an adapter table whose `add_` and `gradients` differ; everything else of the engine is the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,9 @@ from workbench.runtime.slots import AdapterTable, Gradients
 
 class LoopTable(AdapterTable):
     """A torch loop over the batch's runs of one adapter, three launches for each linear and run, as a user of PEFT would write it."""
+
+    def tails(self, weights: Sequence[Mapping[str, Tensor]]) -> None:
+        return None
 
     def low(self, layer: int, group: str, x: Tensor, layout: SegmentLayout) -> None:
         return None
@@ -40,6 +43,9 @@ class OffTable(AdapterTable):
     @property
     def facts(self) -> tuple[tuple[bool, int, int], ...]:
         return ()
+
+    def tails(self, weights: Sequence[Mapping[str, Tensor]]) -> None:
+        return None
 
     def low(self, layer: int, group: str, x: Tensor, layout: SegmentLayout) -> None:
         return None

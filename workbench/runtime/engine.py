@@ -63,7 +63,7 @@ class Engine(EngineMeasuring):
             config,
             self.device,
             self.dtype,
-            weights=sum(p.numel() * p.element_size() for p in base.parameters()),
+            weights=sum({s.data_ptr(): s.nbytes() for s in (p.untyped_storage() for p in base.parameters())}.values()),
             scratch=lambda trial: Engine(base, name=name, config=trial),
         )
         pool = KVPool(self.fused.dims, self._limits.num_blocks, config.block_tokens, self.device, self.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.keep import keep_rows_
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.lora_tail import tail_linear
 from kernels.qkv import place_qkv_
 from kernels.rms_norm import add_rms_norm
 from kernels.swiglu import lora_swiglu, swiglu
@@ -24,9 +25,12 @@ from workbench.runtime.finetune import TrainState, dropped_group
 from workbench.runtime.inputs import PackedStep, StepInputs, TrainSpan, on_device
 from workbench.runtime.kv_cache import Arena, KVPool
 from workbench.runtime.mixed_graphs import MixedGraphs
+from workbench.runtime.model import GROUPS
 from workbench.runtime.parts import Parts
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights
+
+GROUP_NUMBERS = {group: number for number, group in enumerate(GROUPS)}
 
 
 @dataclass(slots=True)
@@ -60,6 +64,7 @@ class Runner:
         self.fused, self.pool, self.table, self.device = fused, pool, table, device
         self.arena: Arena | None = None
         self.mixed: MixedGraphs | None = None
+        self.tails = table.tails([{group: getattr(layer, group) for group in GROUPS} for layer in fused.layers])
         self.parts = Parts()
         cos, sin = fused.rope(max_model_len)
         self.cos, self.sin = cos.to(device).contiguous(), sin.to(device).contiguous()
@@ -120,7 +125,7 @@ class Runner:
     def embed(self, rows: StepInputs) -> tuple[Tensor, Tensor]:
         """The first layer's input x [T, H], and its norm."""
         x = F.embedding(rows.token_ids, self.fused.embed)
-        return add_rms_norm(x, None, self.fused.layers[0].input_norm, self.fused.dims.norm_eps)
+        return add_rms_norm(x, None, self.fused.layers[0].input_norm, self.fused.dims.norm_eps, tail=self._tail(rows))
 
     def before_attention(self, layer: int, x: Tensor, h: Tensor, rows: StepInputs) -> Tensor:
         """The rotated queries [T, Nq, D] of the layer's input x [T, H] and its norm h; keys and values go to their places, kept rows to the
@@ -148,17 +153,22 @@ class Runner:
         """
         fused, eps, o = self.fused, self.fused.dims.norm_eps, o.flatten(1)
         w, last = fused.layers[layer], layer + 1 == len(fused.layers)
-        _, h = add_rms_norm(x, self._linear(layer, "o", o, w.o, w.o_bias, rows), w.post_norm, eps, out=x)
+        _, h = add_rms_norm(x, self._linear(layer, "o", o, w.o, w.o_bias, rows), w.post_norm, eps, out=x, tail=self._tail(rows))
         kept = self.arena.kept if rows.keeps and self.arena is not None else None
         if kept is not None:
             keep_rows_(kept.middle[layer], x, rows.places)
         a = self._gated(layer, h, w.gate_up, rows, None if kept is None else kept.gate_up[layer])
         y = self._linear(layer, "down", a, w.down, None, rows)
-        return add_rms_norm(x, y, fused.final_norm if last else fused.layers[layer + 1].input_norm, eps, out=x)[1]
+        next_norm = fused.final_norm if last else fused.layers[layer + 1].input_norm
+        return add_rms_norm(x, y, next_norm, eps, out=x, tail=0 if last else self._tail(rows))[1]
 
     def _linear(self, layer: int, group: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: StepInputs) -> Tensor:
         """x W^T + bias + each row's own adapter [T, N]."""
         low = self.table.low(layer, group, x, rows.layout)
+        if low is not None and rows.chosen is not None and self.tails is not None:
+            tail = self.tails.of(layer * len(GROUPS) + GROUP_NUMBERS[group], rows.chosen)
+            if tail is not None:
+                return tail_linear(x, weight, bias, low, self.table.tables[layer][group], rows.layout, tail)
         y = self.table.add_(layer, group, F.linear(x, weight, bias), x, rows.layout, low)
         for train, state in rows.dropped:
             here = slice(train.first, train.first + train.tokens)
@@ -171,11 +181,17 @@ class Runner:
         # Where nothing is kept, the two ops apart are as fast for hundreds of rows, and faster for a few of high rank.
         low = None if rows.dropped or kept is None else self.table.low(layer, "gate_up", h, rows.layout)
         if low is not None:
-            return lora_swiglu(F.linear(h, weight), low, self.table.tables[layer]["gate_up"], rows.layout, kept, rows.places)
+            return lora_swiglu(
+                F.linear(h, weight), low, self.table.tables[layer]["gate_up"], rows.layout, kept, rows.places, tail=self._tail(rows)
+            )
         gate_up = self._linear(layer, "gate_up", h, weight, None, rows)
         if kept is not None:
             keep_rows_(kept, gate_up, rows.places)
-        return swiglu(gate_up)
+        return swiglu(gate_up, tail=self._tail(rows))
+
+    def _tail(self, rows: StepInputs) -> int:
+        """The columns behind the rows that a linear with adapters reads."""
+        return 0 if rows.chosen is None or self.tails is None else self.tails.columns
 
     def _loss(self, span: TrainSpan, labelled: Tensor, labels: Tensor, h: Tensor, out: ForwardOutput) -> None:
         """Add the loss of the span's labelled rows of h [T, H] (behind the final norm); finetune rows leave its gradient in the arena."""

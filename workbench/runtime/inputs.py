@@ -128,6 +128,7 @@ class StepInputs:
     max_seqlen_q: int
     max_context: int
     samples: Tensor  # packed rows whose logits are wanted
+    chosen: Tensor | None = None  # [G, S + 8, 2]: whose adapters lie in the weights' tails (`kernels.lora_tail`); None: no tails are used
     dropped: Sequence[tuple[TrainSpan, "TrainState"]] = ()  # finetune rows that go through dropout: left out of `layout`
 
     @property

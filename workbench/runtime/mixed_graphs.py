@@ -6,6 +6,7 @@ buffer that all graphs share; padding rows write to a KV block of nobody's, padd
 interrupted between two launches of a step stretches the step; a host that launches once does not.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from workbench.runtime.forward import Runner
 
 FEW_SEQUENCES = 32
+TAIL_TOKENS = 1024  # from here on a step's products are bound by compute, and adapters in the weights' tails cost less than a pass over y
 FEW_DOCUMENTS = 8
 
 
@@ -77,7 +79,10 @@ class MixedGraphs:
         self.runner, self.max_tokens, self.max_requests, self.max_model_len = runner, max_tokens, max_requests, max_model_len
         self.recorded: dict[MixedKey, Replayable] = {}
         self.recorder = Recorder(device)
-        self.staging = Staging(mixed_fields(max_tokens, max_requests, -(-max_model_len // pool.block_tokens)), device)
+        fields = mixed_fields(max_tokens, max_requests, -(-max_model_len // pool.block_tokens))
+        if runner.tails is not None:
+            fields["chosen"] = (runner.tails.shape, torch.int32)
+        self.staging = Staging(fields, device)
         self.hidden = torch.zeros((max_tokens, dims.hidden), device=device, dtype=dtype)
         self.logits = torch.zeros((max_requests, dims.vocab_size), device=device, dtype=dtype)
         self.greedy = torch.zeros(max_requests, device=device, dtype=torch.int64)
@@ -91,8 +96,11 @@ class MixedGraphs:
         if bucket is None or len(step.queries) > self.max_requests or reads_on_host:
             return None
         tiles, _, num_tiles = padded_tiles(step.entries, bucket)
-        recorded = self._find(self.key(step, bucket, num_tiles))
+        key = self.key(step, bucket, num_tiles)
+        recorded = self._find(key)
         write_step(self.staging.host, step, tiles, bucket, self.runner.pool.num_blocks * self.runner.pool.block_tokens)
+        if self._uses_tails(key):
+            self.staging.host["chosen"][:] = self._chosen(step)
         self.staging.upload()
         recorded.replay()
         there, samples, labels = self.staging.device, len(step.samples), sum(len(span.labels) for span in step.train)
@@ -110,6 +118,18 @@ class MixedGraphs:
             tiles=num_tiles,
             facts=self.runner.table.facts if step.slots else None,
         )
+
+    def _uses_tails(self, key: MixedKey) -> bool:
+        return self.runner.tails is not None and key.facts is not None and key.tokens >= TAIL_TOKENS
+
+    def _chosen(self, step: PackedStep) -> np.ndarray:
+        """Whose adapters go into the weights' tails."""
+        rows: Counter[int] = Counter()
+        for entry, count in step.entries:
+            if entry is not None:
+                rows[entry] += count
+        assert self.runner.tails is not None
+        return self.runner.tails.choose(rows, self.runner.table.largest_rank)
 
     def recordings(self, *, has_adapters: bool, trains: bool) -> list[Callable[[], object]]:
         """What records every bucket for steps of few runs of one adapter and few documents, one call each, so that no step pays for it."""
@@ -135,12 +155,17 @@ class MixedGraphs:
     def _record(self, key: MixedKey) -> Replayable:
         run = partial(self._forward, key, self._inputs(key))
         write_step(self.staging.host, PackedStep(), [], key.tokens, self.runner.pool.num_blocks * self.runner.pool.block_tokens)
+        if self._uses_tails(key):
+            self.staging.host["chosen"][:] = -1
         self.staging.upload()  # padding rows alone: they leave no trace
         self.recorder.warm_up(run)
         return self.recorder.record(run)
 
     @torch.no_grad()
     def _forward(self, key: MixedKey, inputs: StepInputs) -> None:
+        if inputs.chosen is not None:
+            assert self.runner.tails is not None
+            self.runner.tails.fill_(inputs.chosen)
         self.hidden[: key.tokens] = self.runner.layers(inputs)
         if key.sequences:
             logits = self.logits[: key.sequences]
@@ -170,6 +195,7 @@ class MixedGraphs:
             max_seqlen_q=tokens if key.prefills else 1,
             max_context=self.max_model_len,
             samples=there["samples"][:n],
+            chosen=there["chosen"] if self._uses_tails(key) else None,
         )
 
 

@@ -14,7 +14,7 @@ The order of things, none of which the host waits for:
   version stays until it is loaded, which then costs nothing, or another is published.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from weakref import WeakKeyDictionary, ref
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.layout import SegmentLayout
 from kernels.lora_table import MAX_RANK, Column, LoraTableStack, float_bits
+from kernels.lora_tail import LoraTails, columns_behind
 from kernels.segmented_lora import Gradients, LoraTable, Low, SlotWeights, expand_, lora_gradients, shrink
 from workbench.config import require
 from workbench.runtime.adapters import AdapterWeights, module_path
@@ -210,6 +211,22 @@ class AdapterTable:
         for entry in range(self.num_entries):
             self.clear(entry)
         self.stack.narrow()
+
+    def tails(self, weights: Sequence[Mapping[str, Tensor]]) -> LoraTails | None:
+        """What places adapters in the tails of the layers' weights [N, K], by group; None where no weight has columns behind its rows."""
+        ordered = [of_group[group] for of_group in weights for group in GROUPS]
+        if not any(columns_behind(weight) for weight in ordered):
+            return None
+        return LoraTails(self.stack.tables, ordered, self.stack.entries, len(GROUPS))
+
+    def largest_rank(self, kind: int, entry: int) -> int:
+        """The largest rank of an entry in the linears of group number `kind`, over all layers."""
+        column, targets = self.stack.columns[entry], tuple(GROUPS.values())
+        if column is None:
+            return 0
+        first = sum(map(len, targets[:kind]))
+        ranks = column.words[:, 2].reshape(self.dims.num_layers, -1)
+        return int(ranks[:, first : first + len(targets[kind])].max())
 
     def low(self, layer: int, group: str, x: Tensor, layout: SegmentLayout) -> Low | None:
         """The first half of each row's own adapter on x [T, K], to be launched before the base product; None where there is none."""

@@ -32,6 +32,7 @@ SUPPORTED = {  # transformers model type -> class
 }
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+TAIL_COLUMNS = 64  # one line of memory: a stride that the matrix products do not feel
 LENGTH_ROPE = ("dynamic", "longrope")  # equal to a static table only up to the length that the model was first trained for
 
 
@@ -134,7 +135,10 @@ def _check_config(c: Any) -> None:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LayerWeights:
-    """One decoder layer: qkv [(Nq + 2 Nkv) D, H], o [H, Nq D], gate_up [2 I, H], down [H, I]; norms [H]; q_norm, k_norm [D]."""
+    """One decoder layer: qkv [(Nq + 2 Nkv) D, H], o [H, Nq D], gate_up [2 I, H], down [H, I]; norms [H]; q_norm, k_norm [D].
+
+    On a GPU, qkv, gate_up and down have `TAIL_COLUMNS` columns behind their rows, for adapters (`kernels.lora_tail`).
+    """
 
     input_norm: Tensor
     qkv: Tensor
@@ -215,25 +219,34 @@ def _fuse_layer(base: nn.Module, layer: Any, dims: Dims) -> LayerWeights:
             )
         if linear.weight.device.type == "meta":
             raise ValueError("weights must be in memory, got a module on the meta device. Load it, or draw random_base(...).")
+    tail = tail_columns(mlp.down_proj.weight)
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach(),
-        qkv=_one_buffer(base, [linear.weight for linear in qkv]),
+        qkv=_one_buffer(base, [linear.weight for linear in qkv], tail),
         qkv_bias=_one_buffer(base, [linear.bias for linear in qkv]) if dims.qkv_bias else None,
         q_norm=attention.q_norm.weight.detach() if dims.qk_norm else None,
         k_norm=attention.k_norm.weight.detach() if dims.qk_norm else None,
         o=attention.o_proj.weight.detach(),
         o_bias=attention.o_proj.bias.detach() if dims.o_bias else None,
         post_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_one_buffer(base, [mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight.detach(),
+        gate_up=_one_buffer(base, [mlp.gate_proj.weight, mlp.up_proj.weight], tail),
+        down=_one_buffer(base, [mlp.down_proj.weight], tail),
     )
 
 
-def _one_buffer(base: nn.Module, parameters: list[Tensor]) -> Tensor:
-    """The parameters' values in one buffer along dimension 0, each parameter a slice of it; the buffer they lie in already, if so."""
+def tail_columns(weight: Tensor) -> int:
+    """How many columns lie behind the rows of a fused weight on this device."""
+    return TAIL_COLUMNS if weight.device.type == "cuda" else 0
+
+
+def _one_buffer(base: nn.Module, parameters: list[Tensor], tail: int = 0) -> Tensor:
+    """The parameters' values in one buffer along dimension 0, each parameter a slice of it; the buffer they lie in already, if so. Matrices
+    have `tail` columns of zeros behind their rows.
+    """
     rows = sum(p.shape[0] for p in parameters)
     first = parameters[0].detach()
-    if _adjacent(parameters):
+    strides = (first.shape[1] + tail, 1) if first.ndim == 2 else (1,)
+    if _adjacent(parameters, strides):
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     from workbench.runtime.virtual import has_views
 
@@ -242,19 +255,20 @@ def _one_buffer(base: nn.Module, parameters: list[Tensor]) -> Tensor:
             "a base must be fused before views of it are made (they would keep the old storage alive), got one with live views. "
             "Call fuse(base) first, then VirtualModule(base)."
         )
-    buffer = torch.cat([p.detach() for p in parameters])
+    buffer = first.new_zeros((rows, *strides[:-1])).narrow(-1, 0, first.shape[-1] if first.ndim == 2 else rows)
+    torch.cat([p.detach() for p in parameters], out=buffer)
     for parameter, part in zip(parameters, buffer.split([p.shape[0] for p in parameters]), strict=True):
         parameter.data = part
     return buffer
 
 
-def _adjacent(parameters: list[Tensor]) -> bool:
+def _adjacent(parameters: list[Tensor], strides: tuple[int, ...]) -> bool:
     address = parameters[0].data_ptr()
     storage = parameters[0].untyped_storage().data_ptr()
     for p in parameters:
-        if not p.is_contiguous() or p.data_ptr() != address or p.untyped_storage().data_ptr() != storage:
+        if p.stride() != strides or p.data_ptr() != address or p.untyped_storage().data_ptr() != storage:
             return False
-        address += p.numel() * p.element_size()
+        address += p.shape[0] * strides[0] * p.element_size()
     return True
 
 

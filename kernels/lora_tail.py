@@ -1,0 +1,341 @@
+"""Segmented LoRA inside the base product: y = [x | v] [W | B]^T is one GEMM over K + C columns, without a second pass over y.
+
+    v[t, c] = scale * (x[t] A_s^T)[r]     where column c is rank r of slot s, the adapter of row t; else 0
+    B[n, c] = B_s[n, r]                   where column c is rank r of slot s in the slice of output n; else 0
+
+Legend: T rows, K input features, C columns of the tail, N outputs, J slices, S slots, G kinds of tables. Rows of x and of W lie K + C
+columns apart, and the tail is what lies between. Each slice has a share of C // J columns, in which a slot has the same columns in every
+slice. A step chooses its slots (`LoraTails.choose`): those of the most rows, until the share is full; rows of other slots get their
+term behind the product (`segmented_lora.expand_`).
+A slot's B that is not finite would spoil the rows of others, as 0 * inf: zeros stand in for it, and the rows of that slot become NaN.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+
+from kernels.backend import jit, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
+from kernels.counters import count
+from kernels.layout import SegmentLayout
+from kernels.lora_kernels import load_entry
+from kernels.lora_table import LoraTable
+from kernels.segmented_lora import Low, expand_
+
+__all__ = ["LoraTails", "Tail", "columns_behind", "tail_linear", "with_tail"]
+
+ALIGNED_COLUMNS = 8  # a slot's columns begin at a multiple: 16 bytes of bf16
+FILL_ROWS, PLACE_ROWS = 512, 16
+_TARGET_WORDS = tl.constexpr(4)
+
+
+def with_tail(rows: int, features: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """An empty [rows, features] of `like`'s dtype and device with room for `columns` behind every row."""
+    return torch.empty(rows, features + columns, dtype=like.dtype, device=like.device)[:, :features]
+
+
+def columns_behind(rows: torch.Tensor) -> int:
+    """How many columns lie between the rows of a matrix [rows, features]."""
+    return rows.stride(0) - rows.shape[1]
+
+
+def _with_columns(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """[rows, features + columns]: a matrix with the first columns of its tail."""
+    return rows.as_strided((rows.shape[0], rows.shape[1] + columns), rows.stride())
+
+
+@jit
+def fill_kernel(
+    targets,
+    entries,
+    chosen,
+    flags,
+    like,
+    num_slots,
+    C,
+    share_of,
+    RANK_MULTIPLE: tl.constexpr,
+    COLUMN_MULTIPLE: tl.constexpr,
+    MAX_CHOSEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STEP_N: tl.constexpr,
+):
+    """BLOCK_N outputs of one slice (row of the stack), one chosen slot: its B in the slice's own share, zeros in the other shares."""
+    row = tl.program_id(1)
+    target = targets + row * _TARGET_WORDS
+    kind = tl.load(target + 2).to(tl.int32)
+    slice = tl.load(target + 3).to(tl.int32)
+    share = tl.load(share_of + kind)
+    places = chosen + kind * (num_slots + MAX_CHOSEN) * 2
+    slot = tl.load(places + (num_slots + tl.program_id(2)) * 2)
+    dtype: tl.constexpr = like.dtype.element_ty
+    if (share == 0) | (slot < 0):
+        return
+    first = tl.load(places + slot * 2)
+    columns = tl.load(places + slot * 2 + 1)
+    _a, b, rank, _scale, _column, width = load_entry(entries, slot, num_slots, row, dtype, RANK_MULTIPLE, COLUMN_MULTIPLE)
+    address = tl.load(target)
+    if address == 0:
+        return
+    weight = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)  # type: ignore[arg-type]
+    stride = tl.load(target + 1)
+    c = tl.arange(0, BLOCK_C)
+    local = c % share - first
+    is_own = (local >= 0) & (local < columns) & (c < C)
+    has_value = is_own & (c // share == slice) & (local < rank)
+    worst = tl.zeros((STEP_N, BLOCK_C), dtype=tl.int32)
+    begin = tl.program_id(0) * BLOCK_N
+    for n0 in range(begin, tl.minimum(begin + BLOCK_N, width), STEP_N):
+        n = n0 + tl.arange(0, STEP_N)
+        inside = (n < width)[:, None]
+        wide_n = n.to(tl.int64)[:, None]
+        w = tl.load(b + wide_n * rank + local[None, :], mask=inside & has_value[None, :], other=0.0)
+        wide = w.to(tl.float32)
+        is_bad = (tl.abs(wide) < float("inf")) == 0  # infinite or NaN
+        worst = tl.maximum(worst, is_bad.to(tl.int32))
+        tl.store(weight + wide_n * stride + c[None, :], tl.where(is_bad, 0.0, wide).to(dtype), mask=inside & is_own[None, :])
+    if tl.max(tl.max(worst, 1), 0) > 0:
+        tl.store(flags + row * num_slots + slot, 1)
+
+
+@jit
+def place_kernel(
+    x,
+    tiles,
+    entries,
+    partials,
+    places,
+    flags,
+    x_stride,
+    num_slots,
+    slice_stride,
+    split_stride,
+    K,
+    C,
+    J,
+    share,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WAITS: tl.constexpr,
+):
+    """The tail of x for one of PARTS stretches of a tile's rows, bare ones too: scale * v in the columns of their slot, else 0."""
+    tile = tiles + tl.program_id(0) // PARTS * 4
+    skipped = tl.program_id(0) % PARTS * BLOCK_T
+    slot = tl.load(tile)
+    num_rows = tl.load(tile + 2) - skipped
+    has_adapter = tl.load(tile + 3) == 0
+    first = tl.load(places + slot * 2)
+    c = tl.arange(0, BLOCK_C)
+    slice = tl.minimum(c // share, J - 1)
+    local = c - slice * share - first
+    entry = entries + (slice * num_slots + slot).to(tl.int64) * 8
+    rank = tl.load(entry + 2).to(tl.int32)
+    scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    wait_for_previous(WAITS)
+    if num_rows <= 0:
+        return
+    rows = (tl.load(tile + 1) + skipped + tl.arange(0, BLOCK_T)).to(tl.int64)
+    row_mask = (tl.arange(0, BLOCK_T) < num_rows)[:, None]
+    has_value = has_adapter & (first >= 0) & (local >= 0) & (local < rank)
+    at = partials + slice.to(tl.int64)[None, :] * slice_stride + rows[:, None] * R + local[None, :]
+    mask = row_mask & has_value[None, :]
+    v = tl.load(at, mask=mask, other=0.0)
+    for _ in range(1, SPLITS):
+        at += split_stride
+        v += tl.load(at, mask=mask, other=0.0)
+    is_bad = tl.load(flags + slice * num_slots + slot, mask=has_value, other=0) > 0
+    v = tl.where(mask & is_bad[None, :], float("nan"), v * scale[None, :])
+    tl.store(x + rows[:, None] * x_stride + (K + c)[None, :], v.to(x.dtype.element_ty), mask=row_mask & (c < C)[None, :])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tail:
+    """One table's part of a step's choice: `places` [S + C // 8, 2] int32 (first column in a share, or -1, and number of columns, by
+    slot), `flags` [J, S] int32 of slots whose B is not finite, and the columns of a share.
+    """
+
+    places: torch.Tensor
+    flags: torch.Tensor
+    share: int
+
+
+class LoraTails:
+    """The tails of the weights behind a stack's tables, and what of the adapters' B lies in them.
+
+    `shape` [G, S + C // 8, 2] is that of a choice: for every kind of table the places of each slot, and behind them the chosen slots.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[LoraTable],
+        weights: Sequence[Float[torch.Tensor, "N K"] | None],
+        entries: torch.Tensor,
+        num_kinds: int = 1,
+    ) -> None:
+        """`entries` [R, S, 8] holds the rows of all tables, one table behind the other; table i is of kind i % num_kinds. A weight without
+        columns behind its rows, or None, takes no part.
+
+        Raises ValueError where a weight does not fit its table, or tables of one kind differ.
+        """
+        self.tables, self.entries, self.num_kinds = tuple(tables), entries, num_kinds
+        self.num_slots, self.columns = tables[0].num_slots, 0
+        self.shares = [0] * num_kinds
+        targets: list[tuple[int, int, int, int]] = []
+        self.first_rows: list[int] = []
+        for i, (table, weight) in enumerate(zip(tables, weights, strict=True)):
+            kind, columns = i % num_kinds, 0 if weight is None else columns_behind(weight)
+            self.first_rows.append(len(targets))
+            if weight is not None:
+                check_weight(weight, table)
+                if columns:
+                    self.columns = max(self.columns, columns)
+            share = columns // table.num_slices // ALIGNED_COLUMNS * ALIGNED_COLUMNS
+            if i < num_kinds:
+                self.shares[kind] = share
+            if share != self.shares[kind] or (columns and columns != self.columns):
+                raise ValueError(f"weights of one kind must have equally many columns behind their rows, got {columns} for table {i}")
+            for j, offset in enumerate(table.out_offsets):
+                at = (
+                    0
+                    if weight is None or not share
+                    else weight.data_ptr() + (offset * weight.stride(0) + table.in_features) * weight.itemsize
+                )
+                targets.append((at, 0 if weight is None else weight.stride(0), kind, j))
+        self.weights = tuple(weights)
+        self.max_chosen = self.columns // ALIGNED_COLUMNS
+        self.shape = (num_kinds, self.num_slots + self.max_chosen, 2)
+        self.widest = max(max(table.out_features) for table in tables)
+        device = tables[0].device
+        self.targets = torch.tensor(targets, dtype=torch.int64).to(device)
+        self.share_of = torch.tensor(self.shares, dtype=torch.int32).to(device)
+        self.flags = torch.zeros(len(targets), self.num_slots, dtype=torch.int32, device=device)
+
+    def choose(self, rows: Mapping[int, int], rank_of: Callable[[int, int], int]) -> np.ndarray:
+        """The choice for a step with so many `rows` of each slot, on the host. `rank_of(kind, slot)`: the largest rank that the slot has in
+        tables of that kind."""
+        chosen = np.full(self.shape, -1, dtype=np.int32)
+        by_rows = sorted(rows, key=lambda slot: (-rows[slot], slot))
+        for kind, share in enumerate(self.shares):
+            used, slots = 0, []
+            for slot in by_rows:
+                columns = -(-rank_of(kind, slot) // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
+                if columns and used + columns <= share:
+                    chosen[kind, slot] = used, columns
+                    slots.append(slot)
+                    used += columns
+            chosen[kind, self.num_slots : self.num_slots + len(slots), 0] = slots
+        return chosen
+
+    def fill_(self, chosen: torch.Tensor) -> None:
+        """Write B of the chosen slots into all tails, in one launch: once a step, before `tail_linear`."""
+        self.flags.zero_()
+        if not self.columns:
+            return
+        like = next(weight for weight in self.weights if weight is not None)
+        grid = (triton.cdiv(self.widest, FILL_ROWS), len(self.targets), self.max_chosen)
+        fill_kernel[grid](
+            self.targets,
+            self.entries,
+            chosen,
+            self.flags,
+            like,
+            self.num_slots,
+            self.columns,
+            self.share_of,
+            RANK_MULTIPLE=min(table.rank_multiple for table in self.tables),
+            COLUMN_MULTIPLE=min(table.column_multiple for table in self.tables),
+            MAX_CHOSEN=self.max_chosen,
+            BLOCK_N=FILL_ROWS,
+            BLOCK_C=triton.next_power_of_2(self.columns),
+            STEP_N=max(16, 2048 // triton.next_power_of_2(self.columns)),
+        )
+
+    def of(self, index: int, chosen: torch.Tensor) -> Tail | None:
+        """The part of table `index`; None where its weight has no tail."""
+        kind, first = index % self.num_kinds, self.first_rows[index]
+        if not self.shares[kind]:
+            return None
+        return Tail(chosen[kind], self.flags[first : first + self.tables[index].num_slices], self.shares[kind])
+
+
+def check_weight(weight: torch.Tensor, table: LoraTable) -> None:
+    """Raises ValueError for a weight that is not the base of a table's linears."""
+    shape = (table.total_out, table.in_features)
+    if tuple(weight.shape) != shape or weight.dtype != table.dtype or weight.stride(1) != 1 or columns_behind(weight) < 0:
+        raise ValueError(
+            f"a weight with a tail must be {shape} in {table.dtype} with adjacent columns, "
+            f"got {tuple(weight.shape)} in {weight.dtype} with strides {weight.stride()}"
+        )
+
+
+def tail_linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, table: LoraTable, layout: SegmentLayout
+) -> torch.Tensor:
+    """The specification of `tail_linear`: base product and LoRA term in fp32 (or wider), rounded once."""
+    wide = wide_dtype(x.dtype)
+    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    for slot, first, rows in layout.runs:
+        for j, (offset, width) in enumerate(zip(table.out_offsets, table.out_features, strict=True)):
+            found = table.get(j, slot)
+            if found is not None:
+                term = x[first : first + rows].to(wide) @ found.a.to(wide).T @ found.b.to(wide).T
+                y[first : first + rows, offset : offset + width] += found.scale * term
+    return y.to(x.dtype)
+
+
+def tail_linear(
+    x: Float[torch.Tensor, "T K"],
+    weight: Float[torch.Tensor, "N K"],
+    bias: Float[torch.Tensor, " N"] | None,
+    low: Low,
+    table: LoraTable,
+    layout: SegmentLayout,
+    tail: Tail,
+) -> Float[torch.Tensor, "T N"]:
+    """x W^T + bias + every row's own LoRA term [T, N], whose first half is `low` (`shrink`) and whose B `LoraTails.fill_` has placed.
+
+    The tails of x's rows are overwritten. No gradients. Raises ValueError where a tail is missing or shapes do not fit.
+    """
+    check_weight(weight, table)
+    columns = columns_behind(weight)
+    if columns < tail.share * table.num_slices or columns_behind(x) < columns or x.shape != (layout.num_rows, table.in_features):
+        raise ValueError(
+            f"x must be {(layout.num_rows, table.in_features)} with at least the {columns} columns behind its rows that the weight has "
+            f"(with_tail makes such a tensor), got {tuple(x.shape)} with {columns_behind(x)}"
+        )
+    if low.partials is None or not uses_triton(x):
+        raise ValueError("tail_linear needs the split sums of shrink's kernel, got none. On the CPU, use F.linear and expand_.")
+    count("tail_linear", "triton", x.device.type)
+    partials, block_rows = low.partials, min(PLACE_ROWS, layout.block_rows)
+    parts = layout.block_rows // block_rows
+    place_kernel[(layout.num_tiles * parts,)](
+        x,
+        layout.tiles,
+        table.entries,
+        partials,
+        tail.places,
+        tail.flags,
+        x.stride(0),
+        table.num_slots,
+        partials.stride(1),
+        partials.stride(0),
+        table.in_features,
+        columns,
+        table.num_slices,
+        tail.share,
+        R=partials.shape[3],
+        SPLITS=partials.shape[0],
+        PARTS=parts,
+        BLOCK_T=block_rows,
+        BLOCK_C=triton.next_power_of_2(columns),
+        **overlapped(x.device),
+    )
+    y = F.linear(_with_columns(x, columns), _with_columns(weight, columns), bias)
+    return expand_(y, low, table, layout, tail.places)
