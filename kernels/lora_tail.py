@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from kernels.backend import jit, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
+from kernels.backend import IS_INTERPRETED, dot, jit, num_processors, overlapped, tl, triton, uses_triton, wait_for_previous, wide_dtype
 from kernels.counters import count
 from kernels.layout import SegmentLayout
 from kernels.lora_kernels import load_entry
 from kernels.lora_table import LoraTable
-from kernels.segmented_lora import Low, expand_
+from kernels.segmented_lora import Low, expand_, plan_for
 
 __all__ = ["LoraTails", "Tail", "columns_behind", "tail_linear", "with_tail"]
 
 ALIGNED_COLUMNS = 8  # a slot's columns begin at a multiple: 16 bytes of bf16
-FILL_ROWS, PLACE_ROWS = 512, 16
+FILL_ROWS, FILL_STEP = 512, 64  # outputs of one program, and at once
 _TARGET_WORDS = tl.constexpr(4)
 
 
@@ -55,20 +55,18 @@ def fill_kernel(
     flags,
     like,
     num_slots,
-    C,
     share_of,
     RANK_MULTIPLE: tl.constexpr,
     COLUMN_MULTIPLE: tl.constexpr,
     MAX_CHOSEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
     STEP_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     """BLOCK_N outputs of one slice (row of the stack), one chosen slot: its B in the slice's own share, zeros in the other shares."""
     row = tl.program_id(1)
     target = targets + row * _TARGET_WORDS
     kind = tl.load(target + 2).to(tl.int32)
-    slice = tl.load(target + 3).to(tl.int32)
     share = tl.load(share_of + kind)
     places = chosen + kind * (num_slots + MAX_CHOSEN) * 2
     slot = tl.load(places + (num_slots + tl.program_id(2)) * 2)
@@ -78,81 +76,86 @@ def fill_kernel(
     first = tl.load(places + slot * 2)
     columns = tl.load(places + slot * 2 + 1)
     _a, b, rank, _scale, _column, width = load_entry(entries, slot, num_slots, row, dtype, RANK_MULTIPLE, COLUMN_MULTIPLE)
-    address = tl.load(target)
-    if address == 0:
-        return
-    weight = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)  # type: ignore[arg-type]
-    stride = tl.load(target + 1)
-    c = tl.arange(0, BLOCK_C)
-    local = c % share - first
-    is_own = (local >= 0) & (local < columns) & (c < C)
-    has_value = is_own & (c // share == slice) & (local < rank)
-    worst = tl.zeros((STEP_N, BLOCK_C), dtype=tl.int32)
     begin = tl.program_id(0) * BLOCK_N
+    if begin >= width:
+        return
+    stride = tl.load(target + 1)
+    slice = (tl.load(target + 3) % 256).to(tl.int32)
+    slices = (tl.load(target + 3) // 256).to(tl.int32)
+    tail = tl.multiple_of(tl.load(target).to(tl.pointer_type(dtype)), 16)  # type: ignore[arg-type]
+    r = tl.arange(0, BLOCK_R)
+    is_bad = tl.zeros((STEP_N, BLOCK_R), dtype=tl.int32)
     for n0 in range(begin, tl.minimum(begin + BLOCK_N, width), STEP_N):
-        n = n0 + tl.arange(0, STEP_N)
-        inside = (n < width)[:, None]
-        wide_n = n.to(tl.int64)[:, None]
-        w = tl.load(b + wide_n * rank + local[None, :], mask=inside & has_value[None, :], other=0.0)
-        wide = w.to(tl.float32)
-        is_bad = (tl.abs(wide) < float("inf")) == 0  # infinite or NaN
-        worst = tl.maximum(worst, is_bad.to(tl.int32))
-        tl.store(weight + wide_n * stride + c[None, :], tl.where(is_bad, 0.0, wide).to(dtype), mask=inside & is_own[None, :])
-    if tl.max(tl.max(worst, 1), 0) > 0:
+        n = (n0 + tl.arange(0, STEP_N)).to(tl.int64)[:, None]
+        inside = (n < width) & (r < columns)[None, :]
+        w = tl.load(b + n * rank + r[None, :], mask=inside & (r < rank)[None, :], other=0.0)
+        is_fine = tl.abs(w.to(tl.float32)) < float("inf")  # not so if NaN
+        is_bad = tl.maximum(is_bad, 1 - is_fine.to(tl.int32))
+        at = tail + n * stride + (first + r)[None, :]
+        for j in range(slices):
+            tl.store(at + j * share, tl.where(is_fine & (j == slice), w.to(tl.float32), 0.0).to(dtype), mask=inside)
+    if tl.max(tl.max(is_bad, 1), 0) > 0:
         tl.store(flags + row * num_slots + slot, 1)
 
 
 @jit
-def place_kernel(
+def shrink_placing_kernel(
     x,
     tiles,
     entries,
-    partials,
-    places,
+    sums,
+    placed,
     flags,
     x_stride,
     num_slots,
     slice_stride,
-    split_stride,
     K,
-    C,
-    J,
     share,
     R: tl.constexpr,
-    SPLITS: tl.constexpr,
+    RANK_MULTIPLE: tl.constexpr,
+    COLUMN_MULTIPLE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    """The tail of x for one of PARTS stretches of a tile's rows, bare ones too: scale * v in the columns of their slot, else 0."""
+    """One of PARTS stretches of a tile's rows, bare ones too, one slice: v goes to `sums` as in `shrink_kernel`, and scale * v to the columns
+    of the rows' slot in the slice's share of the tail, whose other columns become 0.
+    """
     tile = tiles + tl.program_id(0) // PARTS * 4
     skipped = tl.program_id(0) % PARTS * BLOCK_T
+    slice = tl.program_id(1)
     slot = tl.load(tile)
     num_rows = tl.load(tile + 2) - skipped
-    has_adapter = tl.load(tile + 3) == 0
-    first = tl.load(places + slot * 2)
-    c = tl.arange(0, BLOCK_C)
-    slice = tl.minimum(c // share, J - 1)
-    local = c - slice * share - first
-    entry = entries + (slice * num_slots + slot).to(tl.int64) * 8
-    rank = tl.load(entry + 2).to(tl.int32)
-    scale = tl.load(entry + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    is_bare = tl.load(tile + 3)
+    a, _b, rank, scale, _column, _width = load_entry(entries, slot, num_slots, slice, x.dtype.element_ty, RANK_MULTIPLE, COLUMN_MULTIPLE)
+    first = tl.load(placed + slot * 2)
     wait_for_previous(WAITS)
     if num_rows <= 0:
         return
-    rows = (tl.load(tile + 1) + skipped + tl.arange(0, BLOCK_T)).to(tl.int64)
     row_mask = (tl.arange(0, BLOCK_T) < num_rows)[:, None]
-    has_value = has_adapter & (first >= 0) & (local >= 0) & (local < rank)
-    at = partials + slice.to(tl.int64)[None, :] * slice_stride + rows[:, None] * R + local[None, :]
-    mask = row_mask & has_value[None, :]
-    v = tl.load(at, mask=mask, other=0.0)
-    for _ in range(1, SPLITS):
-        at += split_stride
-        v += tl.load(at, mask=mask, other=0.0)
-    is_bad = tl.load(flags + slice * num_slots + slot, mask=has_value, other=0) > 0
-    v = tl.where(mask & is_bad[None, :], float("nan"), v * scale[None, :])
-    tl.store(x + rows[:, None] * x_stride + (K + c)[None, :], v.to(x.dtype.element_ty), mask=row_mask & (c < C)[None, :])
+    rows = (tl.load(tile + 1) + skipped + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    rank = tl.where(is_bare != 0, 0, rank)
+    num_placed = tl.where(first < 0, 0, rank)
+    is_bad = tl.load(flags + slice * num_slots + slot) > 0
+    tail = x + rows * x_stride + K + slice * share
+    c = tl.arange(0, BLOCK_C)
+    others = (c < share) & ((c < first) | (c >= first + num_placed))
+    tl.store(tail + c[None, :], tl.zeros((BLOCK_T, BLOCK_C), dtype=x.dtype.element_ty), mask=row_mask & others[None, :])
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        acc = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            left = tl.load(x + rows * x_stride + k[None, :], mask=row_mask & (k < K)[None, :], other=0.0)
+            right = tl.load(a + r.to(tl.int64)[None, :] * K + k[:, None], mask=(k < K)[:, None] & (r < rank)[None, :], other=0.0)
+            acc = dot(left, right, acc, WIDE)
+        tl.store(sums + slice * slice_stride + rows * R + r[None, :], acc, mask=row_mask & (r < rank)[None, :])
+        v = tl.where(is_bad, float("nan"), scale * acc)
+        tl.store(tail + (first + r)[None, :], v.to(x.dtype.element_ty), mask=row_mask & (r < num_placed)[None, :])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,7 +210,7 @@ class LoraTails:
                     if weight is None or not share
                     else weight.data_ptr() + (offset * weight.stride(0) + table.in_features) * weight.itemsize
                 )
-                targets.append((at, 0 if weight is None else weight.stride(0), kind, j))
+                targets.append((at, 0 if weight is None else weight.stride(0), kind, j + 256 * table.num_slices))
         self.weights = tuple(weights)
         self.max_chosen = self.columns // ALIGNED_COLUMNS
         self.shape = (num_kinds, self.num_slots + self.max_chosen, 2)
@@ -239,7 +242,8 @@ class LoraTails:
         if not self.columns:
             return
         like = next(weight for weight in self.weights if weight is not None)
-        grid = (triton.cdiv(self.widest, FILL_ROWS), len(self.targets), self.max_chosen)
+        block = min(triton.next_power_of_2(max(self.columns // ALIGNED_COLUMNS * len(self.targets), FILL_STEP)), FILL_ROWS)
+        grid = (triton.cdiv(self.widest, block), len(self.targets), self.max_chosen)
         fill_kernel[grid](
             self.targets,
             self.entries,
@@ -247,14 +251,13 @@ class LoraTails:
             self.flags,
             like,
             self.num_slots,
-            self.columns,
             self.share_of,
             RANK_MULTIPLE=min(table.rank_multiple for table in self.tables),
             COLUMN_MULTIPLE=min(table.column_multiple for table in self.tables),
             MAX_CHOSEN=self.max_chosen,
-            BLOCK_N=FILL_ROWS,
-            BLOCK_C=triton.next_power_of_2(self.columns),
-            STEP_N=max(16, 2048 // triton.next_power_of_2(self.columns)),
+            BLOCK_N=block,
+            STEP_N=FILL_STEP,
+            BLOCK_R=min(triton.next_power_of_2(max(self.shares)), max(table.rank_bucket for table in self.tables)),
         )
 
     def of(self, index: int, chosen: torch.Tensor) -> Tail | None:
@@ -294,12 +297,11 @@ def tail_linear(
     x: Float[torch.Tensor, "T K"],
     weight: Float[torch.Tensor, "N K"],
     bias: Float[torch.Tensor, " N"] | None,
-    low: Low,
     table: LoraTable,
     layout: SegmentLayout,
     tail: Tail,
 ) -> Float[torch.Tensor, "T N"]:
-    """x W^T + bias + every row's own LoRA term [T, N], whose first half is `low` (`shrink`) and whose B `LoraTails.fill_` has placed.
+    """x W^T + bias + every row's own LoRA term [T, N]; B is where `LoraTails.fill_` has placed it.
 
     The tails of x's rows are overwritten. No gradients. Raises ValueError where a tail is missing or shapes do not fit.
     """
@@ -310,32 +312,39 @@ def tail_linear(
             f"x must be {(layout.num_rows, table.in_features)} with at least the {columns} columns behind its rows that the weight has "
             f"(with_tail makes such a tensor), got {tuple(x.shape)} with {columns_behind(x)}"
         )
-    if low.partials is None or not uses_triton(x):
-        raise ValueError("tail_linear needs the split sums of shrink's kernel, got none. On the CPU, use F.linear and expand_.")
+    if not uses_triton(x):
+        raise ValueError(f"tail_linear needs a GPU, got a tensor on {x.device}. On the CPU, add the term behind F.linear: segmented_lora_.")
+    if not layout.runs or not table.max_rank:
+        return F.linear(x, weight, bias)
     count("tail_linear", "triton", x.device.type)
-    partials, block_rows = low.partials, min(PLACE_ROWS, layout.block_rows)
-    parts = layout.block_rows // block_rows
-    place_kernel[(layout.num_tiles * parts,)](
+    rows = 16 if layout.num_tiles * layout.block_rows * table.num_slices < 32 * num_processors(x.device) else 32
+    block_rows = min(rows, layout.block_rows)
+    parts, rank = layout.block_rows // block_rows, table.rank_bucket
+    launch = plan_for("shrink_placing", table, block_rows, table.in_features, layout.num_tiles * parts * table.num_slices, x.device)
+    sums = torch.empty(1, table.num_slices, layout.num_rows, rank, dtype=torch.float32, device=x.device)
+    shrink_placing_kernel[(layout.num_tiles * parts, table.num_slices)](
         x,
         layout.tiles,
         table.entries,
-        partials,
+        sums,
         tail.places,
         tail.flags,
         x.stride(0),
         table.num_slots,
-        partials.stride(1),
-        partials.stride(0),
+        sums.stride(1),
         table.in_features,
-        columns,
-        table.num_slices,
         tail.share,
-        R=partials.shape[3],
-        SPLITS=partials.shape[0],
+        R=rank,
+        RANK_MULTIPLE=table.rank_multiple,
+        COLUMN_MULTIPLE=table.column_multiple,
         PARTS=parts,
         BLOCK_T=block_rows,
-        BLOCK_C=triton.next_power_of_2(columns),
+        BLOCK_K=launch.block,
+        BLOCK_R=launch.block_rank,
+        BLOCK_C=triton.next_power_of_2(tail.share),
+        WIDE=IS_INTERPRETED,
         **overlapped(x.device),
+        **launch.options,
     )
     y = F.linear(_with_columns(x, columns), _with_columns(weight, columns), bias)
-    return expand_(y, low, table, layout, tail.places)
+    return expand_(y, Low(x, sums), table, layout, tail.places)

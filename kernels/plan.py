@@ -19,6 +19,7 @@ __all__ = ["Launch", "ShapeClass", "default_launch", "overridden", "plan", "powe
 OPS = (
     "shrink",
     "shrink_backward",
+    "shrink_placing",
     "expand",
     "expand_dx",
     "outer_da",
@@ -55,6 +56,9 @@ def default_launch(
         block = power_of_two(length, 16, block)
         splits = splits_for(programs, length // block, processors, 16)
         return Launch(block=block, block_rank=block_rank, splits=splits, num_warps=4, num_stages=2 if wide else 3)
+    if op == "shrink_placing":
+        block = power_of_two(length, 16, 128 if wide or block_rank > 32 else 256)
+        return Launch(block=block, block_rank=block_rank, num_warps=4, num_stages=2 if wide else 4)
     if op in ("expand", "expand_dx"):
         block = power_of_two(length, 16, 64 if wide or (rows <= 32 and programs < processors) else 128)
         repeats = 4 if programs >= 16 * processors else 1

@@ -145,10 +145,10 @@ def tail_errors(
     tails.fill_(chosen)
     errors: Errors = {}
     for i, (table, weight, x, bias) in enumerate(zip(tables, weights, xs, biases, strict=True)):
-        tail, low = tails.of(i, chosen), shrink(x, table, layout)
-        assert tail is not None and low is not None
+        tail = tails.of(i, chosen)
+        assert tail is not None
         with poisoned_memory():
-            y = tail_linear(x, weight, bias, low, table, layout, tail)
+            y = tail_linear(x, weight, bias, table, layout, tail)
         of_cpu = [None if t is None else t.double().cpu() for t in (x, weight, bias)]
         assert of_cpu[0] is not None and of_cpu[1] is not None
         expected = tail_linear_reference(of_cpu[0], of_cpu[1], of_cpu[2], widened(table), SegmentLayout.build(row_slots, "cpu"))
@@ -170,9 +170,9 @@ def spoiled_tail(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch
         tails = LoraTails([table], [weight], table.entries)
         chosen = torch.from_numpy(tails.choose({0: 9, 1: 20}, lambda kind, slot: 8)).to(device)
         tails.fill_(chosen)
-        tail, low = tails.of(0, chosen), shrink(x, table, layout)
-        assert tail is not None and low is not None
-        found.append(tail_linear(x, weight, None, low, table, layout, tail))
+        tail = tails.of(0, chosen)
+        assert tail is not None
+        found.append(tail_linear(x, weight, None, table, layout, tail))
     return found[0], found[1]
 
 

@@ -94,7 +94,8 @@ def _check(name: str, tensor: torch.Tensor, features: int, table: LoraTable, lay
         raise ValueError(f"slots of the layout must be below the table's num_slots {table.num_slots}, got {layout.slots[-1]}")
 
 
-def _plan(op: str, table: LoraTable, rows: int, length: int, programs: int, device: torch.device) -> Launch:
+def plan_for(op: str, table: LoraTable, rows: int, length: int, programs: int, device: torch.device) -> Launch:
+    """The launch of an op on rows of a table; arguments as for `kernels.plan.plan`."""
     return plan(
         op,
         rows=rows,
@@ -113,7 +114,7 @@ def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is
     length = max(table.out_features) if is_backward else table.in_features
     block_rows = min(layout.block_rows, SHRINK_ROWS)
     parts = layout.block_rows // block_rows
-    launch = _plan(
+    launch = plan_for(
         "shrink_backward" if is_backward else "shrink", table, block_rows, length, layout.num_tiles * parts * slices, source.device
     )
     rank = table.rank_bucket
@@ -147,7 +148,7 @@ def _shrink(source: torch.Tensor, table: LoraTable, layout: SegmentLayout, *, is
 def _expand_(y: torch.Tensor, partials: torch.Tensor, table: LoraTable, layout: SegmentLayout, placed: torch.Tensor | None) -> None:
     """y += scale * v B^T, but for rows of slots with a place."""
     widest = max(table.out_features)
-    launch = _plan("expand", table, layout.block_rows, widest, layout.num_tiles * table.num_slices * (widest // 128), y.device)
+    launch = plan_for("expand", table, layout.block_rows, widest, layout.num_tiles * table.num_slices * (widest // 128), y.device)
     expand_kernel[(layout.num_tiles * launch.parts, triton.cdiv(widest, launch.block * launch.repeats), table.num_slices)](
         y,
         layout.tiles,
@@ -180,7 +181,7 @@ def _expand_dx(x: torch.Tensor, dv: torch.Tensor, table: LoraTable, layout: Segm
     if dx is None:
         covered = sum(rows for _, _, rows in layout.runs) == layout.num_rows
         dx = (torch.empty if covered else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
-    launch = _plan("expand_dx", table, layout.block_rows, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
+    launch = plan_for("expand_dx", table, layout.block_rows, table.in_features, layout.num_tiles * (table.in_features // 128), x.device)
     expand_dx_kernel[(layout.num_tiles * launch.parts, triton.cdiv(table.in_features, launch.block))](
         dx,
         layout.tiles,
@@ -210,7 +211,7 @@ def _outer(source: torch.Tensor, v: torch.Tensor, table: LoraTable, layout: Segm
     """One gradient per slot of the layout, fp32: dB [total_out, R], or dA [J, R, K]. The second stage adds a slot's chunks in order."""
     chunks, slices, rank = layout.chunks.shape[0], table.num_slices, v.shape[3]
     length = max(table.out_features) if is_db else table.in_features
-    launch = _plan("outer_db" if is_db else "outer_da", table, layout.block_rows, length, chunks * slices, source.device)
+    launch = plan_for("outer_db" if is_db else "outer_da", table, layout.block_rows, length, chunks * slices, source.device)
     shape = (chunks, table.total_out, rank) if is_db else (chunks, slices, rank, table.in_features)
     sums = torch.empty(shape, dtype=torch.float32, device=source.device)
     outer_kernel[(chunks, triton.cdiv(length, launch.block), slices)](

@@ -25,7 +25,7 @@ TYPES = {
     "delta": "*bf16", "weight": "*bf16", "total": "*bf16", "h": "*bf16", "dh": "*bf16", "above": "*bf16", "da": "*bf16",
     "gate_up": "*bf16", "qkv": "*bf16", "q_weight": "*bf16", "k_weight": "*bf16", "k_pool": "*bf16", "v_pool": "*bf16",
     "k_arena": "*bf16", "v_arena": "*bf16", "places": "*i64", "arena": "*bf16", "eps": "fp32",
-    "targets": "*i64", "chosen": "*i32", "flags": "*i32", "like": "*bf16", "share_of": "*i32", "placed": "*i32",
+    "targets": "*i64", "chosen": "*i32", "flags": "*i32", "like": "*bf16", "share_of": "*i32", "sums": "*fp32", "placed": "*i32",
     "x": "*bf16", "cos": "*fp32", "sin": "*fp32", "sign": "fp32",
 }  # fmt: skip
 LORA = {"R": 256, "RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "SPLITS": 4, "BLOCK_T": 16, "BLOCK_R": 16, "WIDE": False}
@@ -37,9 +37,22 @@ KERNELS = {
     "expand dx": (lora_kernels.expand_dx_kernel, LORA | {"BLOCK_N": 64, "ADDS": True, "PARTS": 2}),
     "fill tails": (
         lora_tail.fill_kernel,
-        {"RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "MAX_CHOSEN": 8, "BLOCK_N": 512, "BLOCK_C": 64, "STEP_N": 32},
+        {"RANK_MULTIPLE": 8, "COLUMN_MULTIPLE": 16, "MAX_CHOSEN": 8, "BLOCK_N": 512, "STEP_N": 64, "BLOCK_R": 16},
     ),
-    "place in tail": (lora_tail.place_kernel, {"R": 16, "SPLITS": 4, "PARTS": 8, "BLOCK_T": 16, "BLOCK_C": 64}),
+    "shrink placing": (
+        lora_tail.shrink_placing_kernel,
+        {
+            "R": 16,
+            "RANK_MULTIPLE": 8,
+            "COLUMN_MULTIPLE": 16,
+            "PARTS": 8,
+            "BLOCK_T": 16,
+            "BLOCK_K": 256,
+            "BLOCK_R": 16,
+            "BLOCK_C": 32,
+            "WIDE": False,
+        },
+    ),
     "outer": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": True}),
     "outer transposed": (lora_kernels.outer_kernel, LORA | {"BLOCK_M": 32, "IS_DB": False}),
     "attention": (paged_attention.attention_kernel, ATTENTION | {"SPLITS": 1, "BLOCK_Q": 4, "IS_DECODE": False}),
@@ -62,7 +75,6 @@ KERNELS = {
 SWIGLU = {"out": "*bf16"}
 OTHER_TYPES = {
     counter.dropout_kernel: {"rows": "*i64", "out": "*bf16"},
-    lora_tail.place_kernel: {"places": "*i32"},
     swiglu.swiglu_kernel: SWIGLU,
     swiglu.lora_swiglu_kernel: SWIGLU | {"kept": "*bf16"},
     swiglu.swiglu_backward_kernel: SWIGLU,
@@ -109,6 +121,7 @@ SIZES = {"rows": 16, "length": 16384, "programs": 64, "itemsize": 2, "rank": 16,
 CLASSES = {op: [SIZES] for op in OPS} | {
     "shrink": [SIZES | {"rows": 32}],
     "shrink_backward": [SIZES | {"rows": 32}],
+    "shrink_placing": [SIZES | {"rows": 32}],
     "expand_dx": [SIZES | {"rows": 128}],
     "attention": [SIZES, SIZES | {"rows": 64}],
     "rms_norm": [SIZES | {"rows": 1, "length": 4096}],
@@ -124,12 +137,17 @@ def source_of(op: str, shape: ShapeClass, launch: Launch):
         "BLOCK_T": shape.rows // launch.parts,
         "BLOCK_R": launch.block_rank,
     }
+    whole = {name: value for name, value in lora.items() if name != "SPLITS"}
     rows = shape.rows // 4
     attention = {"D": shape.head_size, "BLOCK_D": shape.head_size, "BLOCK_M": shape.rows, "BLOCK_N": launch.block, "SPLITS": 4}
     return {
         "shrink": (lora_kernels.shrink_kernel, lora | {"IS_BACKWARD": False, "BLOCK_K": launch.block, "PARTS": 2}),
         "shrink_backward": (lora_kernels.shrink_kernel, lora | {"IS_BACKWARD": True, "BLOCK_K": launch.block, "PARTS": 2}),
-        "expand": (lora_kernels.expand_kernel, lora | {"BLOCK_N": launch.block, "REPEATS": launch.repeats, "PARTS": launch.parts}),
+        "shrink_placing": (lora_tail.shrink_placing_kernel, whole | {"BLOCK_K": launch.block, "PARTS": 2, "BLOCK_C": 32}),
+        "expand": (
+            lora_kernels.expand_kernel,
+            lora | {"BLOCK_N": launch.block, "REPEATS": launch.repeats, "PARTS": launch.parts, "SKIPS": True},
+        ),
         "expand_dx": (lora_kernels.expand_dx_kernel, lora | {"BLOCK_N": launch.block, "ADDS": True, "SPLITS": 1, "PARTS": launch.parts}),
         "outer_da": (lora_kernels.outer_kernel, lora | {"BLOCK_T": 64, "BLOCK_M": launch.block, "IS_DB": False, "SPLITS": 1}),
         "outer_db": (lora_kernels.outer_kernel, lora | {"BLOCK_T": 64, "BLOCK_M": launch.block, "IS_DB": True, "SPLITS": 1}),

@@ -164,11 +164,11 @@ class Runner:
 
     def _linear(self, layer: int, group: str, x: Tensor, weight: Tensor, bias: Tensor | None, rows: StepInputs) -> Tensor:
         """x W^T + bias + each row's own adapter [T, N]."""
-        low = self.table.low(layer, group, x, rows.layout)
-        if low is not None and rows.chosen is not None and self.tails is not None:
+        if rows.chosen is not None and self.tails is not None:
             tail = self.tails.of(layer * len(GROUPS) + GROUP_NUMBERS[group], rows.chosen)
             if tail is not None:
-                return tail_linear(x, weight, bias, low, self.table.tables[layer][group], rows.layout, tail)
+                return tail_linear(x, weight, bias, self.table.tables[layer][group], rows.layout, tail)
+        low = self.table.low(layer, group, x, rows.layout)
         y = self.table.add_(layer, group, F.linear(x, weight, bias), x, rows.layout, low)
         for train, state in rows.dropped:
             here = slice(train.first, train.first + train.tokens)
