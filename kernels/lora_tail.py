@@ -122,8 +122,8 @@ def shrink_placing_kernel(
     WIDE: tl.constexpr,
     WAITS: tl.constexpr,
 ):
-    """One of PARTS stretches of a tile's rows, bare ones too, one slice: v goes to `sums` as in `shrink_kernel`, and scale * v to the columns
-    of the rows' slot in the slice's share of the tail, whose other columns become 0.
+    """One of PARTS stretches of a tile's rows, bare ones too, one slice: v goes to `sums` as in `shrink_kernel`, and scale * v to the
+    columns of the rows' slot in the slice's share of the tail, whose other columns become 0.
     """
     tile = tiles + tl.program_id(0) // PARTS * 4
     skipped = tl.program_id(0) % PARTS * BLOCK_T

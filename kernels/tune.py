@@ -32,7 +32,16 @@ from kernels.tuned import FOLDER, Entry, Gpu, TunedPlan
 
 MARGIN = 0.02  # a choice that is less than this share faster may be noise
 REPLAYS = 7
-OPS = ("segmented_lora", "lora_swiglu", "lora_gradients", "paged_attention", "linear_cross_entropy", "add_rms_norm", "swiglu")
+OPS = (
+    "segmented_lora",
+    "lora_swiglu",
+    "tail_linear",
+    "lora_gradients",
+    "paged_attention",
+    "linear_cross_entropy",
+    "add_rms_norm",
+    "swiglu",
+)
 Timer = Callable[[Sequence[Instance]], float]
 
 

@@ -14,6 +14,7 @@ import torch
 from kernels.layout import FEW_RUNS, SegmentLayout, few_tiles, tile_height
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_table import LoraTable, SlotWeights
+from kernels.lora_tail import LoraTails, tail_linear, tail_linear_reference, with_tail
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from kernels.problems import bounds
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference
@@ -28,6 +29,7 @@ GROUPS = {
     "down": (14336, (4096,)),
     "o": (4096, (4096,)),
 }
+TAIL = 64  # columns behind a weight's rows
 TILE_ROWS = 16  # of a recorded decode step of many runs
 Tensors = Sequence[torch.Tensor]
 
@@ -139,6 +141,40 @@ def gated_lora(
     k, (width, _) = groups["gate_up"]
     num_bytes = 2 * rows * (k + 5 * width) + 4 * min(adapters, rows) * rank * (k + width)
     return Problem(op="lora_swiglu", name=f"{adapters} x r{rank}, T={rows}", prepare=prepare, num_bytes=num_bytes)
+
+
+def in_tail(
+    group: str,
+    adapters: int,
+    rank: int,
+    rows: int,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+    groups: dict[str, tuple[int, tuple[int, ...]]] = GROUPS,
+) -> Problem:
+    """One group's base product with the adapters in its tail."""
+
+    def prepare() -> Instance:
+        table, layout, given, _ = _lora_inputs(group, adapters, rank, rows, device, dtype, groups)
+        weight = with_tail(table.total_out, table.in_features, TAIL, given)
+        weight.as_strided((weight.shape[0], weight.stride(0)), weight.stride()).zero_()
+        weight.copy_(torch.randn(weight.shape, dtype=dtype, device=device) * table.in_features**-0.5)
+        x = with_tail(rows, table.in_features, TAIL, given).copy_(given)
+        tails = LoraTails([table], [weight], table.entries)
+        counts = {slot: count for slot, _, count in layout.runs}
+        chosen = torch.from_numpy(tails.choose(counts, lambda kind, slot: rank)).to(device)
+        tails.fill_(chosen)
+        tail = tails.of(0, chosen)
+        assert tail is not None
+
+        def run() -> torch.Tensor:
+            return tail_linear(x, weight, None, table, layout, tail)
+
+        return Instance(run=run, outputs=lambda: [run()], reference=lambda: [tail_linear_reference(x, weight, None, table, layout)])
+
+    k, widths = groups[group]
+    num_bytes = 2 * (rows * (k + sum(widths)) + k * sum(widths))
+    return Problem(op="tail_linear", name=f"{group}, {adapters} x r{rank}, T={rows}", prepare=prepare, num_bytes=num_bytes)
 
 
 def lora_forward(group: str, adapters: int, rank: int, rows: int, device: str) -> Problem:
@@ -289,6 +325,9 @@ def problems(device: str = "cuda") -> Iterator[Problem]:
         for group in GROUPS:
             if (group, rows) != ("o", 1024):  # is above
                 yield lora_forward(group, 4, 8, rows, device)
+    for adapters, rows in ((4, 1024), (1, 2048), (4, 2048)):
+        for group in ("qkv", "gate_up", "down"):
+            yield in_tail(group, adapters, 8, rows, device)
     yield attention(4, 512, 1024, 1024, device)
     yield attention(1, 2048, 2048, 2048, device)
     yield cross_entropy(512, 4096, 128256, device)

@@ -46,8 +46,15 @@ def plain(config) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+@pytest.fixture(params=[0, 64])
+def tail(request, monkeypatch):
+    """Columns behind the rows of fused weights, as on a GPU."""
+    monkeypatch.setattr(weights, "tail_columns", lambda weight: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("name", [*NAMES, "biased"])
-def test_fusing_leaves_logits_bit_equal_and_holds_no_copy(name):
+def test_fusing_leaves_logits_bit_equal_and_holds_no_copy(name, tail):
     base = plain(tiny(attention_bias=True) if name == "biased" else shapes.config(name))
     before = base(IDS).logits
     num_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
@@ -55,7 +62,8 @@ def test_fusing_leaves_logits_bit_equal_and_holds_no_copy(name):
     assert torch.equal(base(IDS).logits, before)
     assert_aliases(base, fused)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in base.parameters()}
-    assert sum(storages.values()) == num_bytes
+    tails = sum(4 * tail * t.shape[0] for w in fused.layers for t in (w.qkv, w.gate_up, w.down))
+    assert sum(storages.values()) == num_bytes + tails
     assert (fused.layers[0].o_bias is not None) == (name == "biased")
 
 
@@ -76,16 +84,17 @@ def test_the_fused_buffers_are_what_the_module_computes_with(name):
     assert torch.equal(fused.layers[1].qkv, expected)
 
 
-def test_fusing_twice_gives_the_same_buffers():
+def test_fusing_twice_gives_the_same_buffers(tail):
     base = plain(tiny())
     first, second = fuse(base), fuse(base)
     assert [w.qkv.data_ptr() for w in first.layers] == [w.qkv.data_ptr() for w in second.layers]
+    assert {t.stride(0) - t.shape[1] for w in second.layers for t in (w.qkv, w.gate_up, w.down)} == {tail}
     assert_aliases(base, first)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_fused_base_reloads_bit_equal(name, dtype, tmp_path):
+def test_a_saved_fused_base_reloads_bit_equal(name, dtype, tail, tmp_path):
     base = random_base(name, dtype=dtype, seed=4)
     base.save_pretrained(tmp_path, max_shard_size="40KB" if dtype == torch.float32 else "5GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == (dtype == torch.float32)

@@ -220,6 +220,9 @@ def _fuse_layer(base: nn.Module, layer: Any, dims: Dims) -> LayerWeights:
         if linear.weight.device.type == "meta":
             raise ValueError("weights must be in memory, got a module on the meta device. Load it, or draw random_base(...).")
     tail = tail_columns(mlp.down_proj.weight)
+    for linear in (*qkv, mlp.gate_proj, mlp.up_proj, mlp.down_proj) if tail else ():
+        if not linear._state_dict_hooks:
+            linear.register_state_dict_post_hook(_without_tail)
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.detach(),
         qkv=_one_buffer(base, [linear.weight for linear in qkv], tail),
@@ -237,6 +240,11 @@ def _fuse_layer(base: nn.Module, layer: Any, dims: Dims) -> LayerWeights:
 def tail_columns(weight: Tensor) -> int:
     """How many columns lie behind the rows of a fused weight on this device."""
     return TAIL_COLUMNS if weight.device.type == "cuda" else 0
+
+
+def _without_tail(linear: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    """What is saved of a linear with a tail is a matrix without gaps: safetensors takes no other."""
+    state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].contiguous()
 
 
 def _one_buffer(base: nn.Module, parameters: list[Tensor], tail: int = 0) -> Tensor:
