@@ -306,11 +306,11 @@ def tail_linear(
     The tails of x's rows are overwritten. No gradients. Raises ValueError where a tail is missing or shapes do not fit.
     """
     check_weight(weight, table)
-    columns = columns_behind(weight)
-    if columns < tail.share * table.num_slices or columns_behind(x) < columns or x.shape != (layout.num_rows, table.in_features):
+    columns = tail.share * table.num_slices  # what lies behind them is never written
+    if columns_behind(weight) < columns or columns_behind(x) < columns or x.shape != (layout.num_rows, table.in_features):
         raise ValueError(
-            f"x must be {(layout.num_rows, table.in_features)} with at least the {columns} columns behind its rows that the weight has "
-            f"(with_tail makes such a tensor), got {tuple(x.shape)} with {columns_behind(x)}"
+            f"x must be {(layout.num_rows, table.in_features)} and the weight {tuple(weight.shape)}, with at least {columns} columns behind their rows "
+            f"(with_tail makes such a tensor), got {tuple(x.shape)} with {columns_behind(x)} and {columns_behind(weight)}"
         )
     if not uses_triton(x):
         raise ValueError(f"tail_linear needs a GPU, got a tensor on {x.device}. On the CPU, add the term behind F.linear: segmented_lora_.")

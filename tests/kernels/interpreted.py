@@ -58,12 +58,13 @@ def test_swiglu_adds_the_adapters_term_and_keeps_the_sum(row_slots, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("columns", [64, 40])
 @pytest.mark.parametrize("ranks", [[[8, 3, 16, 17], [8, 0, 8, 3]], [[8] * 6, [8] * 6], [[40, 8], [0, 64]]], ids=["mixed", "many", "large"])
-def test_base_product_and_adapters_are_one_product_whichever_slots_have_a_place(ranks, dtype):
+def test_base_product_and_adapters_are_one_product_whichever_slots_have_a_place(ranks, columns, dtype):
     slots = len(ranks[0])
     row_slots = [(slot, 5 + 3 * slot) for slot in range(slots)] + [(None, 7), (0, 20)]
     before = [(slots - 1, 9), (0, 1)]  # whose adapters are still in the tails, in other columns
-    errors = tail_errors(row_slots, ranks, dtype, "cpu", in_features=40, out_features=(32, 19), before=before)
+    errors = tail_errors(row_slots, ranks, dtype, "cpu", in_features=40, out_features=(32, 19), columns=columns, before=before)
     assert max(errors.values()) < TOLERANCE[dtype], errors
     assert counters.calls[("tail_linear", "triton", "cpu")] == 2
 
