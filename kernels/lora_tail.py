@@ -309,7 +309,7 @@ def tail_linear(
     columns = tail.share * table.num_slices  # what lies behind them is never written
     if columns_behind(weight) < columns or columns_behind(x) < columns or x.shape != (layout.num_rows, table.in_features):
         raise ValueError(
-            f"x must be {(layout.num_rows, table.in_features)} and the weight {tuple(weight.shape)}, with at least {columns} columns behind their rows "
+            f"x must be {(layout.num_rows, table.in_features)} and x and the weight must have at least {columns} columns behind their rows "
             f"(with_tail makes such a tensor), got {tuple(x.shape)} with {columns_behind(x)} and {columns_behind(weight)}"
         )
     if not uses_triton(x):
