@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workbench.runtime.forward import Runner
 
 FEW_SEQUENCES = 32
-TAIL_TOKENS = 1024  # from here on a step's products are bound by compute, and adapters in the weights' tails cost less than a pass over y
+TAIL_TOKENS = 1536  # from here on a pass over all outputs costs more than placing the step's adapters in the weights' tails
 FEW_DOCUMENTS = 8
 
 
@@ -120,7 +120,8 @@ class MixedGraphs:
         )
 
     def _uses_tails(self, key: MixedKey) -> bool:
-        return self.runner.tails is not None and key.facts is not None and key.tokens >= TAIL_TOKENS
+        # rows that are kept get the widest adapters within SwiGLU: tails gain nothing there
+        return self.runner.tails is not None and key.facts is not None and not key.keeps and key.tokens >= TAIL_TOKENS
 
     def _chosen(self, step: PackedStep) -> np.ndarray:
         """Whose adapters go into the weights' tails."""
