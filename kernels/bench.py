@@ -117,8 +117,9 @@ def _with_tail(x: torch.Tensor, weight: torch.Tensor, table: LoraTable, layout: 
     wide.as_strided((wide.shape[0], wide.stride(0)), wide.stride())[:, wide.shape[1] :] = 0
     tails = LoraTails([table], [wide], table.entries)
     rows = {slot: count for slot, _, count in layout.runs}
-    chosen = torch.from_numpy(tails.choose(rows, lambda _, slot: table.weights[0, slot].rank)).to(x.device)
-    tail = tails.of(0, chosen)
+    choice = tails.choose(rows, lambda _, slot: table.weights[0, slot].rank)
+    chosen = torch.from_numpy(choice).to(x.device)
+    tail = tails.of(0, chosen, is_complete=bool((choice[0, list(rows), 0] >= 0).all()))
     assert tail is not None
 
     tails.fill_(chosen)

@@ -161,12 +161,14 @@ def shrink_placing_kernel(
 @dataclass(frozen=True, slots=True, eq=False)
 class Tail:
     """One table's part of a step's choice: `places` [S + C // 8, 2] int32 (first column in a share, or -1, and number of columns, by
-    slot), `flags` [J, S] int32 of slots whose B is not finite, and the columns of a share.
+    slot), `flags` [J, S] int32 of slots whose B is not finite, the columns of a share, and
+    whether it is known that every row's slot has a place.
     """
 
     places: torch.Tensor
     flags: torch.Tensor
     share: int
+    is_complete: bool = False
 
 
 class LoraTails:
@@ -260,12 +262,12 @@ class LoraTails:
             BLOCK_R=min(triton.next_power_of_2(max(self.shares)), max(table.rank_bucket for table in self.tables)),
         )
 
-    def of(self, index: int, chosen: torch.Tensor) -> Tail | None:
-        """The part of table `index`; None where its weight has no tail."""
+    def of(self, index: int, chosen: torch.Tensor, *, is_complete: bool = False) -> Tail | None:
+        """The part of table `index`; None where its weight has no tail. `is_complete`: all slots of the step's rows were chosen."""
         kind, first = index % self.num_kinds, self.first_rows[index]
         if not self.shares[kind]:
             return None
-        return Tail(chosen[kind], self.flags[first : first + self.tables[index].num_slices], self.shares[kind])
+        return Tail(chosen[kind], self.flags[first : first + self.tables[index].num_slices], self.shares[kind], is_complete)
 
 
 def check_weight(weight: torch.Tensor, table: LoraTable) -> None:
@@ -347,4 +349,4 @@ def tail_linear(
         **launch.options,
     )
     y = F.linear(_with_columns(x, columns), _with_columns(weight, columns), bias)
-    return expand_(y, Low(x, sums), table, layout, tail.places)
+    return y if tail.is_complete else expand_(y, Low(x, sums), table, layout, tail.places)

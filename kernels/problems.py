@@ -142,10 +142,12 @@ def tail_errors(
     if before:
         tails.fill_(choice(before))
     chosen = choice(row_slots)
+    slots = [slot for slot, _ in row_slots if slot is not None]
+    is_complete = bool((chosen[0, slots, 0] >= 0).all())
     tails.fill_(chosen)
     errors: Errors = {}
     for i, (table, weight, x, bias) in enumerate(zip(tables, weights, xs, biases, strict=True)):
-        tail = tails.of(i, chosen)
+        tail = tails.of(i, chosen, is_complete=is_complete)
         assert tail is not None
         with poisoned_memory():
             y = tail_linear(x, weight, bias, table, layout, tail)

@@ -84,7 +84,11 @@ def test_swiglu_with_the_adapters_term_equals_the_ops_one_after_another(block_ro
 
 
 @pytest.mark.parametrize("columns", [64, 72, 256])
-@pytest.mark.parametrize("ranks", [[[8, 3, 16, 17], [8, 0, 8, 3]], [[8] * 12] * 2, [[40, 8], [0, 64]]], ids=["mixed", "many", "large"])
+@pytest.mark.parametrize(
+    "ranks",
+    [[[8, 3, 16, 17], [8, 0, 8, 3]], [[8] * 12] * 2, [[40, 8], [0, 64]], [[8, 3], [8, 0]]],
+    ids=["mixed", "many", "large", "all"],
+)
 @DTYPES
 def test_base_product_and_adapters_are_one_product_whichever_slots_have_a_place(ranks, columns, dtype):
     slots = len(ranks[0])

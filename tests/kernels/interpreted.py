@@ -59,7 +59,11 @@ def test_swiglu_adds_the_adapters_term_and_keeps_the_sum(row_slots, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("columns", [64, 40])
-@pytest.mark.parametrize("ranks", [[[8, 3, 16, 17], [8, 0, 8, 3]], [[8] * 6, [8] * 6], [[40, 8], [0, 64]]], ids=["mixed", "many", "large"])
+@pytest.mark.parametrize(
+    "ranks",
+    [[[8, 3, 16, 17], [8, 0, 8, 3]], [[8] * 6, [8] * 6], [[40, 8], [0, 64]], [[8, 3], [8, 0]]],
+    ids=["mixed", "many", "large", "all"],
+)
 def test_base_product_and_adapters_are_one_product_whichever_slots_have_a_place(ranks, columns, dtype):
     slots = len(ranks[0])
     row_slots = [(slot, 5 + 3 * slot) for slot in range(slots)] + [(None, 7), (0, 20)]

@@ -53,7 +53,9 @@ def test_a_padded_mixed_step_equals_transformers_and_peft_run_separately(padded)
 def test_a_padded_step_with_adapters_in_the_weights_tails_equals_transformers_and_peft(padded):
     engine, folder, base, adapters = padded(64)
     kinds = set()
-    for rows in mixed_rows(engine, folder, adapters, [job("first", length=9, evaluation=rows_of(6, 2, 9), evaluate_every=1)], seed=1, steps=1):
+    for rows in mixed_rows(
+        engine, folder, adapters, [job("first", length=9, evaluation=rows_of(6, 2, 9), evaluate_every=1)], seed=1, steps=1
+    ):
         kinds.add((rows[0].kind, rows[0].adapter))
         assert_equal(rows, base)
     assert len(kinds) >= 3 and {kind for kind, _ in kinds} == {"evaluate", "prefill"}
