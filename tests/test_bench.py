@@ -306,10 +306,10 @@ def test_policies_are_ranked_only_where_they_differ_by_more_than_the_model_errs(
     def pair(measured, simulated):
         return modelling.Pair("cell", "policy", {"attainment": measured}, {"attainment": simulated})
 
-    assert modelling.in_order(pair(90.0, 92.0), pair(80.0, 79.0), "attainment") is True
-    assert modelling.in_order(pair(90.0, 80.0), pair(79.9, 85.0), "attainment") is False
-    assert modelling.in_order(pair(90.0, 92.0), pair(89.0, 95.0), "attainment") is None
-    assert pair(90.0, 92.0).error("attainment") == 2.0
+    assert modelling.in_order(pair(0.900, 0.920), pair(0.800, 0.790), "attainment") is True
+    assert modelling.in_order(pair(0.900, 0.800), pair(0.799, 0.850), "attainment") is False
+    assert modelling.in_order(pair(0.900, 0.920), pair(0.890, 0.950), "attainment") is None
+    assert pair(0.90, 0.92).error("attainment") == pytest.approx(2.0)
 
 
 def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):

@@ -25,7 +25,7 @@ from workbench.bench.session import Session
 from workbench.config import SLO, FinetuneJob, require
 from workbench.core import Request
 from workbench.latency import LatencyModel
-from workbench.latency.whole_replays import REPLAYS_FILE, Prediction, ReplayErrors
+from workbench.latency.whole_replays import REPLAYS_FILE, Prediction, ReplayErrors, error
 from workbench.model_error import METRICS
 from workbench.policies import LatencyBudget, LoquetierStatic, ServeFirst, SLOSlack, TemporalSharing
 
@@ -126,7 +126,7 @@ def _cells(session: Session, names: Sequence[str]) -> Iterator[Cell]:
 
 @dataclass(frozen=True)
 class Pair:
-    """What was measured and simulated of one policy, by metric, attainment in points."""
+    """What was measured and simulated of one policy, by metric."""
 
     cell: str
     policy: str
@@ -135,15 +135,12 @@ class Pair:
 
     @classmethod
     def of(cls, kept: Kept, found: Sequence[Prediction]) -> "Pair":
-        scale = {p.metric: 100 if METRICS[p.metric] == "points" else 1 for p in found}
-        measured = {p.metric: p.measured * scale[p.metric] for p in found}
-        simulated = {p.metric: p.simulated * scale[p.metric] for p in found}
+        measured, simulated = {p.metric: p.measured for p in found}, {p.metric: p.simulated for p in found}
         return cls(kept.cell, type(kept.policy).__name__, measured, simulated)
 
     def error(self, metric: str) -> float:
-        """Simulated less measured: in points, or in per cent of what was measured."""
-        a, b = self.simulated[metric], self.measured[metric]
-        return a - b if METRICS[metric] == "points" else 100 * (a / b - 1) if b else float("nan")
+        """As `whole_replays.error`."""
+        return error(metric, self.measured[metric], self.simulated[metric])
 
 
 def record_worst(session: Session, found: Sequence[Pair], *, shape: str | None = None, device: str | None = None) -> None:
@@ -169,9 +166,9 @@ def record_worst(session: Session, found: Sequence[Pair], *, shape: str | None =
 
 def in_order(a: Pair, b: Pair, metric: str) -> bool | None:
     """Whether the model puts two policies in the engine's order; None where they differ by no more than the larger of their errors."""
-    error = max(abs(pair.simulated[metric] - pair.measured[metric]) for pair in (a, b))
+    largest = max(abs(pair.simulated[metric] - pair.measured[metric]) for pair in (a, b))
     measured = a.measured[metric] - b.measured[metric]
-    return None if abs(measured) <= error else (a.simulated[metric] - b.simulated[metric]) * measured > 0
+    return None if abs(measured) <= largest else (a.simulated[metric] - b.simulated[metric]) * measured > 0
 
 
 def _measured(session: Session, cell: Cell, policy: Any) -> Kept:
@@ -193,7 +190,9 @@ def _record(session: Session, kept: Kept, pair: Pair, model: str, *, shape: str 
     for metric, unit in METRICS.items():
         if not isfinite(pair.error(metric)):
             continue  # nothing was measured of it; the predictions have it
-        values = f"simulated {pair.simulated[metric]:.4g}, measured {pair.measured[metric]:.4g}, {pair.error(metric):+.1f} {unit}"
+        scale = 100 if unit == "points" else 1
+        values = f"simulated {scale * pair.simulated[metric]:.4g}, measured {scale * pair.measured[metric]:.4g}"
+        values += f", {pair.error(metric):+.1f} {unit}"
         note = f"{kept.policy}; {values}; measured {kept.date[:10]} at {kept.replay.provenance.commit}, simulated by {model}"
         n = len(kept.replay.trace_requests)
         session.record(kept.name, f"error of {metric}", [abs(pair.error(metric))], unit, n=n, note=note, shape=shape, device=device)
