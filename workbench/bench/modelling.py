@@ -10,8 +10,10 @@ error.
 simulated again with any profile on a machine without the device (`--from`).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations
 from math import isfinite
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 from workbench import traces
 from workbench.bench import correctness, machine, serving
 from workbench.bench.finetune import tuning_job
-from workbench.bench.kept import Kept, cell_name, check_fits, load_all
+from workbench.bench.kept import FITTED, Kept, cell_name, check_fits, load_all
 from workbench.bench.session import Session
 from workbench.config import SLO, FinetuneJob, require
 from workbench.core import Request
@@ -45,7 +47,6 @@ SLO_OF_ALL = SLO(ttft_s=5.0, itl_s=0.045)
 RANKED = ("attainment", "finetune_tokens_per_s")
 WORST = "all replays"
 PREDICTIONS_FILE = "model_replays.csv"
-FITTED = "model"  # the folder of the model that policies predicted with, beside the replays that are kept
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Cell:
 
 
 def run(session: Session) -> bool:
-    """Every cell under every policy, on the engine and then on the model, while time is left. False if a check fails."""
+    """Every cell under every policy on the engine, while time is left for a whole replay; then on the model. False if a check fails."""
     if not session.check(correctness.serving_errors(session) | correctness.gradient_errors(session)):
         return False
     engine, before = session.engine, session.engine.config
@@ -76,42 +77,52 @@ def run(session: Session) -> bool:
             if session.replays is not None:
                 model.save(session.replays / FITTED)
             serving.warm_up(session, names)
-            wanted = (
-                (cell, policy)
+            needs_s = session.sizes.horizon_s + DRAIN_S
+            measured = [
+                _measured(session, cell, policy)
                 for cell in _cells(session, names)
                 for policy in POLICIES
-                if session.wants(f"{cell.name}, {type(policy).__name__}")
-            )
-            _judge(session, model, (_measured(session, cell, policy) for cell, policy in wanted))
+                if session.wants(f"{cell.name}, {type(policy).__name__}", needs_s if session.on_cuda else 0.0)
+            ]
     finally:
         engine.config = before
+    _judge(session, ((one, model) for one in measured))
     return True
 
 
-def run_kept(session: Session, folder: Path) -> None:
-    """The replays that a run kept in `folder`, simulated with the session's profile; no engine is built. Raises where there are none."""
-    model = session.profile
-    assert model is not None
-    kept = load_all(folder)
+def run_kept(session: Session, folders: Sequence[Path]) -> None:
+    """The replays that runs kept in `folders`, each simulated with its own run's model, or all with the session's profile.
+
+    No engine is built. Raises FileNotFoundError where there are none.
+    """
+    kept = [one for one in load_all(folders) if session.wants(one.name)]
     places = sorted({(one.shape, one.replay.executor.device) for one in kept})
-    require(len(places) == 1, "kept replays must be of one model shape on one device", places, "Put them into a folder each.")
-    shape, device = places[0]
-    _judge(session, model, (one for one in kept if session.wants(one.name)), shape=shape, device=device)
+    require(len(places) <= 1, "kept replays must be of one model shape on one device", places, "Put them into a folder each.")
+    twice = sorted(name for name, times in Counter(one.name for one in kept).items() if times > 1)
+    require(not twice, "a kept replay must be there once", twice, "Leave out the folder that should not count.")
+    load = cache(LatencyModel.load)
+    for one in kept:
+        rule = "a kept replay must have its run's model beside it"
+        require(session.profile is not None or one.fitted is not None, rule, one.name, "Or simulate all with one: --profile NAME.")
+    shape, device = places[0] if places else (None, None)
+    _judge(session, ((one, session.profile or load(one.fitted)) for one in kept), shape=shape, device=device)
 
 
-def _judge(session: Session, model: LatencyModel, measured: Iterable[Kept], *, shape: str | None = None, device: str | None = None) -> None:
-    """Simulate each of the replays with the model; rows, and the file that a profile ships."""
+def _judge(
+    session: Session, measured: Iterable[tuple[Kept, LatencyModel]], *, shape: str | None = None, device: str | None = None
+) -> None:
+    """Simulate each of the replays with its model; rows, and the file that a profile ships."""
     pairs: list[Pair] = []
     predictions: list[Prediction] = []
-    for one in measured:
+    for one, model in measured:
         found = one.predictions(model)
         predictions += found
         pairs.append(Pair.of(one, found))
-        _record(session, one, pairs[-1], model.info.name, shape=shape, device=device)
+        _record(session, one, pairs[-1], model, shape=shape, device=device)
     if pairs:
         record_worst(session, pairs, shape=shape, device=device)
         file = ReplayErrors(tuple(predictions)).save(session.into / PREDICTIONS_FILE)
-        print(f"{len(pairs)} replays by {model.info.name} in {file}; the folder of that profile ships it as {REPLAYS_FILE}", flush=True)
+        print(f"{len(pairs)} replays in {file}; the folder of a profile ships those by its own model as {REPLAYS_FILE}", flush=True)
 
 
 def _cells(session: Session, names: Sequence[str]) -> Iterator[Cell]:
@@ -185,14 +196,15 @@ def _measured(session: Session, cell: Cell, policy: Any) -> Kept:
     return kept
 
 
-def _record(session: Session, kept: Kept, pair: Pair, model: str, *, shape: str | None = None, device: str | None = None) -> None:
+def _record(session: Session, kept: Kept, pair: Pair, model: LatencyModel, *, shape: str | None = None, device: str | None = None) -> None:
     """A row for each metric's error of one replay."""
+    by = f"{model.info.name} of {model.provenance['date']}"
     for metric, unit in METRICS.items():
         if not isfinite(pair.error(metric)):
             continue  # nothing was measured of it; the predictions have it
         scale = 100 if unit == "points" else 1
         values = f"simulated {scale * pair.simulated[metric]:.4g}, measured {scale * pair.measured[metric]:.4g}"
         values += f", {pair.error(metric):+.1f} {unit}"
-        note = f"{kept.policy}; {values}; measured {kept.date[:10]} at {kept.replay.provenance.commit}, simulated by {model}"
+        note = f"{kept.policy}; {values}; measured {kept.date[:10]} at {kept.replay.provenance.commit}, simulated by {by}"
         n = len(kept.replay.trace_requests)
         session.record(kept.name, f"error of {metric}", [abs(pair.error(metric))], unit, n=n, note=note, shape=shape, device=device)
