@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from workbench import policies
@@ -17,6 +18,7 @@ from workbench.results.replay import Replay, load_replay
 
 KEPT_FILE = "kept.json"
 FITTED = "model"  # the folder of the model that policies predicted with, beside the replays of one run
+SIMULATED = 5  # seeds of the residuals: one replay's p99 is a draw
 NO_LIMITS = ("name", "device", "simulated", "model_error", *BUCKETS)
 
 
@@ -78,10 +80,10 @@ class Kept:
         fitted = place.parent / FITTED
         return cls(policy=policy, job=job, replay=measured, fitted=fitted if fitted.is_dir() else None, **rest)
 
-    def simulated(self, model: LatencyModel) -> Replay:
+    def simulated(self, model: LatencyModel, seed: int | None = None) -> Replay:
         """The same requests, policy, job and seed on a latency model under the limits and adapters of the measurement.
 
-        Planning costs its measured mean. Raises ValueError for a model of another device or depth.
+        `seed` draws other residuals. Planning costs its measured mean. Raises ValueError for a model of another device or depth.
         """
         measured = self.replay
         executor: Any = under(model, measured)
@@ -91,16 +93,21 @@ class Kept:
             policy=self.policy,
             jobs=[self.job],
             slo=measured.slo,
-            seed=measured.seed,
+            seed=measured.seed if seed is None else seed,
             planning=float(measured.steps["plan_s"].mean()),
             measure=measured.measure,
             progress=False,
         )
 
     def predictions(self, model: LatencyModel) -> tuple[Prediction, ...]:
-        """What was measured and what the model makes of it, metric by metric."""
+        """What was measured and what the model makes of it in the mean over SIMULATED seeds, metric by metric."""
+        first = self.replay.seed
         found = ReplayErrors.of(self.replay, self.simulated(model), date=self.date)
-        return tuple(replace(p, trace=self.trace, load=self.load) for p in found.predictions)
+        rows = [self.simulated(model, seed).summary() for seed in range(first + 1, first + SIMULATED)]
+        return tuple(
+            replace(p, trace=self.trace, load=self.load, simulated=fmean([p.simulated, *(float(row[p.metric]) for row in rows)]))
+            for p in found.predictions
+        )
 
 
 def under(model: LatencyModel, measured: Replay) -> LatencyModel:
@@ -132,7 +139,8 @@ def load_all(folders: Sequence[Path]) -> Sequence[Kept]:
         files = sorted(folder.rglob(KEPT_FILE))
         if not files:
             raise FileNotFoundError(
-                f"{folder} must hold kept replays (NAME/{KEPT_FILE}), got none. Keep some: python -m workbench.bench model --replays {folder}."
+                f"{folder} must hold kept replays (NAME/{KEPT_FILE}), got none. "
+                f"Keep some: python -m workbench.bench model --replays {folder}."
             )
         found += [Kept.load_from(file.parent) for file in files]
     return found

@@ -21,7 +21,7 @@ class SLOSlack:
     and the time to prefill them all. They are prefilled then, all but a last token each, so that their first tokens come together in
     the first step of the next sprint: no gap has a prefill or training in it, and errors of their predictions make none late.
 
-    Where not all of them find a place, the places that become free in the sprint are filled again, many at a time and within the gap target,
+    Where not all of them find a place, those that become free in the sprint are filled again, many at a time and within the gap target,
     until nobody waits: the device decodes full batches, and the rest after it is the longer.
 
     Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps), or where
@@ -157,7 +157,9 @@ class SLOSlack:
     def fills_again(self, view: View) -> bool:
         """Whether a prompt is to be finished, or those who find a place now are all who wait, or have prompts enough."""
         placed = view.waiting[: view.free.requests]
-        return is_resident(view.waiting[0]) or bool(placed) and (len(placed) == len(view.waiting) or sum(r.prefill_left for r in placed) >= REFILL_TOKENS)
+        if is_resident(view.waiting[0]):
+            return True
+        return len(placed) == len(view.waiting) or sum(r.prefill_left for r in placed) >= REFILL_TOKENS
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
