@@ -285,7 +285,9 @@ def test_replays_of_two_calls_are_judged_together_each_by_the_model_of_its_own_c
     job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1, epochs=3)
     policy, engine = wb.policies.ServeFirst(), FixedCost(info=fixed_info(simulated=False, name="Engine(fixed)"))
     measured = wb.replay([request], executor=engine, policy=policy, jobs=[job], progress=False)
-    fitted = wb.LatencyModel.fit(wb.replay([request] , executor=engine, policy=policy, jobs=[job], until="jobs", planning=0.0, progress=False))
+    fitted = wb.LatencyModel.fit(
+        wb.replay([request], executor=engine, policy=policy, jobs=[job], until="jobs", planning=0.0, progress=False)
+    )
     for call, factor in (("one", 0.0), ("two", 1.0)):
         one = Kept(trace=call, load=2, policy=policy, job=job, shape="tiny", date="2026-01-01", replay=measured)
         one.save(tmp_path / "calls" / call)
