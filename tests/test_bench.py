@@ -376,6 +376,8 @@ def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain(tmp_pat
         row |= {"attainment": attainment, "finetune_tokens_per_s": tokens}
     assert contest.best(record, 0.2) == grid[0]
     assert contest.best(record, 0.2, only="TemporalSharing") == grid[1], "none attains: the one that attains most"
+    record["rows"][1]["finetune_tokens_per_s"] = 0.0
+    assert contest.best(record, 0.2, only="TemporalSharing") == grid[2], "of those that train"
 
 
 def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):

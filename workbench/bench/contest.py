@@ -135,11 +135,16 @@ def tune(
 
 
 def best(record: Mapping[str, Any], share: float, *, only: str | None = None) -> Any:
-    """The tuned policy that trains most of those that attain the targets at this share; if none does, the one that attains most."""
+    """The tuned policy that trains most of those that attain the targets at this share; if none does, of those that train the one that
+    attains most.
+    """
     rows = [row for row in record["rows"] if row["share"] == share and only in (None, row["policy"])]
-    row = max(
-        rows, key=lambda r: (r["attainment"] >= ATTAINED, r["finetune_tokens_per_s"] if r["attainment"] >= ATTAINED else r["attainment"])
-    )
+
+    def merit(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        attains, tokens = row["attainment"] >= ATTAINED, row["finetune_tokens_per_s"]
+        return attains, tokens > 0, tokens if attains else row["attainment"]
+
+    row = max(rows, key=merit)
     return getattr(policies, row["policy"])(**row["parameters"])
 
 
