@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from workbench.bench import (
 from workbench.bench.kept import Kept, load_all
 from workbench.bench.session import Session
 from workbench.latency.whole_replays import ReplayErrors
-from workbench.testing import FixedCost
+from workbench.testing import FixedCost, fixed_info
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = "NVIDIA H100 80GB HBM3"
@@ -238,7 +239,7 @@ def test_offline_and_online_write_throughput_and_percentiles(tiny):
 
 def test_whole_replays_are_compared_with_the_models_and_the_worst_error_has_the_target(tiny, monkeypatch):
     monkeypatch.setattr(modelling, "LOADS", (12,))
-    found = run(tiny, "model", ("BurstGPT, 12 req/s, LatencyBudget", "BurstGPT, 12 req/s, ServeFirst"))
+    found = run(tiny, "model", ("BurstGPT, 12 req/s, LatencyBudget", "BurstGPT, 12 req/s, SLOSlack"))
     assert {(modelling.WORST, rows.OURS, f"error of {metric}") for metric in modelling.METRICS} <= found
     both = [r for r in tiny.rows if r.metric == "error of finetune_tokens_per_s"]
     assert len(both) == 3 and both[2].p50 == max(both[0].p50, both[1].p50)
@@ -274,9 +275,48 @@ def test_every_policy_of_the_bench_comes_back_from_a_kept_replay(tmp_path):
         one = Kept(trace="t", load=2, policy=policy, job=job, shape="tiny", date="2026-01-01", replay=measured)
         again = Kept.load_from(one.save(tmp_path))
         assert (again.policy, again.job, again.name) == (policy, job, one.name)
-    assert len(load_all(tmp_path)) == len(modelling.POLICIES)
+    assert len(load_all([tmp_path])) == len(modelling.POLICIES)
     with pytest.raises(FileNotFoundError, match="got none. Keep some"):
-        load_all(tmp_path / "nowhere")
+        load_all([tmp_path, tmp_path / "nowhere"])
+
+
+def test_replays_of_two_calls_are_judged_together_each_by_the_model_of_its_own_call(tmp_path, capsys):
+    request = wb.Request(request_id="r", arrival_s=0.0, prompt_tokens=4, output_tokens=3)
+    job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1, epochs=3)
+    policy, engine = wb.policies.ServeFirst(), FixedCost(info=fixed_info(simulated=False, name="Engine(fixed)"))
+    measured = wb.replay([request], executor=engine, policy=policy, jobs=[job], progress=False)
+    fitted = wb.LatencyModel.fit(
+        wb.replay([request], executor=engine, policy=policy, jobs=[job], until="jobs", planning=0.0, progress=False)
+    )
+    for call, factor in (("one", 0.0), ("two", 1.0)):
+        one = Kept(trace=call, load=2, policy=policy, job=job, shape="tiny", date="2026-01-01", replay=measured)
+        one.save(tmp_path / "calls" / call)
+        fitted.perturb(factor).save(tmp_path / "calls" / call / "model")
+
+    def judged(*options: str) -> dict[str, float]:
+        assert cli.main(["model", "--into", str(tmp_path / "rows"), "--from", *options]) == 0
+        found = ReplayErrors.read(tmp_path / "rows" / modelling.PREDICTIONS_FILE).predictions
+        return {p.trace: p.error for p in found if p.metric == "tpot_p50_s"}
+
+    parts = [str(tmp_path / "calls" / call) for call in ("one", "two")]
+    own = judged(*parts)
+    assert own["two"] > own["one"] + 50, "the second call's model is twice as slow"
+    assert judged(str(tmp_path / "calls")) == own
+    same = judged(*parts, "--profile", str(tmp_path / "calls" / "one" / "model"))
+    assert same["one"] == same["two"] == own["one"]
+    shutil.rmtree(tmp_path / "calls" / "two" / "model")
+    with pytest.raises(ValueError, match="must have its run's model beside it"):
+        judged(*parts)
+    with pytest.raises(ValueError, match="must be there once"):
+        judged(parts[0], parts[0])
+    capsys.readouterr()
+
+
+def test_no_replay_is_begun_that_cannot_end_in_the_time_left(tmp_path, capsys):
+    made = Session(shape="tiny-llama", into=tmp_path, seconds=100.0)
+    made.start("model", 60.0)
+    assert made.wants("short", 50.0) and not made.wants("long", 200.0)
+    assert made.skipped == ["model long"] and "it needs 200 s, 100 s are left" in capsys.readouterr().out
 
 
 def test_a_profile_of_another_device_is_refused_before_anything_is_measured(tiny, monkeypatch):
@@ -292,8 +332,7 @@ def test_a_profile_of_another_device_is_refused_before_anything_is_measured(tiny
     [
         (["w1", "--profile", "h100-llama3-8b"], "--profile is of the workloads w6, contest, model"),
         (["w6", "--replays", "kept"], "are of the workload model alone"),
-        (["model", "--from", "kept"], "it needs --profile"),
-        (["model", "--from", "kept", "--profile", "h100-llama3-8b", "--replays", "other"], "takes no --replays"),
+        (["model", "--from", "kept", "--replays", "other"], "takes no --replays"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(given, message, capsys):
@@ -306,10 +345,10 @@ def test_policies_are_ranked_only_where_they_differ_by_more_than_the_model_errs(
     def pair(measured, simulated):
         return modelling.Pair("cell", "policy", {"attainment": measured}, {"attainment": simulated})
 
-    assert modelling.in_order(pair(90.0, 92.0), pair(80.0, 79.0), "attainment") is True
-    assert modelling.in_order(pair(90.0, 80.0), pair(79.9, 85.0), "attainment") is False
-    assert modelling.in_order(pair(90.0, 92.0), pair(89.0, 95.0), "attainment") is None
-    assert pair(90.0, 92.0).error("attainment") == 2.0
+    assert modelling.in_order(pair(0.900, 0.920), pair(0.800, 0.790), "attainment") is True
+    assert modelling.in_order(pair(0.900, 0.800), pair(0.799, 0.850), "attainment") is False
+    assert modelling.in_order(pair(0.900, 0.920), pair(0.890, 0.950), "attainment") is None
+    assert pair(0.90, 0.92).error("attainment") == pytest.approx(2.0)
 
 
 def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):
@@ -337,6 +376,8 @@ def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain(tmp_pat
         row |= {"attainment": attainment, "finetune_tokens_per_s": tokens}
     assert contest.best(record, 0.2) == grid[0]
     assert contest.best(record, 0.2, only="TemporalSharing") == grid[1], "none attains: the one that attains most"
+    record["rows"][1]["finetune_tokens_per_s"] = 0.0
+    assert contest.best(record, 0.2, only="TemporalSharing") == grid[2], "of those that train"
 
 
 def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):

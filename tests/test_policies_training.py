@@ -28,7 +28,7 @@ from workbench.policies import (
     TokenCoserving,
 )
 from workbench.policies.common import StepErrors
-from workbench.policy import StepView
+from workbench.policy import Plan, StepView
 from workbench.replay import replay
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -202,6 +202,33 @@ def test_slack_ends_a_rest_when_the_first_who_waits_is_due():
     # due at 210 ms less 10 % of 200 ms, its prefill and two decodes; by the pace of x it could last until 245 ms
     assert 0.150 < result.requests["ttft_s"]["y"] < 0.180
     assert result.requests["met"].all()
+
+
+def sprinting(*, refills, **limits):
+    """What is planned in the midst of a sprint of two when a third has arrived."""
+    slo = SLO(ttft_s=2.0, itl_s=0.020, itl_quantile=0.9)
+    desk = serving(one("x", output=60), one("y", output=60), slo=slo, **limits)
+    desk.policy.sprints, desk.policy.refills, desk.policy.steps_left = True, refills, 5.0
+    desk.arrive(one("z", 0.01, 60, 30))
+    plan = desk.decide()
+    assert (plan.work["decode_tokens"], plan.finetunes) == (2, [])
+    return plan.work["prefill_tokens"]
+
+
+def test_slack_fills_places_again_in_a_sprint_that_not_all_found_one_for():
+    assert sprinting(refills=True, max_requests=3) == 60
+    assert sprinting(refills=True, max_requests=2) == 0, "no place"
+    assert sprinting(refills=False, max_requests=3) == 0, "it can wait until the sprint is over"
+
+
+def test_slack_knows_at_the_beginning_of_a_sprint_whether_all_found_a_place():
+    slo = SLO(ttft_s=1.0, itl_s=0.020, itl_quantile=0.9)
+    for places, refills in ((4, False), (3, True)):
+        desk = serving(one("x", output=60), slo=slo, max_requests=places)
+        desk.arrive(*(one(f"r{i}", 0.01, 20, 30) for i in range(3)))
+        plan = Plan(desk.ledger)
+        desk.policy.begin_sprint(desk.view, plan)
+        assert desk.policy.refills is refills
 
 
 def test_slack_rolls_where_no_gap_may_be_late_up_to_the_tightest_target():

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fake_replays import INFO, fake_replay, trace_of
 from workbench.experiments.compare import Comparison
-from workbench.latency.prediction import replay_errors
+from workbench.latency.whole_replays import replay_errors
 
 
 def comparison(gap_s: float, *, simulated: bool, seeds=(0, 1)) -> Comparison:

@@ -56,7 +56,7 @@ _NAMES = {
     "StaticSplit": "workbench.fleet.routers:StaticSplit",
     "UpperBound": "workbench.results.bound:UpperBound",
     "upper_bound": "workbench.results.bound:upper_bound",
-    "replay_errors": "workbench.latency.prediction:replay_errors",
+    "replay_errors": "workbench.latency.whole_replays:replay_errors",
     "sweep": "workbench.experiments.sweep:sweep",
     "Sweep": "workbench.experiments.sweep:Sweep",
     "search": "workbench.experiments.search:search",
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from workbench.fleet import Fleet, routers
     from workbench.fleet.routers import StaticSplit
     from workbench.latency import LatencyModel
-    from workbench.latency.prediction import replay_errors
+    from workbench.latency.whole_replays import replay_errors
     from workbench.loop import tiers
     from workbench.loop.tiers import AdapterSpec
     from workbench.policy import Evict, Plan, PlanError, Router, View

@@ -1,8 +1,8 @@
 """`python -m workbench.bench`: run workloads, check the rows against the targets, write README's table, draw the roofline.
 
     python -m workbench.bench w1 w4 --into benchmarks          workloads (w1 to w6 by default; `replay` needs no GPU)
-    python -m workbench.bench model --profile NAME --replays D  how well a profile predicts whole replays; what was measured is kept in D
-    python -m workbench.bench model --from D --profile NAME    the same of the replays kept in D: needs no GPU
+    python -m workbench.bench model --replays D                how well a model predicts whole replays; all is kept in D, the model too
+    python -m workbench.bench model --from D [D ...]           the same of the replays kept below D, by their models; needs no GPU
     python -m workbench.bench tune --profile NAME              tune the policies that `contest` measures, on a latency model
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
     python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
@@ -72,7 +72,14 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
         "--profile", metavar="NAME_OR_DIR", help="the latency model that policies predict with in w6, contest and model, which judges it"
     )
     parser.add_argument("--replays", type=Path, metavar="DIR", help="`model` keeps what it measures here, and the model fitted in the run")
-    parser.add_argument("--from", type=Path, dest="kept", metavar="DIR", help="`model` measures nothing: it simulates what is kept here")
+    parser.add_argument(
+        "--from",
+        type=Path,
+        nargs="+",
+        dest="kept",
+        metavar="DIR",
+        help="`model` measures nothing: it simulates what is kept below here, with each run's own model unless there is a --profile",
+    )
     parser.add_argument("--check", type=Path, metavar="DIR", help="measure nothing: compare the rows of DIR with the targets")
     options = parser.parse_args(given)
     for name in options.workloads:
@@ -82,8 +89,8 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--replays and --from are of the workload model alone, got {options.workloads}")
     if options.profile is not None and not set(options.workloads) & set(PREDICTED):
         parser.error(f"--profile is of the workloads {', '.join(PREDICTED)}, got {options.workloads}")
-    if options.kept is not None and (options.profile is None or options.replays is not None):
-        parser.error("--from simulates what was kept earlier: it needs --profile, and takes no --replays")
+    if options.kept is not None and options.replays is not None:
+        parser.error("--from simulates what was kept earlier: it takes no --replays")
     if options.seconds is not None and not options.seconds > 0:
         parser.error(f"--seconds must be above 0, got {options.seconds}")
     return options

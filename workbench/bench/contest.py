@@ -1,14 +1,15 @@
 """Policy 21 against policies 14 to 18 and 20 as tuned as they can be, at shares of the serving capacity.
 
-`tune` finds that capacity and each policy's best parameters at each load on a latency model, without a GPU, on one draw of Poisson arrivals
-with the lengths of the Azure conversations (`python -m workbench.bench tune --profile NAME`, which writes `tuned_policies.json`). `run`
-replays other draws on the engine: policy 21, the best of the tuned ones at that load, that one again and policy 21 again (A B B A), on
-two draws; and once temporal sharing (18). Policy 21 has its defaults everywhere. A static split (19) needs several devices and is left
-out.
+`tune` finds that capacity and each policy's best parameters at each load on a latency model, without a GPU, on draws of Poisson arrivals
+with the lengths of W3's requests (`python -m workbench.bench tune --profile NAME`, which writes `tuned_policies.json`). `run` replays
+other draws on the engine: policy 21, the best of the tuned ones at that load, that one again and policy 21 again (A B B A), on two draws;
+and once temporal sharing (18). Policy 21 has its defaults everywhere. A static split (19) needs several devices and is left out.
+
+One output in ten is longer than LONGEST and is cut: otherwise half of the device's time goes to the last few requests of each replay.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from workbench import policies, traces
 from workbench.bench import correctness, machine, serving
 from workbench.bench.finetune import record_rates, tuning_job
 from workbench.bench.finetune import tune as tune_alone
-from workbench.bench.modelling import LONGEST
 from workbench.bench.rows import OURS
 from workbench.bench.session import Session
 from workbench.config import SLO, FinetuneJob, RandomTokens, require
 from workbench.experiments.search import search
+from workbench.experiments.sweep import sweep
 from workbench.policies import (
     InferenceOnly,
     LatencyBudget,
@@ -32,7 +33,7 @@ from workbench.policies import (
     TemporalSharing,
     TokenCoserving,
 )
-from workbench.replay import replay
+from workbench.policy import policy_label
 from workbench.traces import Trace
 
 SECONDS = 480.0
@@ -42,8 +43,11 @@ BESIDE_TEMPORAL = 0.7
 ATTAINED = 0.99
 GOAL = SLO(ttft_s=5.0, itl_s=0.045)
 TUNED_ON, HELD_OUT = (0, 1), (100, 101)  # seeds of the draws
-WARM_S, HORIZON_S = 4.0, 32.0
-TUNE_S = 60.0  # long enough that a queue that grows shows
+LENGTHS, LONGEST = "w3-20rps", (1024, 384)  # tokens of prompt and output, at most
+WARM_S, HORIZON_S = 4.0, 24.0
+DRAIN_S = 17.0  # the longest output at the pace of the gap target
+TUNE_S, CAPACITY_S = 40.0, 90.0  # so long that a queue that grows shows
+LOWEST, HIGHEST = 10.0, 80.0  # requests per second
 PLANNING_S = 0.0002  # what a step's planning is taken to cost while tuning
 BUDGETS = (0.02, 0.024, 0.028, 0.031, 0.034, 0.037, 0.04)
 GRID: tuple[Any, ...] = (
@@ -57,8 +61,8 @@ GRID: tuple[Any, ...] = (
 
 
 def arrivals(load: float, seed: int, seconds: float = HORIZON_S) -> Trace:
-    """Poisson arrivals of `load` requests per second, lengths as everywhere in the bench."""
-    return traces.poisson(rate=load, duration_s=seconds, seed=seed).with_lengths("azure-conv", seed=seed, clip=LONGEST)
+    """Poisson arrivals of `load` requests per second, lengths as in W3 and W6."""
+    return traces.poisson(rate=load, duration_s=seconds, seed=seed).with_lengths(LENGTHS, seed=seed, clip=LONGEST)
 
 
 def tune(
@@ -66,44 +70,61 @@ def tune(
 ) -> Path:
     """Find the serving capacity, replay each policy with each of its parameters at each share of it, and write that to `file`.
 
-    Raises ValueError where no load misses the targets."""
-    names = [f"adapter-{i}" for i in range(len(serving.ADAPTER_RANKS))]
+    Runs side by side on all cores. `seconds` is the horizon of those replays. Raises ValueError where no load misses the targets.
+    """
     job = FinetuneJob.example(
-        "tuned", data=RandomTokens(examples=16, tokens=1024), batch_size=2, accumulation=4, rank=8, max_tokens=1024, publish="never"
+        "tuned",
+        data=RandomTokens(examples=16, tokens=1024),
+        batch_size=2,
+        accumulation=4,
+        rank=8,
+        max_tokens=1024,
+        publish="never",
+        epochs=100,
     )
 
-    def requests(*, load: float, seed: int) -> Trace:
-        return arrivals(load, seed, seconds).assign_adapters(len(names), popularity=traces.round_robin())
+    def requests(seconds: float) -> Callable[..., Trace]:
+        def made(*, load: float, seed: int) -> Trace:
+            return arrivals(load, seed, seconds).assign_adapters(len(serving.ADAPTER_RANKS), popularity=traces.round_robin())
 
-    options: dict[str, Any] = {"slo": slo, "planning": PLANNING_S, "progress": False}
+        return made
+
+    options: dict[str, Any] = {"slo": slo, "planning": PLANNING_S, "progress": False, "executor": model, "seeds": TUNED_ON, "n_jobs": -1}
     serves = InferenceOnly(512)
-    found = search(serves, trace=requests, low=4, high=80, executor=model, targets=(ATTAINED,), seeds=TUNED_ON, tolerance=0.05, **options)
+    alone_s = CAPACITY_S * min(1.0, seconds / TUNE_S)
+    found = search(serves, trace=requests(alone_s), low=LOWEST, high=HIGHEST, targets=(ATTAINED,), tolerance=0.05, **options)
     capacity = float(found.table["capacity"].iloc[0])
     print(found, flush=True)
-    require(capacity == capacity, "a capacity must be found between 4 and 80 req/s", str(found), "Make the trace longer.")
+    require(
+        capacity == capacity, f"a capacity must be found between {LOWEST:g} and {HIGHEST:g} req/s", str(found), "Make the trace longer."
+    )
     rows: list[dict[str, Any]] = []
     for share in shares:
-        made = serving.with_adapters(list(requests(load=share * capacity, seed=TUNED_ON[0]).requests), names)
+        measure = (min(WARM_S, seconds / 4), seconds)
+        axes = {"load": [share * capacity]}
+        runs = sweep(grid, trace=requests(seconds), jobs=[job], axes=axes, measure=measure, **options).frame
+        failed = [str(error) for error in runs["error"].dropna()]
+        require(not failed, "every policy must get through its replays", failed[:1])
+        means = runs.groupby("policy")[["attainment", "finetune_tokens_per_s"]].mean()
         for policy in grid:
-            one = replay(made, executor=model, policy=policy, jobs=[job], measure=(min(WARM_S, seconds / 4), seconds), **options)
-            summary = one.summary()
+            attainment, tokens = means.loc[policy_label(policy)]
             rows.append(
                 {
                     "share": share,
                     "policy": type(policy).__name__,
                     "parameters": {f.name: getattr(policy, f.name) for f in fields(policy) if f.init and f.repr},
-                    "attainment": summary["attainment"],
-                    "finetune_tokens_per_s": summary["finetune_tokens_per_s"],
+                    "attainment": float(attainment),
+                    "finetune_tokens_per_s": float(tokens),
                 }
             )
-            print(f"{share:.0%} {policy}: {summary['attainment']:.4f}, {summary['finetune_tokens_per_s']:.0f} tokens/s", flush=True)
+            print(f"{share:.0%} {policy}: {attainment:.4f}, {tokens:.0f} tokens/s", flush=True)
     record = {
         "model": model.info.name,
         "device": model.info.device,
         "slo": {"ttft_s": slo.ttft_s, "itl_s": slo.itl_s, "itl_quantile": slo.itl_quantile},
         "capacity": capacity,
         "capacity_of": f"{serves}, attainment >= {ATTAINED:.0%}",
-        "trace": f"Poisson with the lengths of azure-conv, {seconds:g} s at each load, seeds {TUNED_ON}",
+        "trace": f"Poisson with the lengths of {LENGTHS} up to {LONGEST}, {seconds:g} s at each load, seeds {TUNED_ON}",
         "rows": rows,
         "commit": machine.commit_of_code(),
         "date": machine.now(),
@@ -114,16 +135,21 @@ def tune(
 
 
 def best(record: Mapping[str, Any], share: float, *, only: str | None = None) -> Any:
-    """The tuned policy that trains most of those that attain the targets at this share; if none does, the one that attains most."""
+    """The tuned policy that trains most of those that attain the targets at this share; if none does, of those that train the one that
+    attains most.
+    """
     rows = [row for row in record["rows"] if row["share"] == share and only in (None, row["policy"])]
-    row = max(
-        rows, key=lambda r: (r["attainment"] >= ATTAINED, r["finetune_tokens_per_s"] if r["attainment"] >= ATTAINED else r["attainment"])
-    )
+
+    def merit(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        attains, tokens = row["attainment"] >= ATTAINED, row["finetune_tokens_per_s"]
+        return attains, tokens > 0, tokens if attains else row["attainment"]
+
+    row = max(rows, key=merit)
     return getattr(policies, row["policy"])(**row["parameters"])
 
 
 def run(session: Session) -> bool:
-    """Every share while time is left. False if a check fails; raises FileNotFoundError where nobody tuned."""
+    """Every share that can end in the time left. False if a check fails; raises FileNotFoundError where nobody tuned."""
     file = session.into / FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} must say what was tuned. Run: python -m workbench.bench tune --profile NAME --into {session.into}")
@@ -138,33 +164,42 @@ def run(session: Session) -> bool:
         record_rates(session, "fine-tuning alone", alone)
         for share in SHARES:
             cell = f"{share:.0%} of capacity"
-            if session.wants(cell):
+            replays = 5 if share == BESIDE_TEMPORAL else 4
+            if session.wants(cell, replays * (HORIZON_S + DRAIN_S) if session.on_cuda else 0.0):
                 _contest(session, cell, record, share, names, max(alone))
     return True
 
 
 def _contest(session: Session, cell: str, record: Mapping[str, Any], share: float, names: Sequence[str], alone: float) -> None:
     load = share * record["capacity"]
-    ours, rival, temporal = SLOSlack(), best(record, share), best(record, share, only=TemporalSharing.__name__)
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "rival": []}
-    first, second = HELD_OUT
-    for name, policy, seed in (("ours", ours, first), ("rival", rival, first), ("rival", rival, second), ("ours", ours, second)):
-        runs[name].append(_measured(session, cell, policy, load, seed, names))
-    if share == BESIDE_TEMPORAL:
-        runs["temporal"] = [_measured(session, cell, temporal, load, first, names)]
+    policies_of = {"ours": SLOSlack(), "rival": best(record, share), "temporal": best(record, share, only=TemporalSharing.__name__)}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in policies_of}
+
+    def measure(name: str, seed: int) -> None:
+        runs[name].append(_measured(session, cell, policies_of[name], load, seed, names))
 
     def mean(name: str, metric: str) -> float:
         return sum(float(one[metric]) for one in runs[name]) / len(runs[name])
 
-    tokens = {name: mean(name, "finetune_tokens_per_s") for name in runs}
-    attained = ", ".join(f"{name} {mean(name, 'attainment'):.2%}" for name in runs)
-    note = f"{load:.3g} req/s; attainment: {attained}; {rival}"
+    def over(name: str, against: str) -> None:
+        tokens = mean(name, "finetune_tokens_per_s")
+        attained = ", ".join(f"{n} {mean(n, 'attainment'):.2%}" for n in ("ours", name))
+        note = f"{load:.3g} req/s; attainment: {attained}; {policies_of[name]}"
+        if tokens:
+            session.record(cell, f"over {against}", [mean("ours", "finetune_tokens_per_s") / tokens], "x", note=note)
+
+    first, second = HELD_OUT
+    for name, seed in (("ours", first), ("rival", first), ("rival", second), ("ours", second)):
+        measure(name, seed)
+    note = f"{load:.3g} req/s"
     session.record(cell, "attainment", [100 * mean("ours", "attainment")], "%", note=note)
-    for name, against in (("rival", "the best tuned"), ("temporal", "temporal sharing")):
-        if tokens.get(name):
-            session.record(cell, f"over {against}", [tokens["ours"] / tokens[name]], "x", note=note)
-    session.record(cell, "fine-tuning kept", [100 * tokens["ours"] / alone], "%", note=f"of {alone:.0f} tokens/s alone; {note}")
+    over("rival", "the best tuned")
+    kept = 100 * mean("ours", "finetune_tokens_per_s") / alone
+    session.record(cell, "fine-tuning kept", [kept], "%", note=f"of {alone:.0f} tokens/s alone; {note}")
     session.record(cell, "p99 of the requests' p99 gaps", [1e3 * mean("ours", "request_itl_p99_s")], "ms", note=note)
+    if share == BESIDE_TEMPORAL:
+        measure("temporal", first)
+        over("temporal", "temporal sharing")
 
 
 def _measured(session: Session, cell: str, policy: Any, load: float, seed: int, names: Sequence[str]) -> dict[str, Any]:

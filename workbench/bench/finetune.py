@@ -40,6 +40,9 @@ def cells(session: Session) -> list[tuple[str, tuple[int, ...]]]:
     return [(f"2 x {tokens}", (2,)), (f"two adapters, 1 x {tokens} each", (1, 1)), (f"8 x {tokens}", (8,))]
 
 
+EPOCHS = 100  # of 8 micro-batches: more than any cell runs, and sizes of so many are looked through before each replay
+
+
 def tuning_job(session: Session, adapter: str, batch: int, accumulation: int = ACCUMULATION) -> FinetuneJob:
     tokens = session.sizes.example_tokens
     return FinetuneJob.example(
@@ -51,6 +54,7 @@ def tuning_job(session: Session, adapter: str, batch: int, accumulation: int = A
         max_tokens=tokens,
         seed=session.seed,
         publish="never",
+        epochs=EPOCHS,
     )
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from workbench import policies
@@ -16,12 +17,17 @@ from workbench.replay import replay
 from workbench.results.replay import Replay, load_replay
 
 KEPT_FILE = "kept.json"
+FITTED = "model"  # the folder of the model that policies predicted with, beside the replays of one run
+SIMULATED = 5  # seeds of the residuals: one replay's p99 is a draw
 NO_LIMITS = ("name", "device", "simulated", "model_error", *BUCKETS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """One policy on one cell, measured on a model shape at `date` (ISO 8601); `load` in requests/s. Beside it one job on random tokens."""
+    """One policy on one cell, measured on a model shape at `date` (ISO 8601); `load` in requests/s. Beside it one job on random tokens.
+
+    `fitted` is the folder of the model that the policy predicted with, of a replay that was loaded from beside it.
+    """
 
     trace: str
     load: float
@@ -30,6 +36,7 @@ class Kept:
     shape: str
     date: str
     replay: Replay
+    fitted: Path | None = None
 
     @property
     def cell(self) -> str:
@@ -70,12 +77,13 @@ class Kept:
         policy = getattr(policies, record["policy"]["name"])(**record["policy"]["fields"])
         job = replace(measured.finetune_jobs[0], data=RandomTokens(**record["data"]))
         rest = {name: record[name] for name in ("trace", "load", "shape", "date")}
-        return cls(policy=policy, job=job, replay=measured, **rest)
+        fitted = place.parent / FITTED
+        return cls(policy=policy, job=job, replay=measured, fitted=fitted if fitted.is_dir() else None, **rest)
 
-    def simulated(self, model: LatencyModel) -> Replay:
+    def simulated(self, model: LatencyModel, seed: int | None = None) -> Replay:
         """The same requests, policy, job and seed on a latency model under the limits and adapters of the measurement.
 
-        Planning costs its measured mean. Raises ValueError for a model of another device or depth.
+        `seed` draws other residuals. Planning costs its measured mean. Raises ValueError for a model of another device or depth.
         """
         measured = self.replay
         executor: Any = under(model, measured)
@@ -85,16 +93,21 @@ class Kept:
             policy=self.policy,
             jobs=[self.job],
             slo=measured.slo,
-            seed=measured.seed,
+            seed=measured.seed if seed is None else seed,
             planning=float(measured.steps["plan_s"].mean()),
             measure=measured.measure,
             progress=False,
         )
 
     def predictions(self, model: LatencyModel) -> tuple[Prediction, ...]:
-        """What was measured and what the model makes of it, metric by metric."""
+        """What was measured and what the model makes of it in the mean over SIMULATED seeds, metric by metric."""
+        first = self.replay.seed
         found = ReplayErrors.of(self.replay, self.simulated(model), date=self.date)
-        return tuple(replace(p, trace=self.trace, load=self.load) for p in found.predictions)
+        rows = [self.simulated(model, seed).summary() for seed in range(first + 1, first + SIMULATED)]
+        return tuple(
+            replace(p, trace=self.trace, load=self.load, simulated=fmean([p.simulated, *(float(row[p.metric]) for row in rows)]))
+            for p in found.predictions
+        )
 
 
 def under(model: LatencyModel, measured: Replay) -> LatencyModel:
@@ -119,11 +132,15 @@ def cell_name(trace: str, load: float) -> str:
     return f"{trace}, {load:g} req/s"
 
 
-def load_all(folder: Path) -> Sequence[Kept]:
-    """Every kept replay below a folder. Raises FileNotFoundError where there is none."""
-    found = [Kept.load_from(file.parent) for file in sorted(folder.glob(f"*/{KEPT_FILE}"))]
-    if not found:
-        raise FileNotFoundError(
-            f"{folder} must hold kept replays (NAME/{KEPT_FILE}), got none. Keep some: python -m workbench.bench model --replays {folder}."
-        )
+def load_all(folders: Sequence[Path]) -> Sequence[Kept]:
+    """Every kept replay below these folders, at any depth. Raises FileNotFoundError for one without any."""
+    found = []
+    for folder in folders:
+        files = sorted(folder.rglob(KEPT_FILE))
+        if not files:
+            raise FileNotFoundError(
+                f"{folder} must hold kept replays (NAME/{KEPT_FILE}), got none. "
+                f"Keep some: python -m workbench.bench model --replays {folder}."
+            )
+        found += [Kept.load_from(file.parent) for file in files]
     return found

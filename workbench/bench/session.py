@@ -193,14 +193,15 @@ class Session:
     def left_s(self) -> float:
         return self._ends_s - time.perf_counter()
 
-    def wants(self, cell: str) -> bool:
-        """Whether to measure this cell: it is asked for, and time is left. A cell that time leaves out is named."""
+    def wants(self, cell: str, needs_s: float = 0.0) -> bool:
+        """Whether to measure this cell: it is asked for, and more time is left than it needs. A cell that time leaves out is named."""
         self.offered.append(cell)
         if self.only and not any(part in cell for part in self.only):
             return False
-        if self.left_s <= 0:
+        if self.left_s <= needs_s:
             self.skipped.append(f"{self.workload} {cell}")
-            print(f"{self.workload:6s} {cell:44s} not measured: the time is used up. Raise --seconds.", flush=True)
+            left = "the time is used up" if self.left_s <= 0 else f"it needs {needs_s:.0f} s, {self.left_s:.0f} s are left"
+            print(f"{self.workload:6s} {cell:44s} not measured: {left}. Raise --seconds.", flush=True)
             return False
         return True
 

@@ -27,7 +27,6 @@ NOT_PART_OF_A_RUN = (
     "verify.py",
     "bench/",
     "experiments/",
-    "latency/prediction.py",
     "latency/whole_replays.py",
     "model_error.py",
     "plots/",

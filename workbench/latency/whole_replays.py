@@ -1,4 +1,4 @@
-"""`ReplayErrors`: whole replays of an engine beside those of its latency model, metric by metric, as a file that a profile ships."""
+"""Whole replays of an engine beside those of its latency model: as a file that a profile ships, and policy by policy as a table."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +13,13 @@ from workbench.config import require
 from workbench.model_error import METRICS, MetricError, ModelError
 
 REPLAYS_FILE = "replays.csv"
+
+
+def error(metric: str, measured: float, simulated: float) -> float:
+    """Simulated less measured: points of attainment, per cent of what was measured of all else (nan where that is nothing)."""
+    if METRICS[metric] == "points":
+        return 100 * (simulated - measured)
+    return 100 * (simulated / measured - 1) if measured else nan
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,8 @@ class Prediction:
 
     @property
     def error(self) -> float:
-        """Simulated less measured: points of attainment, per cent of what was measured of all else (nan where that is nothing)."""
-        if METRICS[self.metric] == "points":
-            return 100 * (self.simulated - self.measured)
-        return 100 * (self.simulated / self.measured - 1) if self.measured else nan
+        """As `error`."""
+        return error(self.metric, self.measured, self.simulated)
 
 
 COLUMNS = tuple(f.name for f in fields(Prediction))
@@ -121,6 +126,34 @@ class ReplayErrors:
         return cls(tuple(Prediction(**{str(k): v for k, v in row.items()}) for row in frame.to_dict("records")))
 
 
+def replay_errors(measured: Any, simulated: Any) -> pd.DataFrame:
+    """Rows (policy, metric): `measured`, `simulated` (means over seeds), and `error` as text with its unit, above 0 if predicted too high.
+
+    Both are Comparisons of the same policies on the same traces, seeds and windows, `measured` on an engine and `simulated` on a model.
+    Attainment errs in points, times and rates in per cent. Raises ValueError where the two differ in policies, seeds or windows, or where
+    `measured` was simulated.
+    """
+    _check_executors(measured.executor, simulated.executor)
+    same = ["policy", "seed", "requests", "measure_start_s", "measure_end_s"]
+    first, second = (one.runs[same].reset_index(drop=True) for one in (measured, simulated))
+    require(
+        first.equals(second), "both must be of the same policies, seeds, requests and windows", (len(first), len(second)), "Pass measure=."
+    )
+    means = [one.runs.groupby("policy", sort=False)[list(METRICS)].mean().stack() for one in (measured, simulated)]
+    frame = pd.DataFrame({"measured": means[0], "simulated": means[1]}).rename_axis(["policy", "metric"])
+    errors = [(metric, error(metric, *row)) for (_, metric), row in zip(frame.index, frame.to_numpy(float), strict=True)]
+    return frame.assign(error=[_text(METRICS[metric], found) for metric, found in errors])
+
+
+def _text(unit: str, found: float) -> str:
+    return "undefined" if not isfinite(found) else f"{found:+.1f} points" if unit == "points" else f"{found:+.0f} %"
+
+
+def _check_executors(measured: Any, simulated: Any) -> None:
+    require(not measured.simulated, "measured must come from an engine", measured.name)
+    require(simulated.simulated, "simulated must come from a latency model", simulated.name)
+
+
 def _replays(given: Any) -> list[Any]:
     if hasattr(given, "labels"):
         return [given.replays[label, seed] for label in given.labels for seed in given.seeds]
@@ -128,8 +161,7 @@ def _replays(given: Any) -> list[Any]:
 
 
 def _predictions(measured: Any, simulated: Any, date: str) -> list[Prediction]:
-    require(not measured.executor.simulated, "measured must come from an engine", measured.executor.name)
-    require(simulated.executor.simulated, "simulated must come from a latency model", simulated.executor.name)
+    _check_executors(measured.executor, simulated.executor)
     same = [_what(one) for one in (measured, simulated)]
     differ = [name if name == "requests" else f"{name}: {a!r}, {same[1][name]!r}" for name, a in same[0].items() if a != same[1][name]]
     require(not differ, "both must be replays of the same requests, policy, seed, jobs, targets and window on one device", differ)

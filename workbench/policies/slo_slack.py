@@ -7,6 +7,8 @@ from math import inf
 from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_resident, repeat_decodes
 from workbench.policy import JobView, Plan, RequestView, View
 
+REFILL_TOKENS = 768  # prompt tokens that are worth a slower step of a sprint
+
 
 @dataclass
 class SLOSlack:
@@ -18,6 +20,9 @@ class SLOSlack:
     that out for gap targets), when those who arrived fill the places, or when the first of them is due, less `reserve` of its TTFT target
     and the time to prefill them all. They are prefilled then, all but a last token each, so that their first tokens come together in
     the first step of the next sprint: no gap has a prefill or training in it, and errors of their predictions make none late.
+
+    Where not all of them find a place, those that become free in the sprint are filled again, many at a time and within the gap target,
+    until nobody waits: the device decodes full batches, and the rest after it is the longer.
 
     Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps), or where
     those who wait cannot wait until the sprint is over (for twice as long each time that happens), it rolls: each step decodes, prefills
@@ -43,6 +48,7 @@ class SLOSlack:
     sprints: bool = field(default=False, repr=False)
     resting: bool = field(default=False, repr=False)
     enough_until_s: float = field(default=inf, repr=False)
+    refills: bool = field(default=False, repr=False)
     rolls_s: float = field(default=0.0, repr=False)
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
@@ -105,14 +111,16 @@ class SLOSlack:
         chunks = "chunk" in view.can
         begun = [r for r in view.waiting if not chunks or (is_resident(r) and r.prefill_left == 1)]
         plan.prefill(begun, whole=not chunks, skip=ELSEWHERE)
+        self.refills = len(view.waiting) - len(begun) > view.free.requests
         self.steps_left = 1.0
 
     def serve(self, view: View, plan: Plan, jobs: Sequence[JobView], sprints: bool) -> None:
         """One step of a sprint, or of rolling."""
         gap_s = self.gap_s - (view.now_s - self.decoded_s) if view.running else inf
         plan.decode(view.running)
-        if view.waiting and not (sprints and self.can_wait(view)):
-            if sprints:
+        self.refills = self.refills and sprints and bool(view.waiting)
+        if view.waiting and (self.fills_again(view) if self.refills else not (sprints and self.can_wait(view))):
+            if sprints and not self.refills:
                 sprints = self.sprints = False
                 self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, 5.0))
                 self.rolls_until_s = view.now_s + self.rolls_s
@@ -145,6 +153,13 @@ class SLOSlack:
             self.sprints = gaps * self.errors.left_s("train", self.gap_s, self.gap_s, self.margin) < cycle_s
             self.steps_left = 0.0 if self.sprints else gaps
         return self.sprints
+
+    def fills_again(self, view: View) -> bool:
+        """Whether a prompt is to be finished, or those who find a place now are all who wait, or have prompts enough."""
+        placed = view.waiting[: view.free.requests]
+        if is_resident(view.waiting[0]):
+            return True
+        return len(placed) == len(view.waiting) or sum(r.prefill_left for r in placed) >= REFILL_TOKENS
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
