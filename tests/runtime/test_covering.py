@@ -156,3 +156,12 @@ def test_an_engine_says_the_buckets_that_it_chooses(tokens, requests, arena):
         chosen = token_bucket(n, LONGEST)
         assert bucket_of("backward_buckets", n) == (chosen if chosen is not None and chosen <= arena else None)
     assert buckets(tokens, requests, arena, torch.float32)["backward_buckets"] == ()
+
+
+def test_whole_passes_follow_right_after_one_another(calibrated):
+    values, _, _ = calibrated
+    serves = values[:, INDEX["decode_tokens"]] + values[:, INDEX["prefill_tokens"]] > 0
+    whole = (values[:, INDEX["backward_layers"]] == INFO.num_layers) & ~serves
+    forward = (values[:, INDEX["finetune_tokens"]] > 0) & ~serves
+    assert (whole[1:] & forward[:-1]).sum() >= 12, "whole backwards right after a forward"
+    assert (forward[1:] & whole[:-1]).sum() >= 8, "and forwards right after a whole backward"

@@ -12,8 +12,14 @@ from typing import Literal
 from workbench.core import Request
 from workbench.runtime.driver import Driver
 
-Kind = Literal["decode", "serve", "finetune", "both", "evaluate"]
-STREAMS: tuple[tuple[Kind, ...], ...] = (("finetune", "both", "evaluate"), ("serve",), ("decode",))  # taken in turn, each at its own pace
+Kind = Literal["decode", "serve", "finetune", "both", "evaluate", "train"]
+STREAMS: tuple[tuple[Kind, ...], ...] = (
+    ("finetune", "both", "evaluate"),
+    ("serve",),
+    ("decode",),
+    ("train",),
+)  # in turn, each at its own pace
+TRAINS, TRAIN_STEPS = 2, 6  # so often, so many whole passes run one right after another: clocks sink under such work
 SLICES = (None, 1, 4, None, 8, 2)  # backward layers at a time, over and over; None: all that are left
 GROWTH, MIN_GROWTH = 64, 4  # tokens that a resident sequence grows by before another takes its place, at most and at least
 LOADS = 4  # points that copy an adapter to the device
@@ -60,7 +66,7 @@ def points(driver: Driver, reach: Reach) -> list[Point]:
         found += [Point("both", most, least)] if most >= 3 else []
     if 0 < sum(m.tokens for m in shape.evaluation()[:1]) <= info.max_batch_tokens:
         found.append(Point("evaluate", 0, 0))
-    return found
+    return found + [Point("train", 0, 0)] * TRAINS
 
 
 def _steps_up(buckets: Sequence[int], most: int) -> list[tuple[int, int]]:
@@ -84,6 +90,7 @@ class Cover:
         self.slices = dict.fromkeys(job_ids, 0)
         self.count = 0
         self.passing: list[str] = []
+        self.train_steps = 0
         info, capacity = driver.info, driver.info.num_blocks * driver.info.block_tokens
         self.short = self.growth = max(MIN_GROWTH, min(GROWTH, info.max_model_len // 8, capacity // (16 * reach.max_rows)))
         # what the prompts of a step need is left free
@@ -161,6 +168,9 @@ class Cover:
         for name in self.passing:
             self.driver.release(name)
         self.passing = []
+        if self.train_steps:
+            self._pass_on()
+            return
         stream = min((s for s in STREAMS if self.sizes[s]), key=lambda s: self.done[s] / self.sizes[s])
         if not self.left[stream]:
             self.left[stream] = self.draw.sample(here := [p for p in self.points if p.kind in stream], len(here))
@@ -169,6 +179,10 @@ class Cover:
             return
         point = self.left[stream].pop(0)
         self.done[stream] += 1
+        if stream == ("train",):
+            self.train_steps = TRAIN_STEPS
+            self._pass_on()
+            return
         size = self._size(point)
         if stream == ("decode",):
             self._decode(size, point.is_long, point.is_bare, loads=point.loads)
@@ -210,6 +224,17 @@ class Cover:
             self.driver.prefill(name, chunk)
             self.passing.append(name)
             tokens -= chunk
+
+    def _pass_on(self) -> None:
+        """All that is left of the first job's forward, or else of its backward, and nothing beside it."""
+        job_id = self.job_ids[0]
+        state = self.driver.jobs[job_id]
+        self.train_steps -= 1
+        if state.layers_left:
+            self.driver.backward(job_id)
+        else:
+            left = self.driver.shapes[job_id].micro_batch(state.index).tokens - state.offset
+            self.driver.finetune(job_id, min(left, self.reach.max_tokens))
 
     def _train(self, waiting: list[Point]) -> None:
         """A slice of backward if the job has one to do; else the first point whose tokens its micro-batch still has."""
