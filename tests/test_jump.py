@@ -165,7 +165,7 @@ def test_a_preview_is_what_the_steps_then_take():
     one, other = made(), made()
     for executor in (one, other):
         executor.begin([], seed=5)
-    work = Work([0, 0, 0, 3, 0, 0, 90, 3, 3, 1, 0, 0, 0, 0, 0, 0])
+    work = Work([0, 0, 0, 3, 0, 0, 90, 3, 3, 1, 0, 0, 0, 0, 0, 0, 0])
     predicted, drawn = one.preview(work, 40)
     one.skip(7)
     assert one.preview(work, 3)[1] != drawn[:3]

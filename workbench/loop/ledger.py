@@ -329,8 +329,7 @@ class Ledger:
     def forget_stale(self) -> None:
         """Let nobody find in the prefix cache what an adapter's earlier version has computed."""
         if self.cache is not None and self.cache.tables:
-            known = self.adapter_infos
-            self.cache.forget_stale(lambda key: key[0] in known and known[key[0]].version == key[1])
+            self.cache.forget_stale(self.adapter_infos)
 
     def command(self, command: Command, now_s: float) -> None:
         """A user's command on a job: pause, resume, stop; publish is logged when the executor reports the version."""

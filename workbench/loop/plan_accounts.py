@@ -1,7 +1,7 @@
 """What a plan has taken and what that leaves: the counting underneath the verbs of `plan.Plan`."""
 
 from collections.abc import Callable
-from math import inf, isinf, nan
+from math import inf, nan
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from workbench.core import AdapterInfo
@@ -187,7 +187,7 @@ class Accounts:
             raise PlanError(f"{name} must be at least 0, or None for all that fits, got {amount}")
 
     def _check_within(self, within_s: float) -> None:
-        if isinf(within_s) and within_s > 0:
+        if within_s == inf:
             return
         if not within_s >= 0:
             raise PlanError(f"within_s must be at least 0 seconds, got {within_s}")
@@ -198,14 +198,14 @@ class Accounts:
             )
 
     def _check_named(self, name: str) -> None:
-        if self.is_named(name):
+        if name in self._named or (self._all is not None and name in self._ledger.running):
             raise PlanError(f"a request or job may be named once in a plan, got {name!r} twice")
 
     # counting
 
     def _is_kind(self, kind: str) -> bool:
         """Whether this kind of work may join the batch; an executor without "mixed" takes one kind a batch."""
-        if self._kind in ("", kind) or "mixed" in self._ledger.info.can:
+        if not self._kind or self._kind == kind or "mixed" in self._ledger.info.can:
             return True
         self.why = "unsupported"
         return False
@@ -279,38 +279,39 @@ class Accounts:
         self.preempted[victim.id] = victim
         return True
 
-    def _largest(self, kind: str, most: int, add: Callable[[Work, int], None], within_s: float, *, whole: bool = False) -> int:
-        """The largest amount up to `most` with which the plan is predicted to last at most `within_s`; 0 if none.
+    def _largest(self, kind: str, most: int, put: Callable[[int], None], within_s: float, *, whole: bool = False) -> int:
+        """The largest amount up to `most` with which the plan is predicted to last at most `within_s`; 0 if none. It is put into the work.
 
-        Durations must not fall with the amount. It begins with what was found for this kind of work the last time: mostly it still holds.
+        `put(amount)` writes the features of the plan with so much of it. Durations must not fall with the amount. The search begins with
+        what was found for this kind of work the last time: mostly it still holds.
         """
         self._found_s = None
         if within_s == inf or most == 0:
+            if most:
+                put(most)
             return most
-        predictor, found = self._ledger.predictor, self._ledger.found_amounts
+        work, found, predictor = self.work, self._ledger.found_amounts, self._ledger.predictor
         assert predictor is not None
-        trial, values, read_s = self.work.copy(), self.work.values, self.work.read_s
+        predict, before, read_s = predictor.predict, work.values[:], work.read_s
 
         def seconds(amount: int) -> float:
-            trial.values[:], trial.read_s = values, read_s
-            add(trial, amount)
-            return predictor.predict(trial)
+            put(amount)
+            return predict(work)
 
-        first = most if whole else min(max(found.get(kind, most), 1), most)
-        first_s = seconds(first)
-        if first_s > within_s:
-            if whole or first == 1:
-                return 0
-            low, low_s, high, high_s = 1, seconds(1), first, first_s
+        amount = most if whole else min(max(found.get(kind, most), 1), most)
+        amount_s = seconds(amount)
+        if amount_s > within_s:
+            low_s = amount_s if whole or amount == 1 else seconds(1)
             if low_s > within_s:
+                work.values[:], work.read_s = before, read_s
                 return 0
-        else:
-            low, low_s, high, high_s = first, first_s, most, first_s
-            if low < most:
-                low, low_s, high, high_s = _step_up(low, low_s, most, seconds, within_s)
-        amount, self._found_s = _between(low, low_s, high, high_s, seconds, within_s)
+            amount, amount_s = _between(1, low_s, amount, amount_s, seconds, within_s)
+        elif amount < most:
+            amount, amount_s = _between(*_step_up(amount, amount_s, most, seconds, within_s), seconds, within_s)
         if amount < most:
             found[kind] = amount
+        put(amount)
+        self._found_s = amount_s
         return amount
 
 
