@@ -24,7 +24,6 @@ from workbench.latency.terms import (
     PROMPTS,
     SEQUENCES,
     SERVING,
-    TABLES,
     TRAINING,
     UNPADDED,
     Padding,

@@ -40,7 +40,8 @@ class History:
     first one; a later step begins where the one before ended, without planning. Counts of the decoding group have runs, too:
     in `decoded_step` the step of the first, in `decoded_after` how many rows of `events` came before their tokens, and in `decoded_s`
     the end of each count. `batches` holds what the batches without the rows of the group had beside them, where anything; `released` what
-    those of longer runs released; `as_planned` the steps whose executor only said how long their backward slices took; `odd_rows` how many rows a batch had for the group where not one each, which `conservation` reports.
+    those of longer runs released; `as_planned` the steps whose executor only said how long their backward slices took; `odd_rows` how many
+    rows a batch had for the group where not one each, which `conservation` reports.
     """
 
     def __init__(self, decoding: Decoding) -> None:
