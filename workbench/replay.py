@@ -27,7 +27,7 @@ from workbench.loop.expected import length_predictor
 from workbench.loop.jump import Run, is_alone
 from workbench.loop.ledger import Ledger
 from workbench.loop.plan import Plan
-from workbench.loop.redo import can_go_on, is_same_work, redo
+from workbench.loop.redo import again, redo
 from workbench.loop.states import RequestState
 from workbench.loop.tape import Tape
 from workbench.loop.tiers import eviction_rules
@@ -455,10 +455,10 @@ class _Run:
         old, left = self.repeating
         self.repeating = None
         ledger = self.ledger
-        if left == 0 or ledger._arrived or ledger._finished or old.loads or old.preempted or not can_go_on(old):
+        if left == 0 or ledger._arrived or ledger._finished or old.loads or old.preempted:
             return None
-        plan = redo(old, ledger)
-        if not is_same_work(old, plan):
+        plan = again(old, ledger)
+        if plan is None:
             return None
         self.repeating = (plan, None if left is None else left - 1)
         return plan

@@ -218,23 +218,26 @@ class Plan(Accounts):
 
     def finetune(self, job: JobView, tokens: int | None = None, *, within_s: float = inf) -> int:
         """Forward of the job's micro-batch, up to `tokens` tokens further; it may stop inside an example. The tokens taken."""
-        return self._forward(job, "finetune", "forward", self.finetunes, tokens, within_s)
+        return self._note("finetune", job, tokens, within_s, self._finetune(job, tokens, within_s))
 
     def evaluate(self, job: JobView, tokens: int | None = None, *, within_s: float = inf) -> int:
         """Forward without gradients of an evaluation that is due, up to the end of its micro-batch. The tokens taken."""
-        return self._forward(job, "evaluate", "evaluate", self.evaluates, tokens, within_s)
+        return self._note("evaluate", job, tokens, within_s, self._evaluate(job, tokens, within_s))
 
     def train(self, job: JobView, *, within_s: float = inf) -> int:
         """Whichever of the three is due: forward or evaluation tokens, or backward layers. The amount taken."""
         phase = job._state.phase
-        verb = self.backward if phase == "backward" else self.evaluate if phase == "evaluate" else self.finetune
-        return verb(job, within_s=within_s)
+        verb = self._backward if phase == "backward" else self._evaluate if phase == "evaluate" else self._finetune
+        return self._note("train", job, None, within_s, verb(job, None, within_s))
 
     def backward(self, job: JobView, num_layers: int | None = None, *, within_s: float = inf) -> int:
         """Backward of the job's micro-batch, up to `num_layers` layers further down. The layers taken.
 
         An executor that cannot cut it (`EngineConfig(backward="whole")`) takes all layers that are left or none: fewer are "unsupported".
         """
+        return self._note("backward", job, num_layers, within_s, self._backward(job, num_layers, within_s))
+
+    def _backward(self, job: JobView, num_layers: int | None, within_s: float) -> int:
         if num_layers is not None:
             self._check_amount("num_layers", num_layers)
         self._check_within(within_s)
@@ -264,6 +267,12 @@ class Plan(Accounts):
             self.backwards.append((s, n))
             self._took("backward")
         return n
+
+    def _finetune(self, job: JobView, tokens: int | None, within_s: float) -> int:
+        return self._forward(job, "finetune", "forward", self.finetunes, tokens, within_s)
+
+    def _evaluate(self, job: JobView, tokens: int | None, within_s: float) -> int:
+        return self._forward(job, "evaluate", "evaluate", self.evaluates, tokens, within_s)
 
     def _forward(
         self, job: JobView, kind: str, phase: str, chunks: "list[tuple[JobState, int]]", tokens: int | None, within_s: float
@@ -440,7 +449,11 @@ class Plan(Accounts):
         self.wait_until_s = until_s
 
     def repeat(self, max_steps: int | None = None) -> None:
-        """Run the same plan again, without asking, until something arrives, ends, loads or lacks a block; at most `max_steps` more."""
+        """Run the same plan again, without asking, until something arrives, ends, loads or lacks a block; at most `max_steps` more.
+
+        The same verbs are called: a job that it trains goes on, through forward, backward and evaluation under `train`, each with the
+        amount that fits then, until the job ends or a verb that has trained has nothing left to do.
+        """
         self._check_amount("max_steps", max_steps)
         self.why = ""
         self.repeat_steps = max_steps

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from math import inf, nan
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from workbench.core import AdapterInfo
 from workbench.features import Work
 from workbench.loop.pools import Arena, Version
-from workbench.loop.views import RequestView, Room
+from workbench.loop.views import JobView, RequestView, Room
 
 if TYPE_CHECKING:
     from workbench.loop.ledger import Ledger
@@ -23,6 +23,17 @@ MAX_AIMS = 4
 """How often the search for the largest amount aims along a straight line before it bisects."""
 
 
+class Trained(NamedTuple):
+    """A call of a verb that trains: its arguments, what was served before (`Accounts.served`), and what it took."""
+
+    verb: str
+    job: "JobState"
+    amount: int | None
+    within_s: float
+    after: tuple[bool, int, int]
+    taken: int
+
+
 class PlanError(ValueError):
     """A verb was misused: a request named twice, one that has ended, an unknown job, a negative amount."""
 
@@ -33,6 +44,7 @@ class Accounts:
     `decodes` holds the requests that decode, `named` the owners with work in this plan; where all running requests decode, the plan only
     says so (`decodes_all`). `versions` holds the serving versions that its rows need, `dropped` how many residents
     it takes off each version, `loads` the versions that it copies to the device, `found` the cached blocks that a prefill begins with.
+    `trained` holds the calls of the verbs that train, with what each took.
     `refused` holds why a serving verb left a request out altogether, `queue_why` why prefill stopped before the end of its queue.
     """
 
@@ -65,6 +77,7 @@ class Accounts:
         "rejected",
         "repeat_steps",
         "stops_on_arrival",
+        "trained",
         "versions",
         "wait_until_s",
         "why",
@@ -94,6 +107,7 @@ class Accounts:
         self.finetunes: list[tuple[JobState, int]] = []
         self.evaluates: list[tuple[JobState, int]] = []
         self.backwards: list[tuple[JobState, int]] = []
+        self.trained: list[Trained] = []
         self.preempted: dict[str, RequestState] = {}
         self.rejected: dict[str, tuple[RequestState, str]] = {}
         self.found: dict[str, list[int]] = {}
@@ -131,6 +145,15 @@ class Accounts:
     def decodes(self) -> "list[RequestState]":
         """The requests that decode, in the order of the verbs."""
         return self._decodes if self._all is None else [view._state for view in self._all]
+
+    @property
+    def served(self) -> tuple[bool, int, int]:
+        """How far it serves: whether everything that runs decodes, how many requests do one by one, and how many prefill."""
+        return (self._all is not None, len(self._decodes), len(self.prefills))
+
+    def _note(self, verb: str, job: JobView, amount: int | None, within_s: float, taken: int) -> int:
+        self.trained.append(Trained(verb, job._state, amount, within_s, self.served, taken))
+        return taken
 
     @property
     def named(self) -> set[str]:
