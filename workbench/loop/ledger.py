@@ -81,7 +81,7 @@ class Ledger:
         self.history = History(self.decoding)
         self.rows: list[EventRow] = self.history.events
         self.ended: list[RequestState] = []
-        self.found_amounts: dict[str, int] = {}  # by kind of work: where the search for the largest amount begins; it ends where it would
+        self.found_amounts: dict[str, int] = {}  # by kind of work: where a search for the largest amount ended, and the next one begins
         self.num_arrived = 0
         self.last: tuple[Batch, StepResult | float, float, float, float] | None = None
         self.last_plan: Plan | None = None

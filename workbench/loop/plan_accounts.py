@@ -321,7 +321,9 @@ class Accounts:
             put(amount)
             return predict(work)
 
-        amount = most if whole else min(max(found.get(kind, most), 1), most)
+        # a forward is found again by the tokens of the whole step, which an executor pads
+        others = 0 if kind == "backward" else self._ledger.info.max_batch_tokens - self._tokens
+        amount = most if whole or kind not in found else min(max(found[kind] - others, 1), most)
         amount_s = seconds(amount)
         if amount_s > within_s:
             low_s = amount_s if whole or amount == 1 else seconds(1)
@@ -332,7 +334,7 @@ class Accounts:
         elif amount < most:
             amount, amount_s = _between(*_step_up(amount, amount_s, most, seconds, within_s), seconds, within_s)
         if amount < most:
-            found[kind] = amount
+            found[kind] = amount + others
         put(amount)
         self._found_s = amount_s
         return amount

@@ -27,8 +27,10 @@ def again(old: Plan, ledger: "Ledger") -> Plan | None:
     """What the policy that made `old` would plan by the same calls: the same serving, and training that goes on.
 
     None where it has to be asked: it would serve otherwise, a job has ended, a verb that has trained finds nothing to do, or it trained
-    before it served, when `within_s` meant less.
+    beside other than all running requests or before it served them, so that what is left for either may change.
     """
+    if old.trained and ledger.running and not old.decodes_all:
+        return None
     if any(ledger.jobs.get(verb.job.id) is not verb.job or verb.after != old.served for verb in old.trained):
         return None
     new = _serve_again(old, ledger)
