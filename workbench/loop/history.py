@@ -108,6 +108,8 @@ class History:
         self.end_s.append(end_s)
         if isinstance(result, StepResult):
             duration_s, gpu_s, host_s = result.duration_s, result.gpu_s, result.host_s
+            if result.stopped_early or any((result.tokens, result.layers_done, result.losses, result.eval_losses, result.published)):
+                self.results[step] = result
         else:
             duration_s, gpu_s, host_s, result = result, result, 0.0, NOTHING
             if batch.backwards:
@@ -122,10 +124,6 @@ class History:
             self.stopped[step] = done
         if batch.loads:
             self.read_s[step] = sum([load.read_s for load in batch.loads])
-        if result is not NOTHING and any(
-            (result.stopped_early, result.tokens, result.layers_done, result.losses, result.eval_losses, result.published)
-        ):
-            self.results[step] = result
         if has_rows:
             self.digests[step] = batch.digest()
         elif batch.segments or batch.backwards or batch.loads or batch.admitted or batch.released:

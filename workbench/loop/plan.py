@@ -93,7 +93,7 @@ class Plan(Accounts):
         ledger = self._ledger
         if self._all is not None or self._decodes or self.preempted or self.rejected or self._tokens < len(views):
             return False
-        group = ledger.together()
+        group = ledger.decoding if ledger.decoding.is_open else ledger.together()
         versions = self.versions | group.versions.keys() if self.versions else set(group.versions)
         num_growing = len(group.need_block())
         if len(versions) > ledger.info.max_batch_adapters or num_growing > self._blocks:
@@ -182,7 +182,7 @@ class Plan(Accounts):
         v, adapters = work.values, len(work.adapters) + (key is not None and key not in work.adapters)
         tokens, pairs, requests, samples = v[2], v[5], v[7], v[8]
         if loads:
-            assert adapter is not None
+            assert adapter is not None and key is not None
             num_loads, load_bytes, read_s = v[14] + 1, v[15] + adapter.bytes, work.read_s + self._ledger.host.read_s(key, adapter)
         else:
             num_loads, load_bytes, read_s = v[14], v[15], work.read_s

@@ -332,7 +332,9 @@ class Accounts:
                 return 0
             amount, amount_s = _between(1, low_s, amount, amount_s, seconds, within_s)
         elif amount < most:
-            amount, amount_s = _between(*_step_up(amount, amount_s, most, seconds, within_s), seconds, within_s)
+            amount, amount_s, high, high_s = _step_up(amount, amount_s, most, seconds, within_s)
+            if amount < high:
+                amount, amount_s = _between(amount, amount_s, high, high_s, seconds, within_s)
         if amount < most:
             found[kind] = amount + others
         put(amount)
