@@ -166,7 +166,7 @@ class CostModel:
             total += has_adapters
         if layers:
             each = layer_tokens / layers
-            if each <= fast.most_backward:
+            if fast.layers and each <= fast.most_backward:
                 total += fast.layers[bisect_left(self.padding.backward, each)] * layers
             else:
                 total += (fast.layer + fast.layer_token * each) * layers

@@ -451,8 +451,8 @@ class Plan(Accounts):
     def repeat(self, max_steps: int | None = None) -> None:
         """Run the same plan again, without asking, until something arrives, ends, loads or lacks a block; at most `max_steps` more.
 
-        The same verbs are called: a job that it trains goes on, through forward, backward and evaluation under `train`, each with the
-        amount that fits then, until the job ends or a verb that has trained has nothing left to do.
+        The same verbs are called: a job that it trains beside all that runs goes on, through forward, backward and evaluation under
+        `train`, each with the amount that fits then, until the job ends or a verb that has trained has nothing left to do.
         """
         self._check_amount("max_steps", max_steps)
         self.why = ""
