@@ -15,6 +15,7 @@ from workbench.policies import FCFS, LoquetierStatic, PeftSequential, ServeFirst
 from workbench.replay import Replay, ReplayError, replay
 from workbench.results.conservation import ConservationError, check_conservation, check_littles_law
 from workbench.results.facts import Rows
+from workbench.results.tally import Tally
 from workbench.testing import FixedCost, fixed_info
 
 
@@ -150,12 +151,17 @@ def test_littles_law_is_broken_by_an_end_before_its_arrival():
         time, owner = (np.array(x) for x in zip(*moments, strict=True)) if moments else (np.zeros(0), np.zeros(0, int))
         return {kind: Rows(time, np.zeros(len(time)), owner.astype(int), np.full(len(time), np.nan))}
 
-    events = rows("rejected") | rows("aborted") | rows("arrived", (0.0, 0), (1.0, 1))
-    check_littles_law(events | rows("finished", (2.0, 0), (3.0, 1)), steps, names)
+    def check(*ends: tuple[float, int]) -> None:
+        tally = Tally(names)
+        tally.add_moments(rows("rejected") | rows("aborted") | rows("arrived", (0.0, 0), (1.0, 1)) | rows("finished", *ends))
+        tally.add_counts(steps)
+        check_littles_law(tally)
+
+    check((2.0, 0), (3.0, 1))
     with pytest.raises(ConservationError, match="Little's law: .* got"):
-        check_littles_law(events | rows("finished", (4.0, 0), (0.5, 1)), steps, names)
+        check((4.0, 0), (0.5, 1))
     with pytest.raises(ConservationError, match="arrivals less ends, got 2 beside 1 to 1 at"):
-        check_littles_law(events | rows("finished", (1.2, 0), (3.0, 1)), steps, names)
+        check((1.2, 0), (3.0, 1))
 
 
 def test_an_executor_that_breaks_a_law_ends_the_replay_with_an_error_and_the_partial_result():

@@ -165,7 +165,7 @@ def test_a_preview_is_what_the_steps_then_take():
     one, other = made(), made()
     for executor in (one, other):
         executor.begin([], seed=5)
-    work = Work([0, 0, 0, 3, 0, 0, 90, 3, 3, 1, 0, 0, 0, 0, 0, 0])
+    work = Work([0, 0, 0, 3, 0, 0, 90, 3, 3, 1, 0, 0, 0, 0, 0, 0, 0])
     predicted, drawn = one.preview(work, 40)
     one.skip(7)
     assert one.preview(work, 3)[1] != drawn[:3]
@@ -227,6 +227,57 @@ def test_shipped_policies_that_repeat_decide_as_when_asked_at_every_step(policy,
     assert first.history.num_runs < first.num_steps == second.history.num_runs
     for name in ("events", "steps", "work"):
         pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), check_exact=True)
+
+
+@dataclass
+class Trains:
+    """Decodes all, prefills and trains with what is left of a step, by `train` or by the verb and amount of the phase; counts its calls."""
+
+    calls: list[float]
+    repeats: bool
+    verb: str
+    first: bool = False
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __call__(self, view, plan):
+        self.calls.append(view.now_s)
+        if not self.first:
+            plan.decode(view.running)
+        plan.prefill(view.waiting, 64)
+        for job in view.jobs:
+            if self.verb == "train":
+                plan.train(job, within_s=0.02)
+            elif job.phase == "forward":
+                plan.finetune(job, 24)
+            elif job.phase == "backward":
+                plan.backward(job, 3, within_s=0.05)
+            else:
+                plan.evaluate(job, 20)
+        if self.first:
+            plan.decode(view.running)
+        plan.repeat(None if self.repeats and not view.waiting else 0)
+
+
+@pytest.mark.parametrize("kind", [LatencyModel, RowByRow])
+@pytest.mark.parametrize(("verb", "first", "asks"), [("train", False, 0.6), ("amounts", False, 0.8), ("train", True, 1.0)])
+def test_training_that_is_repeated_goes_on_row_for_row_as_when_asked_at_every_step(kind, verb, first, asks):
+    trace = trace_of(Random(4), 40, 12.0)
+    data = RandomTokens(examples=6, tokens=90)
+    options = {"steps": 12, "accumulation": 2, "publish": "step", "evaluation": RandomTokens(examples=2, tokens=50), "evaluate_every": 3}
+    jobs = [FinetuneJob(adapter=f"t{k}", data=data, arrival_s=0.4 * k, **options) for k in range(2)]
+    often: list[float] = []
+    seldom: list[float] = []
+    asked, repeated = (
+        replay(trace, executor=made(kind, num_blocks=60), policy=policy, jobs=jobs, until="jobs", planning=0.0, progress=False)
+        for policy in (Trains(often, False, verb, first), Trains(seldom, True, verb, first))
+    )
+    for name in ("events", "steps", "work", "requests", "jobs"):
+        pd.testing.assert_frame_equal(getattr(asked, name), getattr(repeated, name), check_exact=True)
+    assert asked.digests == repeated.digests
+    assert set(asked.jobs["outcome"]) == {"finished"} and {"evaluate", "backward", "prefill"} < set(asked.work["kind"])
+    assert len(seldom) <= asks * len(often)
 
 
 def looks(request, fleet):

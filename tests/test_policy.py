@@ -296,13 +296,14 @@ def test_the_largest_amount_is_found_for_any_cost_that_does_not_fall_wherever_th
     bench.ledger.predictor = SimpleNamespace(predict=lambda work: float(costs[int(work.values[0])]))
     bench.ledger.found_amounts["finetune"] = guess
 
-    def add(work, amount):
-        work.values[0] += amount
+    def put(amount):
+        plan.work.values[0] = amount
 
     most, plan = len(rises), bench.plan()
     fitting = [n for n in range(1, most + 1) if costs[n] <= bound and (n == most or not whole)]
-    assert plan._largest("finetune", most, add, float(bound), whole=whole) == max(fitting, default=0)
-    assert plan.work.values[0] == 0
+    largest = max(fitting, default=0)
+    assert plan._largest("finetune", most, put, float(bound), whole=whole) == largest
+    assert plan.work.values[0] == largest
 
 
 def test_within_s_takes_the_largest_amount_that_fits_the_whole_plan():

@@ -3,8 +3,10 @@
 Every feature is a sum over the batch's segments (or a count of distinct adapters), so a plan keeps them as running totals.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 from workbench.core import Backward, Batch, Segment
 
@@ -32,23 +34,27 @@ INDEX = {name: i for i, name in enumerate(NAMES)}
 
 def causal_pairs(documents: Sequence[int], start: int, tokens: int) -> int:
     """Attention pairs of the token range [start, start + tokens) of packed documents; token i of a document sees i + 1 keys."""
-    pairs, first = 0, 0
-    end = start + tokens
-    for length in documents:
-        if first >= end:
-            break
-        last = first + length
-        if last > start:
-            low, high = (start - first if start > first else 0), (end - first if end < last else length)
-            pairs += (high * (high + 1) - low * (low + 1)) // 2
-        first = last
-    return pairs
+    return pairs_until(documents, start + tokens) - pairs_until(documents, start)
+
+
+def pairs_until(documents: Sequence[int], end: int) -> int:
+    """Attention pairs of the first `end` tokens of packed documents."""
+    ends, pairs = _sums(tuple(documents))
+    whole = bisect_right(ends, end) - 1
+    cut = end - ends[whole] if whole + 1 < len(ends) else 0
+    return pairs[whole] + cut * (cut + 1) // 2
+
+
+def totals(documents: tuple[int, ...]) -> tuple[int, int]:
+    """Tokens and attention pairs of whole packed documents."""
+    ends, pairs = _sums(documents)
+    return ends[-1], pairs[-1]
 
 
 @lru_cache(maxsize=4096)
-def totals(documents: tuple[int, ...]) -> tuple[int, int]:
-    """Tokens and attention pairs of whole packed documents."""
-    return sum(documents), causal_pairs(documents, 0, sum(documents))
+def _sums(documents: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """Tokens and pairs of the first 0, 1, ... documents."""
+    return list(accumulate(documents, initial=0)), list(accumulate([n * (n + 1) // 2 for n in documents], initial=0))
 
 
 class Work:

@@ -26,8 +26,9 @@ from workbench.loop.clock import Clock, WallClock
 from workbench.loop.expected import length_predictor
 from workbench.loop.jump import Run, is_alone
 from workbench.loop.ledger import Ledger
+from workbench.loop.options import Options
 from workbench.loop.plan import Plan
-from workbench.loop.redo import can_go_on, is_same_work, redo
+from workbench.loop.redo import again, redo
 from workbench.loop.states import RequestState
 from workbench.loop.tape import Tape
 from workbench.loop.tiers import eviction_rules
@@ -92,7 +93,20 @@ def replay(
         from workbench.fleet.run import FleetRun as kind
     elif hasattr(policy, "routed"):
         raise ValueError(f"{policy_label(policy)} needs several replicas, got one executor. Pass executor=wb.Fleet(executor, replicas=2).")
-    return kind(trace, executor, policy, jobs, slo, seed, clock, planning, lengths, measure, overlap, until, evict, events).run(progress)
+    options = Options(
+        jobs=tuple(jobs),
+        slo=slo,
+        seed=seed,
+        clock=clock,
+        planning=planning,
+        lengths=lengths,
+        measure=measure,
+        overlap=overlap,
+        until=until,
+        evict=evict,
+        events=events,
+    )
+    return kind(trace, executor, policy, options).run(progress)
 
 
 def done_work(planned: Work, batch: Batch, result: StepResult) -> Work:
@@ -132,35 +146,24 @@ class _Run:
         trace: Any,
         executor: Executor,
         policy: Policy,
-        jobs: Sequence[FinetuneJob],
-        slo: SLO | Mapping[str, SLO] | None,
-        seed: int,
-        clock: str,
-        planning: str | float,
-        lengths: Any,
-        measure: tuple[float, float] | None,
-        overlap: bool,
-        until: str | float | None,
-        evict: Any = None,
-        events: str | Path | None = None,
+        options: Options,
         arrivals: Arrivals | None = None,
         replica: int = 0,
     ) -> None:
         """`arrivals`: those of a fleet, which gives this replica its requests; None: the trace's own."""
-        self.trace, self.executor, self.seed, self.slo, self.measure = trace, executor, seed, slo, measure
+        self.trace, self.executor, self.jobs = trace, executor, options.jobs
+        self.seed, self.slo, self.measure, until = options.seed, options.slo, options.measure, options.until
         self.requests = checked_requests(trace)
-        self.jobs = tuple(jobs)
-        self.is_wall, self.overlap = clock == "wall", overlap
-        check_options(policy, self.jobs, clock, planning, overlap, measure, executor)
-        check_slo(slo, self.requests)
-        self.planning = planning
+        self.is_wall, self.overlap, self.planning = options.clock == "wall", options.overlap, options.planning
+        check_options(policy, self.jobs, options.clock, self.planning, self.overlap, self.measure, executor)
+        check_slo(self.slo, self.requests)
         self.until = until if until is not None else "requests" if self.requests else "jobs"
         require(
             self.until in ("requests", "jobs") or (isinstance(self.until, (int, float)) and self.until > 0),
             "until must be 'requests', 'jobs' or a time above 0 seconds",
             self.until,
         )
-        self.stream = None if events is None else Stream(events)
+        self.stream = None if options.events is None else Stream(options.events)
         self.policy: Policy = copy.deepcopy(policy)
         self.label = policy_label(policy)
         self.where_policy = f"policy {self.label} failed"
@@ -169,18 +172,18 @@ class _Run:
             arrivals = Arrivals(clock_env, self.requests, self.jobs)
         self.arrivals, self.env = arrivals, arrivals.env
         self.receive: Callable[[Request, float], None] = self._arrive
-        self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=slo)
-        self.ledger.evict = copy.deepcopy(eviction_rules(evict))
+        self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=self.slo)
+        self.ledger.evict = copy.deepcopy(eviction_rules(options.evict))
         self.simulate: Callable[..., StepResult | float] | None = getattr(executor, "simulate", None)
         self.thread: ThreadPoolExecutor | None = None
         self.ledger.needs_rows = self.simulate is None
         self.ledger.segment = Segment if self.ledger.needs_rows else cast(Any, Row)
-        self.can_jump = hasattr(executor, "preview") and isinstance(self.env, Clock) and not overlap
-        self.lengths = length_predictor(lengths, seed)
+        self.can_jump = hasattr(executor, "preview") and isinstance(self.env, Clock) and not self.overlap
+        self.lengths = length_predictor(options.lengths, self.seed)
         self.ledger.expected_output = self.lengths.predict
         arrivals.ledgers.append(self.ledger)
         oracle = Oracle(arrivals.to_come) if "oracle" in getattr(policy, "needs", ()) else None
-        self.view = View(self.ledger, Random(f"{seed}:{replica}" if replica else seed), oracle, replica)
+        self.view = View(self.ledger, Random(f"{self.seed}:{replica}" if replica else self.seed), oracle, replica)
         self.shapes: Mapping[str, JobShape] = {}
         self.wake: simpy.Event | None = None
         self.failure: BaseException | None = None
@@ -455,10 +458,10 @@ class _Run:
         old, left = self.repeating
         self.repeating = None
         ledger = self.ledger
-        if left == 0 or ledger._arrived or ledger._finished or old.loads or old.preempted or not can_go_on(old):
+        if left == 0 or ledger._arrived or ledger._finished or old.loads or old.preempted:
             return None
-        plan = redo(old, ledger)
-        if not is_same_work(old, plan):
+        plan = again(old, ledger)
+        if plan is None:
             return None
         self.repeating = (plan, None if left is None else left - 1)
         return plan

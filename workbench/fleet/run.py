@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 from simpy.core import EmptySchedule
 
-from workbench.config import SLO, FinetuneJob, UnknownAdapterError, did_you_mean, require
+from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, require
 from workbench.core import AdapterInfo, Executor, Request, StepResult
 from workbench.fleet import routers
 from workbench.fleet.fleet import Fleet, homes_of
@@ -21,6 +22,7 @@ from workbench.loop.arrivals import Arrivals
 from workbench.loop.checks import check_slo, checked_requests, warn_of_refusals, warn_of_ties
 from workbench.loop.clock import Clock, WallClock
 from workbench.loop.expected import length_predictor
+from workbench.loop.options import Options
 from workbench.loop.states import JobState, RequestState
 from workbench.loop.views import JobView
 from workbench.policy import Policy, policy_label
@@ -40,9 +42,9 @@ class ReplicaRun(_Run):
     what is asked of an executor between its steps) stays in the thread of the loop.
     """
 
-    def __init__(self, fleet: "FleetRun", number: int, executor: Executor, policy: Policy, options: Mapping[str, Any]) -> None:
+    def __init__(self, fleet: "FleetRun", number: int, executor: Executor, policy: Policy, options: Options) -> None:
         self.fleet, self.number, self.book = fleet, number, Book()
-        super().__init__((), executor, policy, **options, arrivals=fleet.arrivals, replica=number)
+        super().__init__((), executor, policy, options, fleet.arrivals, number)
         self.receive = fleet.deliver
         self.lengths = fleet.lengths
         self.ledger.expected_output = fleet.expected
@@ -153,34 +155,18 @@ def switching(interval_s: float) -> Iterator[None]:
 class FleetRun:
     """One replay on a fleet while it runs."""
 
-    def __init__(
-        self,
-        trace: Any,
-        fleet: Fleet,
-        policy: Policy,
-        jobs: Sequence[FinetuneJob],
-        slo: SLO | Mapping[str, SLO] | None,
-        seed: int,
-        clock: str,
-        planning: str | float,
-        lengths: Any,
-        measure: tuple[float, float] | None,
-        overlap: bool,
-        until: str | float | None,
-        evict: Any = None,
-        events: Any = None,
-    ) -> None:
-        require(events is None, "events= writes the rows of one executor; on a fleet it must be None", events)
-        self.trace, self.fleet, self.jobs, self.slo = trace, fleet, tuple(jobs), slo
+    def __init__(self, trace: Any, fleet: Fleet, policy: Policy, options: Options) -> None:
+        require(options.events is None, "events= writes the rows of one executor; on a fleet it must be None", options.events)
+        self.trace, self.fleet, self.jobs, self.slo = trace, fleet, options.jobs, options.slo
         self.requests = checked_requests(trace)
-        check_slo(slo, self.requests)
+        check_slo(self.slo, self.requests)
         executors = fleet.open()
-        self.env = WallClock() if clock == "wall" else Clock()
-        if clock == "wall":
+        self.env = WallClock() if options.clock == "wall" else Clock()
+        if options.clock == "wall":
             check_apart(executors)
         self.arrivals = Arrivals(self.env, self.requests, self.jobs)
-        self.until = until if until is not None else "requests" if self.requests else "jobs"
-        self.lengths = length_predictor(lengths, seed)
+        self.until = options.until if options.until is not None else "requests" if self.requests else "jobs"
+        self.lengths = length_predictor(options.lengths, options.seed)
         self.router = copy.deepcopy(fleet.router)
         if hasattr(policy, "routed"):
             self.router = copy.deepcopy(policy).routed(self.router)  # type: ignore[attr-defined]
@@ -188,11 +174,10 @@ class FleetRun:
             self.router.check(fleet.num)
         self.failure: BaseException | None = None
         self.where = "router"
-        options = {"jobs": self.jobs, "slo": slo, "seed": seed, "clock": clock, "planning": planning, "lengths": lengths}
-        options |= {"measure": measure, "overlap": overlap, "until": self.until, "evict": evict}
+        options = replace(options, until=self.until)
         self.is_watched = False
         self.runs = [ReplicaRun(self, k, executor, policy, options) for k, executor in enumerate(executors)]
-        rng = Random(f"router:{seed}")
+        rng = Random(f"router:{options.seed}")
         self.views = tuple(ReplicaView(run.ledger, rng, run.number, run.book, self.env, self._watch) for run in self.runs)
         self._predicted: tuple[tuple[str, int], float] = ("", 0), 0.0
         self.routed: dict[str, int] = {}

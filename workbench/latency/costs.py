@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,6 @@ from workbench.latency.terms import (
     PROMPTS,
     SEQUENCES,
     SERVING,
-    TABLES,
     TRAINING,
     UNPADDED,
     Padding,
@@ -39,13 +38,15 @@ MANY = 48  # from so many steps on arrays are faster than lists
 _CONTEXT, _ROWS, _ADAPTERS = (INDEX[name] for name in ("decode_context", "decode_tokens", "adapters"))
 
 
-@dataclass(frozen=True)
-class _Fast:
-    """The costs as `predict` reads them; those that cost nothing are left out."""
+class _Fast(NamedTuple):
+    """The costs as `predict` reads them: of the features but the context and the layers, of each kind of work that is present, of the rest.
 
-    linear: tuple[tuple[int, float], ...]
+    A table ends with the largest size that it holds; 0 where there is none. Hinges that cost nothing are left out.
+    """
+
+    linear: tuple[float, ...]
+    present: tuple[float, ...]
     context: float
-    present: tuple[tuple[int, float], ...]
     prompts: float
     sequences: float
     sequence_tokens: float
@@ -54,30 +55,31 @@ class _Fast:
     layer: float
     layer_token: float
     backward: tuple[tuple[int, float], ...]
-    tables: dict[str, tuple[float, ...]]
+    serving: tuple[float, ...]
+    training: tuple[float, ...]
+    decoding: tuple[float, ...]
+    layers: tuple[float, ...]
+    most_forward: int
+    most_decode: int
+    most_backward: int
 
     @classmethod
     def of(cls, costs: Mapping[str, float], padding: Padding) -> "_Fast":
-        linear = ((k, costs[name]) for k, name in enumerate(NAMES) if k != _CONTEXT and name not in IN_TABLE[BACKWARD])
-        layers = tuple(costs[name] for name in IN_TABLE[BACKWARD])
-        forward = ((knee, costs[FORWARD_HINGE.format(knee)]) for knee in FORWARD_KNEES)
-        backward = ((knee, costs[BACKWARD_HINGE.format(knee)]) for knee in BACKWARD_KNEES)
-        present = ((INDEX[name], costs[f"has {name}"]) for name in PRESENT)
-        kept = (tuple((k, c) for k, c in pairs if c) for pairs in (linear, present, forward, backward))
-        linear, present, forward, backward = kept
-        tables = {table: tuple(costs[name] for name in table_terms(table, padding)) for table in TABLES}
+        tables = [tuple(costs[name] for name in table_terms(table, padding)) for table in (SERVING, TRAINING, DECODING, BACKWARD)]
+        hinges = ((FORWARD_HINGE, FORWARD_KNEES), (BACKWARD_HINGE, BACKWARD_KNEES))
+        forward, backward = (tuple((k, costs[name.format(k)]) for k in knees if costs[name.format(k)]) for name, knees in hinges)
         return cls(
-            linear,
+            tuple(costs[name] for k, name in enumerate(NAMES) if k != _CONTEXT and name not in IN_TABLE[BACKWARD]),
+            tuple(costs[f"has {name}"] for name in PRESENT),
             costs["decode_context"],
-            present,
             costs[PROMPTS],
             *(costs[name] for name in SEQUENCES),
             costs[FORWARD],
             forward,
-            layers[0],
-            layers[1],
+            *(costs[name] for name in IN_TABLE[BACKWARD]),
             backward,
-            tables,
+            *tables,
+            *(max(buckets, default=0) for buckets in (padding.forward, padding.decode, padding.backward)),
         )
 
 
@@ -113,7 +115,65 @@ class CostModel:
 
     def predict(self, work: Work) -> float:
         """Usual duration in seconds of a step that does `work`."""
-        return self._without_context(work) + self._fast.context * work.values[_CONTEXT]
+        fast = self._fast
+        tuned, evaluated, prefilled, decoded, pairs, prefill_pairs, context, requests, samples, adapters = work.values[:10]
+        layer_tokens, pair_layers, layers, updates, loads, load_bytes, starts = work.values[10:]
+        per = fast.linear
+        total = self.costs[0] + per[0] * tuned + per[1] * evaluated + per[2] * prefilled + per[3] * decoded
+        total = total + per[4] * pairs + per[5] * prefill_pairs + per[6] * requests + per[7] * samples + per[8] * adapters
+        total = total + per[9] * pair_layers + per[10] * updates + per[11] * loads + per[12] * load_bytes + per[13] * starts
+        has_tuned, has_evaluated, has_prefilled, has_decoded, has_layers, has_adapters = fast.present
+        trained = tuned + evaluated
+        others = trained + prefilled
+        tokens = others + decoded
+        if not tokens:
+            pass
+        elif not others and tokens <= fast.most_decode:
+            total += fast.decoding[bisect_left(self.padding.decode, tokens)]
+            has_decoded = 0.0  # held by the table
+        elif tokens <= fast.most_forward:
+            place = bisect_left(self.padding.forward, tokens)
+            if trained:
+                total += fast.training[place]
+                has_tuned = 0.0
+            else:
+                total += fast.serving[place]
+                has_prefilled = 0.0
+            sequences = self.padding.sequences
+            if requests and sequences and requests <= sequences[-1]:
+                many = sequences[bisect_left(sequences, requests)]
+                total += fast.sequences * many
+                if prefilled:
+                    total += fast.sequence_tokens * (many * self.padding.forward[place])
+        else:
+            total += fast.any_forward
+            for knee, cost in fast.forward:
+                if tokens > knee:
+                    total += cost * (tokens - knee)
+        if requests > decoded:
+            total += fast.prompts * (requests - decoded)
+        if tuned:
+            total += has_tuned
+        if evaluated:
+            total += has_evaluated
+        if prefilled:
+            total += has_prefilled
+        if decoded:
+            total += has_decoded
+        if layers:
+            total += has_layers
+        if adapters:
+            total += has_adapters
+        if layers:
+            each = layer_tokens / layers
+            if fast.layers and each <= fast.most_backward:
+                total += fast.layers[bisect_left(self.padding.backward, each)] * layers
+            else:
+                total += (fast.layer + fast.layer_token * each) * layers
+                for knee, cost in fast.backward:
+                    if each > knee:
+                        total += cost * ((each - knee) * layers)
+        return total + fast.context * context
 
     def predict_decodes(self, work: Work, num_steps: int, first: int = 0) -> Any:
         """`predict`, bit for bit, of the next steps but the `first` ones that decode the same rows: each reads one token more a row.
@@ -125,56 +185,12 @@ class CostModel:
         key = (rows, values[_ADAPTERS])
         fixed = self._decodes.get(key)
         if fixed is None:
-            fixed = self._decodes[key] = self._without_context(work)
+            bare = Work(values)
+            bare.values[_CONTEXT] = 0.0
+            fixed = self._decodes[key] = self.predict(bare)
         if num_steps < MANY:
             return [fixed + cost * (context + k * rows) for k in range(first, first + num_steps)]
         return fixed + cost * (context + np.arange(first, first + num_steps) * rows)
-
-    def _without_context(self, work: Work) -> float:
-        v, fast, padding = work.values, self._fast, self.padding
-        total = self.costs[0]
-        for index, cost in fast.linear:
-            total += cost * v[index]
-        trained = v[0] + v[1]
-        others = trained + v[2]
-        tokens = others + v[3]
-        held = -1  # the kind of work whose constant is in a table
-        if tokens:
-            if not others and padding.decode and tokens <= padding.decode[-1]:
-                held = 3
-                total += fast.tables[DECODING][bisect_left(padding.decode, tokens)]
-            elif padding.forward and tokens <= padding.forward[-1]:
-                place = bisect_left(padding.forward, tokens)
-                held = 0 if trained else 2
-                total += fast.tables[TRAINING if trained else SERVING][place]
-                requests = v[7]
-                if requests and padding.sequences and requests <= padding.sequences[-1]:
-                    many = padding.sequences[bisect_left(padding.sequences, requests)]
-                    total += fast.sequences * many
-                    if v[2]:
-                        total += fast.sequence_tokens * (many * padding.forward[place])
-            else:
-                total += fast.any_forward
-                for knee, cost in fast.forward:
-                    if tokens > knee:
-                        total += cost * (tokens - knee)
-        prompts = v[7] - v[3]
-        if prompts > 0:
-            total += fast.prompts * prompts
-        for index, cost in fast.present:
-            if v[index] and index != held:
-                total += cost
-        layers = v[12]
-        if layers:
-            each = v[10] / layers
-            if padding.backward and each <= padding.backward[-1]:
-                total += fast.tables[BACKWARD][bisect_left(padding.backward, each)] * layers
-            else:
-                total += (fast.layer + fast.layer_token * each) * layers
-                for knee, cost in fast.backward:
-                    if each > knee:
-                        total += cost * ((each - knee) * layers)
-        return total
 
     def predict_all(self, values: np.ndarray) -> np.ndarray:
         """`predict`, bit for bit, [n] of steps given as features [n, len(NAMES)]."""

@@ -418,21 +418,25 @@ class LatencyModel:
             raise RuntimeError("step() needs begin() first: pass the model as executor= to replay().")
         work = features.of_batch(batch)
         result = self.simulate(work, batch)
-        return result if isinstance(result, StepResult) else StepResult(duration_s=result, gpu_s=result)
+        if isinstance(result, StepResult):
+            return result
+        return StepResult(duration_s=result, gpu_s=result, layers_done={b.owner: b.num_layers for b in batch.backwards})
 
     def simulate(self, work: Work, batch: Batch, predicted_s: float | None = None) -> StepResult | float:
         """`step` for a batch whose work is summed up already: its prefill and decode rows are not read and may lack.
 
-        `predicted_s`: what `predict` says, if it was asked. A number is the duration of a step with nothing else to report.
+        `predicted_s`: what `predict` says, if it was asked. A number is the duration of a step that did what was planned, with nothing else
+        to report.
         """
         if self._draw is None:
             raise RuntimeError("simulate() needs begin() first: pass the model as executor= to replay().")
         factor = self._draw(class_of(work))
         duration = factor * (self.predict(work) if predicted_s is None else predicted_s)
-        if not batch.backwards:
+        is_late = batch.stop_after_s is not None and duration > batch.stop_after_s
+        if not is_late and not any([b.ends_window and b.is_last for b in batch.backwards]):
             return duration
         planned = done = {b.owner: b.num_layers for b in batch.backwards}
-        if batch.stop_after_s is not None and duration > batch.stop_after_s:
+        if is_late:
             work, done = self._cut(work, batch, factor)
             duration = factor * self.predict(work)
         return StepResult(

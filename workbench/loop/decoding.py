@@ -169,12 +169,15 @@ class Decoding:
     def steps_to_end(self) -> int:
         """After how many more decodes the first of them ends."""
         moments = self.moments
-        while not self.ends[moments[0]]:
+        while not self.ends[moments[0]]:  # left before it ended
             del self.ends[heapq.heappop(moments)]
         return moments[0] - self.count
 
     def advance(self, num_steps: int, end_s: float) -> list[Any]:
         """All of them decoded `num_steps` times, last until `end_s`; those that have reached their limit."""
+        moments = self.moments
+        while moments and moments[0] <= self.count:
+            del self.ends[heapq.heappop(moments)]
         self.count += num_steps
         self.context += num_steps * self.num
         self.last_s = end_s

@@ -40,7 +40,8 @@ class History:
     first one; a later step begins where the one before ended, without planning. Counts of the decoding group have runs, too:
     in `decoded_step` the step of the first, in `decoded_after` how many rows of `events` came before their tokens, and in `decoded_s`
     the end of each count. `batches` holds what the batches without the rows of the group had beside them, where anything; `released` what
-    those of longer runs released; `odd_rows` how many rows a batch had for the group where not one each, which `conservation` reports.
+    those of longer runs released; `as_planned` the steps whose executor only said how long their backward slices took; `odd_rows` how many
+    rows a batch had for the group where not one each, which `conservation` reports.
     """
 
     def __init__(self, decoding: Decoding) -> None:
@@ -59,6 +60,7 @@ class History:
         self.stopped: dict[int, Sequence[float]] = {}
         self.read_s: dict[int, float] = {}
         self.results: dict[int, StepResult] = {}
+        self.as_planned: set[int] = set()
         self.digests: dict[int, str] = {}
         self.odd_rows: dict[int, int] = {}
         self.batches: dict[int, Batch] = {}
@@ -106,8 +108,12 @@ class History:
         self.end_s.append(end_s)
         if isinstance(result, StepResult):
             duration_s, gpu_s, host_s = result.duration_s, result.gpu_s, result.host_s
+            if result.stopped_early or any((result.tokens, result.layers_done, result.losses, result.eval_losses, result.published)):
+                self.results[step] = result
         else:
             duration_s, gpu_s, host_s, result = result, result, 0.0, NOTHING
+            if batch.backwards:
+                self.as_planned.add(step)
         self.duration_s.append(duration_s)
         self.predicted_s.append(predicted_s)
         waiting, running, free_blocks = counts
@@ -118,10 +124,6 @@ class History:
             self.stopped[step] = done
         if batch.loads:
             self.read_s[step] = sum([load.read_s for load in batch.loads])
-        if result is not NOTHING and any(
-            (result.stopped_early, result.tokens, result.layers_done, result.losses, result.eval_losses, result.published)
-        ):
-            self.results[step] = result
         if has_rows:
             self.digests[step] = batch.digest()
         elif batch.segments or batch.backwards or batch.loads or batch.admitted or batch.released:
@@ -186,7 +188,7 @@ class History:
         for values in (self.runs, self.free_blocks, self.decoded_s, self.end_s, self.duration_s, self.predicted_s):
             del values[:]
         rows = (self.events, self.work, self.run_why, self.decoded_first, self.decoded_step, self.decoded_after)
-        of_steps = (self.stopped, self.read_s, self.results, self.digests, self.odd_rows, self.batches, self.released)
+        of_steps = (self.stopped, self.read_s, self.results, self.as_planned, self.digests, self.odd_rows, self.batches, self.released)
         for values in (*rows, *of_steps, self.decoding.stints):
             values.clear()
 
@@ -333,8 +335,12 @@ class History:
         """What the executor reported of each step."""
         at = self.all_times()
         rows = zip(range(self.first_step, self.num_steps), *(at[n].tolist() for n in ("duration_s", "gpu_s", "host_s")), strict=True)
+        layers: dict[int, dict[str, int]] = {}
+        for step, owner, kind, _, num_layers, *_ in self.work:
+            if kind == "backward" and step in self.as_planned:
+                layers.setdefault(step, {})[owner] = num_layers
         return [
-            self.results[step] if step in self.results else StepResult(duration_s=duration, gpu_s=gpu, host_s=host)
+            self.results.get(step) or StepResult(duration_s=duration, gpu_s=gpu, host_s=host, layers_done=layers.get(step, {}))
             for step, duration, gpu, host in rows
         ]
 

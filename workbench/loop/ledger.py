@@ -81,7 +81,7 @@ class Ledger:
         self.history = History(self.decoding)
         self.rows: list[EventRow] = self.history.events
         self.ended: list[RequestState] = []
-        self.found_amounts: dict[str, int] = {}  # by kind of work: where the search for the largest amount begins; it ends where it would
+        self.found_amounts: dict[str, int] = {}  # by kind of work: where a search for the largest amount ended, and the next one begins
         self.num_arrived = 0
         self.last: tuple[Batch, StepResult | float, float, float, float] | None = None
         self.last_plan: Plan | None = None
@@ -329,8 +329,7 @@ class Ledger:
     def forget_stale(self) -> None:
         """Let nobody find in the prefix cache what an adapter's earlier version has computed."""
         if self.cache is not None and self.cache.tables:
-            known = self.adapter_infos
-            self.cache.forget_stale(lambda key: key[0] in known and known[key[0]].version == key[1])
+            self.cache.forget_stale(self.adapter_infos)
 
     def command(self, command: Command, now_s: float) -> None:
         """A user's command on a job: pause, resume, stop; publish is logged when the executor reports the version."""

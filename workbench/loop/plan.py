@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from workbench.config import did_you_mean
 from workbench.core import AdapterInfo
-from workbench.features import Work, causal_pairs, totals
+from workbench.features import pairs_until, totals
 from workbench.loop.plan_accounts import Accounts, PlanError, Why
 from workbench.loop.views import JobView, RequestView
 
@@ -93,7 +93,7 @@ class Plan(Accounts):
         ledger = self._ledger
         if self._all is not None or self._decodes or self.preempted or self.rejected or self._tokens < len(views):
             return False
-        group = ledger.together()
+        group = ledger.decoding if ledger.decoding.is_open else ledger.together()
         versions = self.versions | group.versions.keys() if self.versions else set(group.versions)
         num_growing = len(group.need_block())
         if len(versions) > ledger.info.max_batch_adapters or num_growing > self._blocks:
@@ -178,23 +178,27 @@ class Plan(Accounts):
             return 0, "batch_adapters"
         loads = key is not None and key not in slots.entries and key not in self.loads
 
-        def add(work: Work, n: int) -> None:
-            v, stop = work.values, first + n
-            v[2] += n
-            v[5] += (stop * (stop + 1) - first * (first + 1)) // 2
-            v[7] += 1
-            v[8] += stop == s.context
-            if key is not None:
-                assert adapter is not None
-                work.adapters.add(key)
-                v[9] = len(work.adapters)
-                if loads:
-                    work.add_load(adapter.bytes, self._ledger.host.read_s(key, adapter))
+        work = self.work
+        v, adapters = work.values, len(work.adapters) + (key is not None and key not in work.adapters)
+        tokens, pairs, requests, samples = v[2], v[5], v[7], v[8]
+        if loads:
+            assert adapter is not None and key is not None
+            num_loads, load_bytes, read_s = v[14] + 1, v[15] + adapter.bytes, work.read_s + self._ledger.host.read_s(key, adapter)
+        else:
+            num_loads, load_bytes, read_s = v[14], v[15], work.read_s
 
-        n = self._largest("prefill", most, add, within_s, whole=is_whole)
+        def put(n: int) -> None:
+            stop = first + n
+            v[2] = tokens + n
+            v[5] = pairs + (stop * (stop + 1) - first * (first + 1)) // 2
+            v[7], v[8], v[9] = requests + 1, samples + (stop == s.context), adapters
+            v[14], v[15], work.read_s = num_loads, load_bytes, read_s
+
+        n = self._largest("prefill", most, put, within_s, whole=is_whole)
         if n == 0:
             return 0, "within_s"
-        add(self.work, n)
+        if key is not None:
+            work.adapters.add(key)
         self._tokens -= n
         self._blocks -= blocks
         self._requests -= not s.blocks
@@ -214,24 +218,28 @@ class Plan(Accounts):
 
     def finetune(self, job: JobView, tokens: int | None = None, *, within_s: float = inf) -> int:
         """Forward of the job's micro-batch, up to `tokens` tokens further; it may stop inside an example. The tokens taken."""
-        return self._forward(job, "finetune", "forward", self.finetunes, tokens, within_s)
+        return self._note("finetune", job, tokens, within_s, self._finetune(job, tokens, within_s))
 
     def evaluate(self, job: JobView, tokens: int | None = None, *, within_s: float = inf) -> int:
         """Forward without gradients of an evaluation that is due, up to the end of its micro-batch. The tokens taken."""
-        return self._forward(job, "evaluate", "evaluate", self.evaluates, tokens, within_s)
+        return self._note("evaluate", job, tokens, within_s, self._evaluate(job, tokens, within_s))
 
     def train(self, job: JobView, *, within_s: float = inf) -> int:
         """Whichever of the three is due: forward or evaluation tokens, or backward layers. The amount taken."""
         phase = job._state.phase
-        verb = self.backward if phase == "backward" else self.evaluate if phase == "evaluate" else self.finetune
-        return verb(job, within_s=within_s)
+        verb = self._backward if phase == "backward" else self._evaluate if phase == "evaluate" else self._finetune
+        return self._note("train", job, None, within_s, verb(job, None, within_s))
 
     def backward(self, job: JobView, num_layers: int | None = None, *, within_s: float = inf) -> int:
         """Backward of the job's micro-batch, up to `num_layers` layers further down. The layers taken.
 
         An executor that cannot cut it (`EngineConfig(backward="whole")`) takes all layers that are left or none: fewer are "unsupported".
         """
-        self._check_amount("num_layers", num_layers)
+        return self._note("backward", job, num_layers, within_s, self._backward(job, num_layers, within_s))
+
+    def _backward(self, job: JobView, num_layers: int | None, within_s: float) -> int:
+        if num_layers is not None:
+            self._check_amount("num_layers", num_layers)
         self._check_within(within_s)
         s = self._job(job)
         left = s.layers_left
@@ -241,32 +249,40 @@ class Plan(Accounts):
             return 0
         micro_batch = s.current
         num_tokens, pairs = totals(micro_batch.documents)
+        v = self.work.values
+        token_layers, pair_layers, layers, updates, starts = v[10], v[11], v[12], v[13], v[16] + is_first
 
-        def add(work: Work, n: int) -> None:
-            v = work.values
-            v[10] += num_tokens * n
-            v[11] += pairs * n
-            v[12] += n
-            v[13] += micro_batch.ends_window and n == left
-            v[16] += is_first and n > 0
+        def put(n: int) -> None:
+            v[10] = token_layers + num_tokens * n
+            v[11] = pair_layers + pairs * n
+            v[12] = layers + n
+            v[13] = updates + (micro_batch.ends_window and n == left)
+            v[16] = starts
 
-        n = self._largest("backward", most, add, within_s, whole="cut_backward" not in self._ledger.info.can)
+        n = self._largest("backward", most, put, within_s, whole="cut_backward" not in self._ledger.info.can)
         if n < most:
             self.why = "within_s"
         if n:
-            add(self.work, n)
             self._named.add(s.id)
             self.backwards.append((s, n))
             self._took("backward")
         return n
 
+    def _finetune(self, job: JobView, tokens: int | None, within_s: float) -> int:
+        return self._forward(job, "finetune", "forward", self.finetunes, tokens, within_s)
+
+    def _evaluate(self, job: JobView, tokens: int | None, within_s: float) -> int:
+        return self._forward(job, "evaluate", "evaluate", self.evaluates, tokens, within_s)
+
     def _forward(
         self, job: JobView, kind: str, phase: str, chunks: "list[tuple[JobState, int]]", tokens: int | None, within_s: float
     ) -> int:
-        self._check_amount("tokens", tokens)
+        if tokens is not None:
+            self._check_amount("tokens", tokens)
         self._check_within(within_s)
         s = self._job(job)
-        left = s.current.tokens - s.offset if s.phase == phase else 0
+        documents = s.current.documents if s.phase == phase else ()
+        left = sum(documents) - s.offset if documents else 0
         asked = left if tokens is None else min(tokens, left)
         if not self._may_train(s, kind, phase, "chunk", asked < left):
             return 0
@@ -278,21 +294,21 @@ class Plan(Accounts):
         if s.rows is None and self._reserve(s) is None:
             self.why = "activation"
             return 0
-        documents, start, feature = s.current.documents, s.offset, 0 if kind == "finetune" else 1
-        key = (s.id, 0)
+        start, feature = s.offset, 0 if kind == "finetune" else 1
+        key, work = (s.id, 0), self.work
+        v, adapters = work.values, len(work.adapters) + (key not in work.adapters)
+        tokens_before, pairs = v[feature], v[4] - pairs_until(documents, start)
 
-        def add(work: Work, n: int) -> None:
-            v = work.values
-            v[feature] += n
-            v[4] += causal_pairs(documents, start, n)
-            work.adapters.add(key)
-            v[9] = len(work.adapters)
+        def put(n: int) -> None:
+            v[feature] = tokens_before + n
+            v[4] = pairs + pairs_until(documents, start + n)
+            v[9] = adapters
 
-        n = self._largest(kind, most, add, within_s, whole=is_whole)
+        n = self._largest(kind, most, put, within_s, whole=is_whole)
         if n < most:
             self.why = "within_s"
         if n:
-            add(self.work, n)
+            work.adapters.add(key)
             self._tokens -= n
             self._named.add(s.id)
             chunks.append((s, n))
@@ -433,7 +449,11 @@ class Plan(Accounts):
         self.wait_until_s = until_s
 
     def repeat(self, max_steps: int | None = None) -> None:
-        """Run the same plan again, without asking, until something arrives, ends, loads or lacks a block; at most `max_steps` more."""
+        """Run the same plan again, without asking, until something arrives, ends, loads or lacks a block; at most `max_steps` more.
+
+        The same verbs are called: a job that it trains beside all that runs goes on, through forward, backward and evaluation under
+        `train`, each with the amount that fits then, until the job ends or a verb that has trained has nothing left to do.
+        """
         self._check_amount("max_steps", max_steps)
         self.why = ""
         self.repeat_steps = max_steps

@@ -1,13 +1,13 @@
 """What a plan has taken and what that leaves: the counting underneath the verbs of `plan.Plan`."""
 
 from collections.abc import Callable
-from math import inf, isinf, nan
-from typing import TYPE_CHECKING, Literal, TypeVar
+from math import inf, nan
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from workbench.core import AdapterInfo
 from workbench.features import Work
 from workbench.loop.pools import Arena, Version
-from workbench.loop.views import RequestView, Room
+from workbench.loop.views import JobView, RequestView, Room
 
 if TYPE_CHECKING:
     from workbench.loop.ledger import Ledger
@@ -23,6 +23,17 @@ MAX_AIMS = 4
 """How often the search for the largest amount aims along a straight line before it bisects."""
 
 
+class Trained(NamedTuple):
+    """A call of a verb that trains: its arguments, what was served before (`Accounts.served`), and what it took."""
+
+    verb: str
+    job: "JobState"
+    amount: int | None
+    within_s: float
+    after: tuple[bool, int, int]
+    taken: int
+
+
 class PlanError(ValueError):
     """A verb was misused: a request named twice, one that has ended, an unknown job, a negative amount."""
 
@@ -33,6 +44,7 @@ class Accounts:
     `decodes` holds the requests that decode, `named` the owners with work in this plan; where all running requests decode, the plan only
     says so (`decodes_all`). `versions` holds the serving versions that its rows need, `dropped` how many residents
     it takes off each version, `loads` the versions that it copies to the device, `found` the cached blocks that a prefill begins with.
+    `trained` holds the calls of the verbs that train, with what each took.
     `refused` holds why a serving verb left a request out altogether, `queue_why` why prefill stopped before the end of its queue.
     """
 
@@ -65,6 +77,7 @@ class Accounts:
         "rejected",
         "repeat_steps",
         "stops_on_arrival",
+        "trained",
         "versions",
         "wait_until_s",
         "why",
@@ -94,6 +107,7 @@ class Accounts:
         self.finetunes: list[tuple[JobState, int]] = []
         self.evaluates: list[tuple[JobState, int]] = []
         self.backwards: list[tuple[JobState, int]] = []
+        self.trained: list[Trained] = []
         self.preempted: dict[str, RequestState] = {}
         self.rejected: dict[str, tuple[RequestState, str]] = {}
         self.found: dict[str, list[int]] = {}
@@ -131,6 +145,15 @@ class Accounts:
     def decodes(self) -> "list[RequestState]":
         """The requests that decode, in the order of the verbs."""
         return self._decodes if self._all is None else [view._state for view in self._all]
+
+    @property
+    def served(self) -> tuple[bool, int, int]:
+        """How far it serves: whether everything that runs decodes, how many requests do one by one, and how many prefill."""
+        return (self._all is not None, len(self._decodes), len(self.prefills))
+
+    def _note(self, verb: str, job: JobView, amount: int | None, within_s: float, taken: int) -> int:
+        self.trained.append(Trained(verb, job._state, amount, within_s, self.served, taken))
+        return taken
 
     @property
     def named(self) -> set[str]:
@@ -187,7 +210,7 @@ class Accounts:
             raise PlanError(f"{name} must be at least 0, or None for all that fits, got {amount}")
 
     def _check_within(self, within_s: float) -> None:
-        if isinf(within_s) and within_s > 0:
+        if within_s == inf:
             return
         if not within_s >= 0:
             raise PlanError(f"within_s must be at least 0 seconds, got {within_s}")
@@ -198,14 +221,14 @@ class Accounts:
             )
 
     def _check_named(self, name: str) -> None:
-        if self.is_named(name):
+        if name in self._named or (self._all is not None and name in self._ledger.running):
             raise PlanError(f"a request or job may be named once in a plan, got {name!r} twice")
 
     # counting
 
     def _is_kind(self, kind: str) -> bool:
         """Whether this kind of work may join the batch; an executor without "mixed" takes one kind a batch."""
-        if self._kind in ("", kind) or "mixed" in self._ledger.info.can:
+        if not self._kind or self._kind == kind or "mixed" in self._ledger.info.can:
             return True
         self.why = "unsupported"
         return False
@@ -279,38 +302,43 @@ class Accounts:
         self.preempted[victim.id] = victim
         return True
 
-    def _largest(self, kind: str, most: int, add: Callable[[Work, int], None], within_s: float, *, whole: bool = False) -> int:
-        """The largest amount up to `most` with which the plan is predicted to last at most `within_s`; 0 if none.
+    def _largest(self, kind: str, most: int, put: Callable[[int], None], within_s: float, *, whole: bool = False) -> int:
+        """The largest amount up to `most` with which the plan is predicted to last at most `within_s`; 0 if none. It is put into the work.
 
-        Durations must not fall with the amount. It begins with what was found for this kind of work the last time: mostly it still holds.
+        `put(amount)` writes the features of the plan with so much of it. Durations must not fall with the amount. The search begins with
+        what was found for this kind of work the last time: mostly it still holds.
         """
         self._found_s = None
         if within_s == inf or most == 0:
+            if most:
+                put(most)
             return most
-        predictor, found = self._ledger.predictor, self._ledger.found_amounts
+        work, found, predictor = self.work, self._ledger.found_amounts, self._ledger.predictor
         assert predictor is not None
-        trial, values, read_s = self.work.copy(), self.work.values, self.work.read_s
+        predict, before, read_s = predictor.predict, work.values[:], work.read_s
 
         def seconds(amount: int) -> float:
-            trial.values[:], trial.read_s = values, read_s
-            add(trial, amount)
-            return predictor.predict(trial)
+            put(amount)
+            return predict(work)
 
-        first = most if whole else min(max(found.get(kind, most), 1), most)
-        first_s = seconds(first)
-        if first_s > within_s:
-            if whole or first == 1:
-                return 0
-            low, low_s, high, high_s = 1, seconds(1), first, first_s
+        # a forward is found again by the tokens of the whole step, which an executor pads
+        others = 0 if kind == "backward" else self._ledger.info.max_batch_tokens - self._tokens
+        amount = most if whole or kind not in found else min(max(found[kind] - others, 1), most)
+        amount_s = seconds(amount)
+        if amount_s > within_s:
+            low_s = amount_s if whole or amount == 1 else seconds(1)
             if low_s > within_s:
+                work.values[:], work.read_s = before, read_s
                 return 0
-        else:
-            low, low_s, high, high_s = first, first_s, most, first_s
-            if low < most:
-                low, low_s, high, high_s = _step_up(low, low_s, most, seconds, within_s)
-        amount, self._found_s = _between(low, low_s, high, high_s, seconds, within_s)
+            amount, amount_s = _between(1, low_s, amount, amount_s, seconds, within_s)
+        elif amount < most:
+            amount, amount_s, high, high_s = _step_up(amount, amount_s, most, seconds, within_s)
+            if amount < high:
+                amount, amount_s = _between(amount, amount_s, high, high_s, seconds, within_s)
         if amount < most:
-            found[kind] = amount
+            found[kind] = amount + others
+        put(amount)
+        self._found_s = amount_s
         return amount
 
 

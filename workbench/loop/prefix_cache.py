@@ -7,14 +7,14 @@ end; the maps are kept apart by (adapter, version), which is as if the version w
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from workbench.core import Request
+from workbench.core import AdapterInfo, Request
 from workbench.data import PREFIX_TOKENS
 from workbench.loop.pools import Version
 
@@ -124,9 +124,10 @@ class PrefixCache:
                 self.keys[block] = (version, key)
                 self.refs[block] = 1
 
-    def forget_stale(self, is_current: Callable[[Version], bool]) -> None:
-        """Forget everything computed by an adapter version that is not current any more; who holds its blocks keeps them."""
-        for version in [v for v in self.tables if v is not None and not is_current(v)]:
+    def forget_stale(self, infos: Mapping[str, AdapterInfo]) -> None:
+        """Forget everything computed by a version that is not the current one of `infos`; who holds its blocks keeps them."""
+        stale = [v for v in self.tables if v is not None and (v[0] not in infos or infos[v[0]].version != v[1])]
+        for version in stale:
             self.forget(list(self.tables[version].values()))
 
     def forget(self, blocks: Sequence[int]) -> None:

@@ -10,6 +10,41 @@ if TYPE_CHECKING:
 
 def redo(old: Plan, ledger: "Ledger") -> Plan:
     """The verbs of `old` once more, with the same amounts, for whatever they still apply to; each takes what fits now."""
+    new = _serve_again(old, ledger)
+    for chunks, phase, verb in (
+        (old.finetunes, "forward", new.finetune),
+        (old.evaluates, "evaluate", new.evaluate),
+        (old.backwards, "backward", new.backward),
+    ):
+        for j, n in chunks:
+            if ledger.jobs.get(j.id) is j and j.phase == phase:
+                verb(j.view, n)
+    _load_again(old, new, ledger)
+    return new
+
+
+def again(old: Plan, ledger: "Ledger") -> Plan | None:
+    """What the policy that made `old` would plan by the same calls: the same serving, and training that goes on.
+
+    None where it has to be asked: it would serve otherwise, a job has ended, a verb that has trained finds nothing to do, or it trained
+    beside other than all running requests or before it served them, so that what is left for either may change.
+    """
+    if old.trained and ledger.running and not old.decodes_all:
+        return None
+    if any(ledger.jobs.get(verb.job.id) is not verb.job or verb.after != old.served for verb in old.trained):
+        return None
+    new = _serve_again(old, ledger)
+    for name, j, amount, within_s, _, taken in old.trained:
+        now = new.train(j.view, within_s=within_s) if name == "train" else getattr(new, name)(j.view, amount, within_s=within_s)
+        if taken and not now:
+            return None
+    _load_again(old, new, ledger)
+    is_same = new.decodes_all_of(old._all) or new.decodes == old.decodes
+    is_same = is_same and [(s, n) for s, n, _ in new.prefills] == [(s, n) for s, n, _ in old.prefills]
+    return new if is_same and not (new.loads or new.preempted or new.rejected or new.held) else None
+
+
+def _serve_again(old: Plan, ledger: "Ledger") -> Plan:
     new = Plan(ledger)
     for s, reason in old.rejected.values():
         if ledger.requests.get(s.id) is s:
@@ -28,14 +63,10 @@ def redo(old: Plan, ledger: "Ledger") -> Plan:
     for s, n, _ in old.prefills:
         if s.phase == "waiting":
             new.prefill(s.view, n)
-    for chunks, phase, verb in (
-        (old.finetunes, "forward", new.finetune),
-        (old.evaluates, "evaluate", new.evaluate),
-        (old.backwards, "backward", new.backward),
-    ):
-        for j, n in chunks:
-            if ledger.jobs.get(j.id) is j and j.phase == phase:
-                verb(j.view, n)
+    return new
+
+
+def _load_again(old: Plan, new: Plan, ledger: "Ledger") -> None:
     for adapter, version in old.loads:
         if (adapter, version) not in old.versions and adapter in ledger.adapter_infos:
             new.load(adapter)
@@ -43,24 +74,3 @@ def redo(old: Plan, ledger: "Ledger") -> Plan:
         new.stop_on_arrival()
     new.refused = old.refused | new.refused
     new.queue_why = new.queue_why or old.queue_why
-    return new
-
-
-def is_same_work(old: Plan, new: Plan) -> bool:
-    """Whether `new` does to the same owners exactly as much, and nothing else."""
-    return (
-        (new.decodes_all_of(old._all) or new.decodes == old.decodes)
-        and [(s, n) for s, n, _ in new.prefills] == [(s, n) for s, n, _ in old.prefills]
-        and new.finetunes == old.finetunes
-        and new.evaluates == old.evaluates
-        and new.backwards == old.backwards
-        and not (new.loads or new.preempted or new.rejected or new.held)
-    )
-
-
-def can_go_on(old: Plan) -> bool:
-    """Whether the jobs of a plan that was run have as much left of the same as it took."""
-    chunks = [(j, n, "forward") for j, n in old.finetunes] + [(j, n, "evaluate") for j, n in old.evaluates]
-    return not any(j.phase != phase or j.current.tokens - j.offset < n for j, n, phase in chunks) and not any(
-        j.phase != "backward" or j.layers_left < n for j, n in old.backwards
-    )

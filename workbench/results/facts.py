@@ -1,5 +1,6 @@
 """What `conservation` checks, as arrays: taken from a replay's frames, or, without making any, from the history that they are made from."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,13 +9,13 @@ import pandas as pd
 
 from workbench.features import INDEX
 from workbench.loop.history import RUN_COLUMNS, History
-from workbench.results.frames import EVENT_COLUMNS, rows_as_given
 from workbench.results.metrics import ENDS
 
 TOKEN_KINDS = ("finetune", "evaluate", "prefill", "decode")
 _FEATURES = tuple(f"{kind}_tokens" for kind in TOKEN_KINDS)
 _EVENTS = ("arrived", *ENDS, "prefill", "preempted")
-_KINDS = frozenset((*_EVENTS, "token", "scheduled", "cached", "refused", "adapter_loaded", "adapter_evicted"))  # no job has these
+_JOB_EVENTS = ("forward", "committed")
+_JOB_WORK = ("finetune", "evaluate", "backward")
 
 
 class Rows(NamedTuple):
@@ -47,8 +48,8 @@ class Decodes(NamedTuple):
 class Facts(NamedTuple):
     """`steps` has at least the times, the counts and the planned tokens of each step, `done` [steps, 4] the tokens of its rows of work.
 
-    `stray` is the step number of a row of work whose step there is not. `prefills` are (owner, start, tokens) of the prefill rows, `work`
-    (owner, kind, tokens) of the jobs' rows, `job_events` at least the jobs' rows of `events`.
+    `stray` is the step number of a row of work whose step there is not. `prefills` are (owner, start, tokens) of the prefill rows. By
+    owner and kind, `job_work` sums up the tokens (layers) of the jobs' rows of work, `job_events` has (number, sum) of their events.
     """
 
     steps: pd.DataFrame
@@ -58,8 +59,8 @@ class Facts(NamedTuple):
     prefills: tuple[np.ndarray, np.ndarray, np.ndarray]
     done: np.ndarray
     stray: int | None
-    work: tuple[np.ndarray, np.ndarray, np.ndarray]
-    job_events: pd.DataFrame
+    job_work: Mapping[tuple[str, str], float]
+    job_events: Mapping[tuple[str, str], tuple[int, float]]
 
 
 def facts_of_frames(replay: Any, names: pd.Index) -> Facts:
@@ -72,6 +73,8 @@ def facts_of_frames(replay: Any, names: pd.Index) -> Facts:
     start, length = work["start"].to_numpy(float), work["tokens"].to_numpy(float)
     decode, prefill = (kind == "decode") & (owner >= 0), (kind == "prefill") & (owner >= 0)
     at = pd.Index(steps["step"].to_numpy()).get_indexer(step)
+    of_jobs = work[np.isin(kind, _JOB_WORK)].groupby(["owner", "kind"])["tokens"].sum()
+    job_events = events[np.isin(events["kind"], _JOB_EVENTS)].groupby(["owner", "kind"])["value"].agg(["size", "sum"])
     return Facts(
         steps=steps,
         events=by_kind,
@@ -80,48 +83,42 @@ def facts_of_frames(replay: Any, names: pd.Index) -> Facts:
         prefills=(owner[prefill], start[prefill], length[prefill]),
         done=_done(kind[at >= 0], at[at >= 0], length[at >= 0], len(steps)),
         stray=int(step[at < 0][0]) if (at < 0).any() else None,
-        work=(work["owner"].to_numpy(), kind, work["tokens"].to_numpy()),
-        job_events=events,
+        job_work=of_jobs.to_dict(),
+        job_events=dict(zip(job_events.index, job_events.itertuples(index=False, name=None), strict=True)),
     )
 
 
 def facts_of_history(history: History, names: pd.Index) -> Facts:
     """The facts as a history tells them: a run of tokens is what one request decoded with the group without a break."""
-    by_kind = _by_kind_of_rows(history.events, names)
+    events = _by_kind_of_rows(history.events)
+    work = _by_kind_of_rows(history.work)
     tokens, decodes, at_step = _of_group(history, names)
-    alone, is_decode = by_kind.pop("token"), [row for row in history.work if row[2] == "decode"]
-    prefills = [row for row in history.work if row[2] == "prefill"]
-    others = [row for row in history.work if row[2] not in ("prefill", "decode")]
+    by_kind = {kind: _rows(events.get(kind, []), names) for kind in (*_EVENTS, "token")}
+    alone = by_kind.pop("token")
     ones = np.ones(len(alone.owner))
-    owner = {kind: names.get_indexer(_column(rows, 1)) for kind, rows in (("prefill", prefills), ("decode", is_decode))}
-    done = _done(_column(history.work, 2), _numbers(history.work, 0) - history.first_step, _numbers(history.work, 4), len(at_step))
+    places = {kind: _places(work.get(kind, []), names) for kind in ("prefill", "decode")}
+    owner, start, _ = places["decode"]
+    done = np.zeros((len(at_step), len(TOKEN_KINDS)))
+    for k, kind in enumerate(TOKEN_KINDS):
+        np.add.at(done[:, k], _numbers(work.get(kind, []), 0) - history.first_step, _numbers(work.get(kind, []), 4))
     done[:, TOKEN_KINDS.index("decode")] += at_step
+    job_work: Counter[tuple[str, str]] = Counter()
+    for row in (row for kind in _JOB_WORK for row in work.get(kind, [])):
+        job_work[row[1], row[2]] += row[4]
+    job_events: dict[tuple[str, str], tuple[int, float]] = {}
+    for row in (row for kind in _JOB_EVENTS for row in events.get(kind, [])):
+        num, value = job_events.get((row[3], row[2]), (0, 0.0))
+        job_events[row[3], row[2]] = (num + 1, value + row[5])
     return Facts(
         steps=_plain_steps(history),
         events=by_kind,
         tokens=Tokens(*map(_joined, zip(tokens, (alone.owner, ones, alone.value, alone.time, alone.time), strict=True))),
-        decodes=Decodes(*map(_joined, zip(decodes, (owner["decode"], np.ones(len(is_decode)), _numbers(is_decode, 3)), strict=True))),
-        prefills=(owner["prefill"], _numbers(prefills, 3).astype(float), _numbers(prefills, 4).astype(float)),
+        decodes=Decodes(*map(_joined, zip(decodes, (owner, np.ones(len(owner)), start), strict=True))),
+        prefills=places["prefill"],
         done=done,
         stray=None,
-        work=(_column(others, 1), _column(others, 2), _numbers(others, 4)),
-        job_events=rows_as_given([row for row in history.events if row[2] not in _KINDS], EVENT_COLUMNS),
-    )
-
-
-def joined_facts(parts: Sequence[Facts]) -> Facts:
-    """The facts of a replay from those of its parts, one after another; without `done`, which is of use within a part only."""
-    first = parts[0]
-    return Facts(
-        steps=pd.concat([part.steps for part in parts], ignore_index=True),
-        events={kind: Rows(*map(_joined, zip(*(part.events[kind] for part in parts), strict=True))) for kind in first.events},
-        tokens=Tokens(*map(_joined, zip(*(part.tokens for part in parts), strict=True))),
-        decodes=Decodes(*map(_joined, zip(*(part.decodes for part in parts), strict=True))),
-        prefills=_three(part.prefills for part in parts),
-        done=np.zeros((0, len(TOKEN_KINDS))),
-        stray=None,
-        work=_three(part.work for part in parts),
-        job_events=pd.concat([part.job_events for part in parts], ignore_index=True),
+        job_work=job_work,
+        job_events=job_events,
     )
 
 
@@ -129,19 +126,34 @@ def _joined(values: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate(list(values))
 
 
-def _three(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    first, second, third = map(_joined, zip(*parts, strict=True))
-    return first, second, third
+def _by_kind_of_rows(rows: Sequence[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]:
+    """The rows of events or of work, whose third column is their kind."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for row in rows:
+        kept = found.get(row[2])
+        if kept is None:
+            found[row[2]] = [row]
+        else:
+            kept.append(row)
+    return found
 
 
-def _column(rows: Sequence[tuple[Any, ...]], place: int) -> np.ndarray:
-    out = np.empty(len(rows), object)
-    out[:] = [row[place] for row in rows]
-    return out
+def _numbers(rows: Sequence[tuple[Any, ...]], place: int, kind: Any = np.int64) -> np.ndarray:
+    return np.array([row[place] for row in rows], kind)
 
 
-def _numbers(rows: Sequence[tuple[Any, ...]], place: int) -> np.ndarray:
-    return np.array([row[place] for row in rows], np.int64)
+def _owners(rows: Sequence[tuple[Any, ...]], place: int, names: pd.Index) -> np.ndarray:
+    return names.get_indexer(pd.Index([row[place] for row in rows], dtype=object))
+
+
+def _rows(rows: Sequence[tuple[Any, ...]], names: pd.Index) -> Rows:
+    """Rows of events."""
+    return Rows(_numbers(rows, 0, float), _numbers(rows, 1), _owners(rows, 3, names), _numbers(rows, 5, float))
+
+
+def _places(rows: Sequence[tuple[Any, ...]], names: pd.Index) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Owner, start and tokens of rows of work."""
+    return _owners(rows, 1, names), _numbers(rows, 3, float), _numbers(rows, 4, float)
 
 
 def _of_group(history: History, names: pd.Index) -> tuple[Tokens, Decodes, np.ndarray]:
@@ -173,19 +185,6 @@ def _by_kind(events: pd.DataFrame, names: pd.Index) -> dict[str, Rows]:
     for name in (*_EVENTS, "token"):
         mask = kind == (list(kinds).index(name) if name in kinds else -2)
         out[name] = Rows(*(c[mask] for c in columns))
-    return out
-
-
-def _by_kind_of_rows(events: Sequence[tuple[Any, ...]], names: pd.Index) -> dict[str, Rows]:
-    """What `_by_kind` gives for a frame of these rows, which is not made."""
-    found: dict[str, list[tuple[Any, ...]]] = {name: [] for name in (*_EVENTS, "token")}
-    for row in events:
-        if row[2] in found:
-            found[row[2]].append(row)
-    out = {}
-    for name, rows in found.items():
-        time, step, value = (np.array([row[k] for row in rows], kind) for k, kind in ((0, float), (1, np.int64), (5, float)))
-        out[name] = Rows(time, step, names.get_indexer(_column(rows, 3)), value)
     return out
 
 

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 
 from workbench.core import Predictor
 from workbench.loop.history import History
-from workbench.results.facts import Facts, facts_of_history
+from workbench.results.facts import facts_of_history
 from workbench.results.frames import EVENT_COLUMNS, STEP_COLUMNS, WORK_COLUMNS, column, sorted_by_time, text_as_objects
+from workbench.results.tally import Tally
 
 MAX_ROWS = 200_000
 """So many rows are kept before they are written."""
@@ -22,12 +23,12 @@ _TYPES = {"object": pa.string(), "int64": pa.int64(), "bool": pa.bool_(), "float
 class Stream:
     """Writes `events.parquet`, `steps.parquet` and `work.parquet` into `folder`, which is made, part by part.
 
-    Of each part only the facts that `conservation` checks at the end are kept. Raises ValueError for a folder that holds such files.
+    Of its rows only what `conservation` checks at the end is kept, summed up. Raises ValueError for a folder that holds such files.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.parts: list[Facts] = []
+        self.tally: Tally | None = None
         self.num_steps = 0
         self._writers: dict[str, pq.ParquetWriter] = {}
         there = [name for name in COLUMNS if (self.folder / f"{name}.parquet").exists()]
@@ -53,7 +54,10 @@ class Stream:
 
     def take(self, history: History, predictor: Predictor | None, num_layers: int, names: pd.Index) -> None:
         """Write what there is in the history and let it forget that. `names` are the ids of all requests."""
-        self.parts.append(facts_of_history(history, names))
+        self.tally = self.tally or Tally(names)
+        facts = facts_of_history(history, names)
+        self.tally.add_rows(facts)
+        self.tally.add_steps(facts)
         frames = {"events": history.events_frame(), "steps": history.steps_frame(predictor, num_layers), "work": history.work_frame()}
         for name, frame in frames.items():
             writer = self._writers[name]
