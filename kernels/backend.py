@@ -81,14 +81,14 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 class Beside:
     """`with beside:` is work that a CUDA graph being recorded may run at the same time as what is launched after it, until `join()`.
 
-    Outside of a recording it runs in order.
+    Outside of a recording, or where it does not apply, it runs in order.
     """
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, applies: bool = True) -> None:
         self._stream = None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if applies and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._stream = self._streams.setdefault(device, torch.cuda.Stream(device))
         self._inside = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Beside
 from kernels.keep import keep_rows_
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.lora_tail import tail_linear
@@ -30,6 +31,7 @@ from workbench.runtime.parts import Parts
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.weights import FusedWeights
 
+BESIDE_ROWS = 256  # the adapters' first half runs beside a base product that is bound by the bytes of its weights
 GROUP_NUMBERS = {group: number for number, group in enumerate(GROUPS)}
 
 
@@ -168,8 +170,12 @@ class Runner:
             tail = self.tails.of(layer * len(GROUPS) + GROUP_NUMBERS[group], rows.chosen)
             if tail is not None:
                 return tail_linear(x, weight, bias, self.table.tables[layer][group], rows.layout, tail)
-        low = self.table.low(layer, group, x, rows.layout)
-        y = self.table.add_(layer, group, F.linear(x, weight, bias), x, rows.layout, low)
+        beside = Beside(x.device, applies=rows.num_tokens <= BESIDE_ROWS and bool(rows.layout.runs))
+        with beside:
+            low = self.table.low(layer, group, x, rows.layout)
+        y = F.linear(x, weight, bias)
+        beside.join()
+        y = self.table.add_(layer, group, y, x, rows.layout, low)
         for train, state in rows.dropped:
             here = slice(train.first, train.first + train.tokens)
             options = {"micro_batch": train.micro_batch, "offset": train.offset}
