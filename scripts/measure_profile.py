@@ -20,7 +20,11 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=8, help="of steps that cover every bucket in every kind of step; then random mixes")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help="of steps that cover every bucket in every kind of step, then random mixes; by default nothing but rounds",
+    )
     parser.add_argument("--steps", type=int, default=3000, help="at most")
     parser.add_argument("--seconds", type=float, default=60.0, help="at most, after a first pass of the same length that compiles")
     parser.add_argument("--name", required=True, help="of the profile")

@@ -170,15 +170,16 @@ def measure(
 ) -> pd.DataFrame:
     """Steps of every kind, one row a step: `features.NAMES`, durations in seconds, and the `round` that it belongs to.
 
-    First `rounds` times every point of `covering` (each bucket that the engine pads to, in each kind of step), in random order, then random
-    mixes (round -1) for the rest. None: three times where steps are padded, not at all elsewhere, where a mix says as much in less time.
+    First `rounds` times every point of `covering` (each bucket that the engine pads to, in each kind of step), a dozen steps of one kind in
+    a row, then random mixes (round -1) for the rest. None: nothing but such rounds where steps are padded, none elsewhere, where a mix
+    says as much in less time.
     Stops after `max_steps`, or after `seconds` and at least MIN_STEPS steps. On CUDA exactly the same steps run once before, so that
     compilation and recording stay out of the numbers; elsewhere the first step of each kind is left out.
     `progress` shows a bar, or never (False); None takes `EngineConfig.progress`. Raises RuntimeError while a replay is running.
     """
     if engine.is_running:
         raise RuntimeError("calibration needs the engine to be idle, got a running replay. Call engine.calibrate() before it.")
-    rounds = (3 if engine.info.token_buckets else 0) if rounds is None else rounds
+    rounds = (max_steps if engine.info.token_buckets else 0) if rounds is None else rounds
     require(rounds >= 0, "rounds must be at least 0", rounds)
     mix = mix or Mix.for_engine(engine)
     progress = engine.config.progress if progress is None else progress
@@ -225,9 +226,8 @@ class _Steps:
             if not self.cover.settle():
                 break
             self.driver.step()
-        round = self.cover.rounds
         self.cover.collect()
-        return _row(self.driver, self.driver.step(), round)
+        return _row(self.driver, self.driver.step(), self.cover.round)
 
 
 def _adapters(engine: "Engine") -> list[str | None]:

@@ -19,7 +19,8 @@ STREAMS: tuple[tuple[Kind, ...], ...] = (
     ("decode",),
     ("train",),
 )  # in turn, each at its own pace
-TRAINS, TRAIN_STEPS = 2, 6  # so often, so many whole passes run one right after another: clocks sink under such work
+BURST = 12  # steps of one stream in a row: a GPU's clocks follow the work, and decodes between backwards take longer than among themselves
+TRAINS = 12  # whole passes, one right after another
 SLICES = (None, 1, 4, None, 8, 2)  # backward layers at a time, over and over; None: all that are left
 GROWTH, MIN_GROWTH = 64, 4  # tokens that a resident sequence grows by before another takes its place, at most and at least
 LOADS = 4  # points that copy an adapter to the device
@@ -77,7 +78,9 @@ def _steps_up(buckets: Sequence[int], most: int) -> list[tuple[int, int]]:
 
 
 class Cover:
-    """Collects one step after another on a driver; the same seed collects the same ones. `rounds` counts how often it has been through."""
+    """Collects one step after another on a driver; the same seed collects the same ones. `rounds` counts how often it has been through,
+    `round` how often the last step's stream had.
+    """
 
     def __init__(self, driver: Driver, reach: Reach, adapters: Sequence[str | None], job_ids: Sequence[str], seed: int) -> None:
         self.driver, self.reach, self.job_ids = driver, reach, job_ids
@@ -90,7 +93,7 @@ class Cover:
         self.slices = dict.fromkeys(job_ids, 0)
         self.count = 0
         self.passing: list[str] = []
-        self.train_steps = 0
+        self.stream, self.burst, self.round = STREAMS[0], 0, 0
         info, capacity = driver.info, driver.info.num_blocks * driver.info.block_tokens
         self.short = self.growth = max(MIN_GROWTH, min(GROWTH, info.max_model_len // 8, capacity // (16 * reach.max_rows)))
         # what the prompts of a step need is left free
@@ -168,10 +171,12 @@ class Cover:
         for name in self.passing:
             self.driver.release(name)
         self.passing = []
-        if self.train_steps:
-            self._pass_on()
-            return
-        stream = min((s for s in STREAMS if self.sizes[s]), key=lambda s: self.done[s] / self.sizes[s])
+        if self.burst == 0:
+            self.stream = min((s for s in STREAMS if self.sizes[s]), key=lambda s: self.done[s] / self.sizes[s])
+            self.burst = BURST
+        self.burst -= 1
+        stream = self.stream
+        self.round = self.done[stream] // self.sizes[stream]
         if not self.left[stream]:
             self.left[stream] = self.draw.sample(here := [p for p in self.points if p.kind in stream], len(here))
         if stream == STREAMS[0]:
@@ -180,7 +185,6 @@ class Cover:
         point = self.left[stream].pop(0)
         self.done[stream] += 1
         if stream == ("train",):
-            self.train_steps = TRAIN_STEPS
             self._pass_on()
             return
         size = self._size(point)
@@ -229,7 +233,6 @@ class Cover:
         """All that is left of the first job's forward, or else of its backward, and nothing beside it."""
         job_id = self.job_ids[0]
         state = self.driver.jobs[job_id]
-        self.train_steps -= 1
         if state.layers_left:
             self.driver.backward(job_id)
         else:

@@ -11,6 +11,7 @@ import simpy
 from workbench.config import SLO, FinetuneJob
 from workbench.core import Executor, Request, StepResult
 from workbench.loop.clock import WallClock
+from workbench.loop.options import Options
 from workbench.policy import Policy
 from workbench.replay import Replay, _Run
 
@@ -47,11 +48,8 @@ class LiveRun(_Run):
         deliver: Callable[[Mapping[str, Delivery]], None],
         keep: bool,
     ) -> None:
-        super().__init__(
-            trace=(),
-            executor=executor,
-            policy=policy,
-            jobs=jobs,
+        options = Options(
+            jobs=tuple(jobs),
             slo=slo,
             seed=seed,
             clock="wall",
@@ -61,7 +59,9 @@ class LiveRun(_Run):
             overlap=False,
             until=None,
             evict=None,
+            events=None,
         )
+        super().__init__((), executor, policy, options)
         self.deliver, self.keep = deliver, keep
         self.known_adapters = dict(executor.adapter_infos)
         self.received: list[Request] = []
