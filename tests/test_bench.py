@@ -331,7 +331,8 @@ def test_a_profile_of_another_device_is_refused_before_anything_is_measured(tiny
     ("given", "message"),
     [
         (["w1", "--profile", "h100-llama3-8b"], "--profile is of the workloads w6, contest, model"),
-        (["w6", "--replays", "kept"], "are of the workload model alone"),
+        (["w6", "--replays", "kept"], "--replays is of the workload model or contest"),
+        (["contest", "--from", "kept"], "--from is of the workload model alone"),
         (["model", "--from", "kept", "--replays", "other"], "takes no --replays"),
     ],
 )
@@ -385,7 +386,8 @@ def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):
         contest.run(Session(shape="tiny-llama", into=tiny.into / "nowhere"))
 
 
-def test_the_contest_measures_policy_21_beside_the_tuned_ones(tiny):
+def test_the_contest_measures_policy_21_beside_the_tuned_ones_and_keeps_the_replays(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiny, "replays", tmp_path)
     rivals = [{"policy": "LatencyBudget", "parameters": {"budget_s": 0.02}}, {"policy": "TemporalSharing", "parameters": {"every": 8}}]
     made = [{"share": 0.7, "attainment": 1.0, "finetune_tokens_per_s": 9.0 - i} | rival for i, rival in enumerate(rivals)]
     (tiny.into / contest.FILE).write_text(json.dumps({"capacity": 8.0, "rows": made}))
@@ -395,6 +397,9 @@ def test_the_contest_measures_policy_21_beside_the_tuned_ones(tiny):
     assert {(cell, system, "attainment") for system in systems} <= found
     assert {(cell, rows.OURS, "fine-tuning kept"), (cell, rows.OURS, "p99 of the requests' p99 gaps")} <= found
     assert tiny.engine.adapters == {}
+    kept = load_all([tmp_path])
+    assert len(kept) == 5 and {type(one.policy).__name__ for one in kept} == {"SLOSlack", "LatencyBudget", "TemporalSharing"}
+    assert all(one.fitted is not None for one in kept), "what they predicted with"
 
 
 def test_the_bytes_of_the_arena_are_those_of_all_its_tensors():

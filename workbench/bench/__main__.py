@@ -36,6 +36,7 @@ MODULES = {
 }
 FOLDER = Path("benchmarks")
 WITHOUT_ENGINE = ("w5", "replay")
+KEEPING = (["model"], ["contest"])
 PREDICTED = ("w6", "contest", "model")
 
 
@@ -71,7 +72,12 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--profile", metavar="NAME_OR_DIR", help="the latency model that policies predict with in w6, contest and model, which judges it"
     )
-    parser.add_argument("--replays", type=Path, metavar="DIR", help="`model` keeps what it measures here, and the model fitted in the run")
+    parser.add_argument(
+        "--replays",
+        type=Path,
+        metavar="DIR",
+        help="`model` and `contest` keep what they measure here, and the model that policies predict with",
+    )
     parser.add_argument(
         "--from",
         type=Path,
@@ -85,8 +91,10 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
     for name in options.workloads:
         if name not in targets.WORKLOADS:
             parser.error(f"a workload must be one of {', '.join(targets.WORKLOADS)}, got {name!r}. {did_you_mean(name, targets.WORKLOADS)}")
-    if (options.replays or options.kept) and options.workloads != ["model"]:
-        parser.error(f"--replays and --from are of the workload model alone, got {options.workloads}")
+    if options.kept and options.workloads != ["model"]:
+        parser.error(f"--from is of the workload model alone, got {options.workloads}")
+    if options.replays and options.workloads not in KEEPING:
+        parser.error(f"--replays is of the workload model or contest, one of them alone, got {options.workloads}")
     if options.profile is not None and not set(options.workloads) & set(PREDICTED):
         parser.error(f"--profile is of the workloads {', '.join(PREDICTED)}, got {options.workloads}")
     if options.kept is not None and options.replays is not None:

@@ -18,6 +18,7 @@ from workbench import policies, traces
 from workbench.bench import correctness, machine, serving
 from workbench.bench.finetune import record_rates, tuning_job
 from workbench.bench.finetune import tune as tune_alone
+from workbench.bench.kept import FITTED, Kept
 from workbench.bench.rows import OURS
 from workbench.bench.session import Session
 from workbench.config import SLO, FinetuneJob, RandomTokens, require
@@ -157,7 +158,9 @@ def run(session: Session) -> bool:
     if not session.check(correctness.serving_errors(session) | correctness.gradient_errors(session)):
         return False
     with session.adapters(serving.ADAPTER_RANKS) as names:
-        session.predict_with(session.sizes.calibrate_s)
+        model = session.predict_with(session.sizes.calibrate_s)
+        if session.replays is not None:
+            model.save(session.replays / FITTED)
         session.engine.allocate_arena()
         serving.warm_up(session, names)
         alone = tune_alone(session, session.engine, [tuning_job(session, "tuned", 2)])
@@ -210,9 +213,13 @@ def _measured(session: Session, cell: str, policy: Any, load: float, seed: int, 
     measure = (min(WARM_S, horizon_s / 4), horizon_s)
     try:
         requests = serving.with_adapters(session.requests(made), names)
-        summary: dict[str, Any] = serving.run(session, requests, policy, [job], slo=GOAL, measure=measure).summary()
+        date, measured = machine.now(), serving.run(session, requests, policy, [job], slo=GOAL, measure=measure)
     finally:
         session.engine.unload_adapter(job.adapter)
+    if session.replays is not None:
+        trace = f"Poisson, draw {seed}"
+        Kept(trace=trace, load=load, policy=policy, job=job, shape=session.shape, date=date, replay=measured).save(session.replays)
+    summary: dict[str, Any] = measured.summary()
     note = f"{policy}; draw {seed}; TTFT p50 {1e3 * summary['ttft_p50_s']:.0f} ms, p99 {1e3 * summary['ttft_p99_s']:.0f} ms"
     system = f"{OURS}, {type(policy).__name__}"
     session.record(cell, "attainment", [100 * summary["attainment"]], "%", n=int(summary["requests"]), system=system, note=note)

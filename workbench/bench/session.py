@@ -90,7 +90,8 @@ class Session:
 
     `seconds` is each workload's time, begun by `start`: a cell is begun while some of it is left, and a cell of repeated steps repeats
     fewer of them when it runs short. `only` keeps the cells whose name contains one of these. `profile` is the model that policies
-    predict with, which the workload `model` judges (None: one fitted in the run); `replays` the folder in which it keeps what it measured.
+    predict with, which the workload `model` judges (None: one fitted in the run); `replays` the folder in which it and
+    `contest` keep what they measured.
     """
 
     def __init__(
