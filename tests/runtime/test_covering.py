@@ -165,3 +165,11 @@ def test_whole_passes_follow_right_after_one_another(calibrated):
     forward = (values[:, INDEX["finetune_tokens"]] > 0) & ~serves
     assert (whole[1:] & forward[:-1]).sum() >= 12, "whole backwards right after a forward"
     assert (forward[1:] & whole[:-1]).sum() >= 8, "and forwards right after a whole backward"
+
+
+def test_as_many_sequences_as_there_may_be_decode_beside_prompts_and_beside_training(calibrated):
+    values, _, _ = calibrated
+    rows = values[:, INDEX["decode_tokens"]]
+    assert rows[values[:, INDEX["prefill_tokens"]] > 0].max() > MIX.max_rows // 2
+    assert rows[values[:, INDEX["finetune_tokens"]] > 0].max() > MIX.max_rows // 2
+    assert rows[values[:, INDEX["backward_layers"]] > 0].max() > MIX.max_rows // 2

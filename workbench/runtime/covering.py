@@ -200,9 +200,12 @@ class Cover:
         return point.size if self.draw.random() < 0.5 else self.draw.randint(point.least, point.size)
 
     def _beside(self, most: int) -> int:
-        """How many decodes run beside other work: none in a quarter of the steps, else log-uniform."""
-        most = min(most, self.reach.max_rows // 2)
-        return 0 if most < 1 or self.draw.random() < 0.25 else max(1, round(most ** self.draw.random()))
+        """How many decodes run beside other work: none in a quarter of the steps, any number in a quarter, else log-uniform."""
+        most = min(most, self.reach.max_rows)
+        kind = self.draw.random()
+        if most < 1 or kind < 0.25:
+            return 0
+        return self.draw.randint(1, most) if kind < 0.5 else max(1, round(most ** self.draw.random()))
 
     def _decode(self, rows: int, is_long: bool = False, is_bare: bool = False, *, loads: bool = False) -> None:
         pool = self.pools[is_long, is_bare]
