@@ -55,7 +55,7 @@ class ReplicaRun(_Run):
     @property
     def infos(self) -> Mapping[str, AdapterInfo]:
         """The executor's adapters; while a step runs in a thread, those that it had before: to ask would wait for the step's end."""
-        is_busy = self.thread is not None and self.ledger._plan is not None
+        is_busy = self.thread is not None and self.ledger.applied is not None
         return self.ledger.adapter_infos if is_busy else self.executor.adapter_infos
 
     def close(self) -> None:

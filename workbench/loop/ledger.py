@@ -11,8 +11,6 @@ from typing import Any
 from workbench.config import SLO, FinetuneJob
 from workbench.core import (
     AdapterInfo,
-    AdapterLoad,
-    Backward,
     Batch,
     Command,
     ExecutorInfo,
@@ -28,8 +26,9 @@ from workbench.loop.history import EventRow, History
 from workbench.loop.plan import Plan
 from workbench.loop.pools import Arena, BlockPool, SlotTable, Version
 from workbench.loop.prefix_cache import PrefixCache, prompt_keys
+from workbench.loop.reserve import Reservation
 from workbench.loop.states import JobState, RequestState, check_job
-from workbench.loop.tiers import HostMemory, Rule, bring_to_host, choose
+from workbench.loop.tiers import HostMemory, Rule
 from workbench.loop.views import JobView, RequestView, Room, StepView, View
 
 
@@ -94,9 +93,7 @@ class Ledger:
             slots=info.num_slots,
             activation_tokens=info.activation_tokens,
         )
-        self._undo: list[tuple[Callable[..., Any], tuple[Any, ...]]] | None = None
-        self._plan: Plan | None = None
-        self._at_start: list[tuple[str, str, str | None, float | None, str]] = []
+        self.applied: Reservation | None = None  # between `apply` and what ends it
         self._running_views: tuple[RequestView, ...] | None = ()
         self._waiting_views: tuple[RequestView, ...] | None = ()
         self._job_views: tuple[JobView, ...] = ()
@@ -404,7 +401,7 @@ class Ledger:
 
     def close(self, time_s: float) -> None:
         """The replay ends: everything that is held is given back; requests still there stay unfinished."""
-        if self._plan is not None:
+        if self.applied is not None:
             self.rollback(None)
         self.apart()
         for s in list(self.requests.values()):
@@ -451,178 +448,35 @@ class Ledger:
 
     def apply(self, plan: Plan) -> Batch:
         """Reserve everything that the plan took, and give the step's Batch. Queues and jobs change at commit only."""
-        assert self._plan is None, "a plan is already applied"
-        self._plan, self._undo, self._at_start = plan, [], []
+        assert self.applied is None, "a plan is already applied"
+        self.applied = Reservation(self, plan)
         if self.cache is not None:
             self.cache.evicted.clear()
         try:
-            return self._apply(plan, self._undo)
+            return self.applied.batch()
         except BaseException:
             self.rollback(None)
             raise
 
-    def _apply(self, plan: Plan, undo: list[tuple[Callable[..., Any], tuple[Any, ...]]]) -> Batch:
-        if plan.rejected or plan.preempted:
-            for s, reason in plan.rejected.values():
-                self._release(s, undo)
-                self._at_start.append(("aborted" if s.admitted else "rejected", s.id, s.adapter, None, reason))
-            for s in plan.preempted.values():
-                self._release(s, undo)
-                self._at_start.append(("preempted", s.id, s.adapter, None, ""))
-        loads = self._swap_slots(plan, undo) if plan.loads or plan.evicted else ()
-        segments: list[Segment] = []
-        if plan.finetunes or plan.evaluates:
-            segments += [self._training_segment(plan, s, n, "finetune", undo) for s, n in plan.finetunes]
-            segments += [self._training_segment(plan, s, n, "evaluate", undo) for s, n in plan.evaluates]
-        admitted: tuple[Request, ...] = ()
-        if plan.prefills:
-            # all of them before any block is taken, which may evict what another one has found
-            for owner, found in plan.found.items():
-                self._hold_found(self.requests[owner], found, undo)
-            segments += sorted([self._prefill_segment(s, n, info, undo) for s, n, info in plan.prefills], key=_by_adapter)
-            admitted = tuple([s.request for s, _, _ in plan.prefills if not s.admitted])
-        if plan.decodes_all:
-            needed = self.decoding.need_block()
-            if needed:
-                self.grow(needed, undo)
-        elif plan.decodes:
-            self.apart()
-        if not plan.decodes_all or self.needs_rows:
-            segments += sorted([self._decode_segment(s, undo) for s in plan.decodes], key=_by_adapter)
-        released: tuple[str, ...] = ()
-        if self.released and not plan.empty:
-            released = tuple(self.released)
-            undo.append((self.released.extend, (released,)))
-            self.released.clear()
-        backwards = tuple([self._backward(s, n) for s, n in plan.backwards]) if plan.backwards else ()
-        return Batch(self.step, tuple(segments), backwards, loads, admitted, released)
-
-    def _release(self, s: RequestState, undo: list[Any]) -> None:
-        if not s.blocks:
-            return
-        undo.append((self._unrelease, (s, s.blocks, s.capacity, s.prefilled)))
-        self.blocks.give(s.blocks)
-        if s.key is not None:
-            self.slots.drop(s.key)
-        s.blocks, s.table, s.capacity, s.prefilled = [], (), 0, 0
-
-    def _unrelease(self, s: RequestState, blocks: list[int], capacity: int, prefilled: int) -> None:
-        self.blocks.ungive(blocks)
-        if s.key is not None:
-            self.slots.undrop(s.key)
-        s.blocks, s.table, s.capacity, s.prefilled = blocks, (), capacity, prefilled
-
-    def _swap_slots(self, plan: Plan, undo: list[Any]) -> tuple[AdapterLoad, ...]:
-        for key in sorted(plan.evicted):
-            self._evict(key, undo)
-        loads: list[AdapterLoad] = []
-        keep = plan.versions | plan.loads.keys()
-        for key, info in plan.loads.items():
-            read_s = bring_to_host(self, key, info, keep, undo)
-            if not self.slots.free:
-                self._evict(choose(self, "gpu", key[0], self.slots.idle(keep)) if "gpu" in self.evict else self.slots.victim(keep), undo)
-            slot = self.slots.load(key, info.bytes, self.step, fresh=key not in plan.versions)
-            undo.append((self.slots.unload, (key,)))
-            self.at_start("adapter_loaded", key, float(info.bytes))
-            loads.append(AdapterLoad(key[0], key[1], slot.index, info.rank, info.bytes, read_s))
-        return tuple(loads)
-
-    def _evict(self, key: Version, undo: list[Any]) -> None:
-        undo.append((self.slots.restore, (key, self.slots.unload(key))))
-        self.at_start("adapter_evicted", key, None)
-
-    def at_start(self, kind: str, version: Version, value: float | None) -> None:
-        """What happens to an adapter at the start of the step that is being applied."""
-        self._at_start.append((kind, version[0], version[0], value, f"version {version[1]}"))
-
-    def _prefill_segment(self, s: RequestState, n: int, info: AdapterInfo | None, undo: list[Any]) -> Segment:
-        if not s.capacity:
-            num_found = len(s.blocks)
-            undo.append((self._unbegin, (s, num_found, s.key, s.info)))
-            s.info = info
-            s.key = None if info is None else (info.name, info.version)
-            s.blocks += self.blocks.take(-(-s.context // self.info.block_tokens) - num_found)
-            s.capacity = len(s.blocks) * self.info.block_tokens
-            if s.key is not None:
-                undo.append((self.slots.unhold, (s.key, self.slots.hold(s.key, self.step))))
-        end = s.prefilled + n
-        blocks = tuple(s.blocks[: -(-end // self.info.block_tokens)])
-        version = 0 if s.key is None else s.key[1]
-        return self.segment("prefill", s.id, s.adapter, version, s.prefilled, n, blocks, end == s.context)
-
-    def _unbegin(self, s: RequestState, num_found: int, key: Version | None, info: AdapterInfo | None) -> None:
-        self.blocks.untake(s.blocks[num_found:])
-        s.blocks, s.table, s.capacity, s.key, s.info = s.blocks[:num_found], (), 0, key, info
-
-    def _hold_found(self, s: RequestState, found: list[int], undo: list[Any]) -> None:
-        assert self.cache is not None and not s.blocks
-        undo.append((self._unhold_found, (s, found, self.cache.hold(found), s.cached)))
-        s.blocks = list(found)
-        s.prefilled = s.cached = len(found) * self.info.block_tokens
-
-    def _unhold_found(self, s: RequestState, found: list[int], places: list[int | None], cached: int) -> None:
-        assert self.cache is not None
-        self.cache.unhold(found, places)
-        s.blocks, s.prefilled, s.cached = [], 0, cached
-
-    def grow(self, states: Collection[RequestState], undo: list[Any] | None = None) -> None:
+    def grow(self, states: Collection[RequestState]) -> None:
         """One more block for each request whose next decode needs it, in their order."""
         block_tokens = self.info.block_tokens
         for s, block in zip(states, self.blocks.take(len(states)), strict=True):
             s.blocks.append(block)
             s.capacity += block_tokens
             s.table = ()
-        if undo is not None:
-            undo.append((self._ungrow, (tuple(states),)))
-
-    def _decode_segment(self, s: RequestState, undo: list[Any]) -> Segment:
-        if s.capacity < s.context:
-            self.grow((s,), undo)
-        if not s.table:
-            s.table = tuple(s.blocks)
-        version = 0 if s.key is None else s.key[1]
-        return self.segment("decode", s.id, s.adapter, version, s.context - 1, 1, s.table, True)
-
-    def _ungrow(self, states: tuple[RequestState, ...]) -> None:
-        self.blocks.untake([s.blocks.pop() for s in states])
-        for s in states:
-            s.table = ()
-            s.capacity -= self.info.block_tokens
-
-    def _training_segment(self, plan: Plan, j: JobState, n: int, kind: Any, undo: list[Any]) -> Segment:
-        if j.rows is None:
-            assert plan._arena is not None
-            start, rows = plan._arena.ranges[j.id]
-            self.arena.ranges[j.id] = (start, rows)
-            j.rows = start
-            undo.append((self._unreserve, (j,)))
-        index = j.index if kind == "finetune" else j.eval_index
-        return self.segment(kind, j.id, j.job.adapter, 0, j.offset, n, micro_batch=index, rows=j.rows, documents=j.current.documents)
-
-    def _unreserve(self, j: JobState) -> None:
-        self.arena.release(j.id)
-        j.rows = None
-
-    def _backward(self, j: JobState, n: int) -> Backward:
-        assert j.rows is not None
-        m = j.current
-        return Backward(
-            j.id, j.job.adapter, j.index, j.rows, m.documents, j.layers_left, n, m.ends_window, j.layers_left == self.info.num_layers
-        )
 
     def rollback(self, batch: Batch | None) -> None:
         """Undo the applied plan: everything is as it was before `apply`, bit for bit.
 
         Only what the step evicted from the prefix cache is not found any more: the executor may have written over it.
         """
-        assert self._undo is not None, f"nothing is applied to roll back {batch}"
+        assert self.applied is not None, f"nothing is applied to roll back {batch}"
         evicted = [] if self.cache is None else [block for block, *_ in self.cache.evicted]
-        for undo, args in reversed(self._undo):
-            undo(*args)
+        self.applied.give_back()
         if self.cache is not None:
             self.cache.forget(evicted)
-        self._plan = self._undo = None
-        self._at_start = []
+        self.applied = None
 
     def commit(self, batch: Batch, result: StepResult, now_s: float, *, accepted_s: float | None = None) -> None:
         """The step is done: queues, jobs and outputs move on, and its events are written.
@@ -630,22 +484,23 @@ class Ledger:
         `accepted_s` is when the plan was accepted: the time of what happened at the step's start.
         Raises RuntimeError when the executor reports tokens, but not for every sampled row; roll back then.
         """
-        plan = self._plan
-        assert plan is not None, "nothing is applied to commit"
+        applied = self.applied
+        assert applied is not None, "nothing is applied to commit"
+        plan = applied.plan
         if result.tokens:
             missing = [s.owner for s in batch.segments if s.samples and s.owner not in result.tokens]
             if missing:
                 raise RuntimeError(f"an executor that reports tokens must report one for each sampled row, missing {missing}")
-        self._plan = self._undo = None
+        self.applied = None
+        applied.undo.clear()  # it refers back
         start_s = now_s if accepted_s is None else accepted_s
-        if self._at_start:
+        if applied.at_start:
             rejected = {f: s for f, (s, _) in plan.rejected.items()}
-            for kind, owner, adapter, value, note in self._at_start:
+            for kind, owner, adapter, value, note in applied.at_start:
                 if owner in rejected and kind in ("rejected", "aborted"):
                     self.end(rejected[owner], kind, start_s, note)
                     continue
                 self.log(start_s, kind, owner, adapter, value, note)
-            self._at_start = []
         for s in plan.preempted.values():
             s.phase = "waiting"
             s.preemptions += 1
@@ -669,10 +524,6 @@ class Ledger:
         if not self.num_resident:
             self.slots.unprotect()
         self.step += not plan.empty
-
-
-def _by_adapter(segment: Segment) -> tuple[str, int]:
-    return (segment.adapter or "", segment.version)
 
 
 def _by_version(s: RequestState) -> Version:

@@ -16,6 +16,7 @@ from workbench.loop.views import AdapterView
 
 if TYPE_CHECKING:
     from workbench.loop.ledger import Ledger
+    from workbench.loop.reserve import Reservation
 
 Tier = Literal["gpu", "host", "disk"]
 TIERS: tuple[Tier, ...] = ("gpu", "host", "disk")
@@ -135,11 +136,12 @@ class HostMemory:
         self.gone.remove(version)
 
 
-def bring_to_host(ledger: "Ledger", version: Version, info: AdapterInfo, keep: Collection[Version], undo: list[Any]) -> float:
+def bring_to_host(step: "Reservation", version: Version, info: AdapterInfo, keep: Collection[Version]) -> float:
     """Bring a version that is about to be loaded to host memory, evicting others; the seconds that reading it takes.
 
     One that finds no room there, because the rest is needed by the same step, goes through to its slot and does not stay.
     """
+    ledger, undo = step.ledger, step.undo
     host, read_s = ledger.host, ledger.host.read_s(version, info)
     if version in host.entries:
         return 0.0
@@ -151,14 +153,14 @@ def bring_to_host(ledger: "Ledger", version: Version, info: AdapterInfo, keep: C
         undo.append((host.put, (victim, host.entries[victim])))
         host.drop(victim)
         _forget(host, victim, undo)
-        ledger.at_start("adapter_dropped", victim, None)
+        step.adapter_moves("adapter_dropped", victim, None)
     if host.used + info.bytes <= host.limit:
         undo.append((host.drop, (version,)))
         host.put(version, info.bytes)
     else:
         _forget(host, version, undo)
     if read_s:
-        ledger.at_start("adapter_read", version, float(info.bytes))
+        step.adapter_moves("adapter_read", version, float(info.bytes))
     return read_s
 
 
