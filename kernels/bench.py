@@ -29,7 +29,7 @@ from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.lora_loop import lora_loop_
 from kernels.lora_table import LoraTable, SlotWeights
-from kernels.lora_tail import LoraTails, tail_linear, with_tail
+from kernels.lora_tail import placed_tail, tail_linear, weight_with_tail, with_tail
 from kernels.paged_attention import paged_attention
 from kernels.segmented_lora import lora_gradients, segmented_lora_
 
@@ -113,17 +113,8 @@ def in_one_product(rows: int, device: str) -> bool:
 
 def _with_tail(x: torch.Tensor, weight: torch.Tensor, table: LoraTable, layout: SegmentLayout, columns: int) -> Callable[[], object]:
     """Base product and LoRA term in one; the adapters lie in the weight's tail."""
-    wide_x, wide = (with_tail(*t.shape, columns, t).copy_(t) for t in (x, weight))
-    wide.as_strided((wide.shape[0], wide.stride(0)), wide.stride())[:, wide.shape[1] :] = 0
-    tails = LoraTails([table], [wide], table.entries)
-    rows = {slot: count for slot, _, count in layout.runs}
-    choice = tails.choose(rows, lambda _, slot: table.weights[0, slot].rank)
-    chosen = torch.from_numpy(choice).to(x.device)
-    tail = tails.of(0, chosen, is_complete=bool((choice[0, list(rows), 0] >= 0).all()))
-    assert tail is not None
-
-    tails.fill_(chosen)
-
+    wide_x, wide = with_tail(*x.shape, columns, x).copy_(x), weight_with_tail(weight, columns)
+    tail = placed_tail(table, wide, layout)
     return lambda: tail_linear(wide_x, wide, None, table, layout, tail)
 
 

@@ -25,7 +25,7 @@ from kernels.lora_kernels import load_entry
 from kernels.lora_table import LoraTable
 from kernels.segmented_lora import Low, expand_, plan_for
 
-__all__ = ["LoraTails", "Tail", "columns_behind", "tail_linear", "with_tail"]
+__all__ = ["LoraTails", "Tail", "columns_behind", "placed_tail", "tail_linear", "weight_with_tail", "with_tail"]
 
 ALIGNED_COLUMNS = 8  # a slot's columns begin at a multiple: 16 bytes of bf16
 FILL_ROWS, FILL_STEP = 512, 64  # outputs of one program, and at once
@@ -35,6 +35,11 @@ _TARGET_WORDS = tl.constexpr(4)
 def with_tail(rows: int, features: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """An empty [rows, features] of `like`'s dtype and device with room for `columns` behind every row."""
     return torch.empty(rows, features + columns, dtype=like.dtype, device=like.device)[:, :features]
+
+
+def weight_with_tail(weight: torch.Tensor, columns: int) -> torch.Tensor:
+    """A copy of a weight [N, K] with `columns` of zeros behind every row: what is never written there must be finite."""
+    return weight.new_zeros(weight.shape[0], weight.shape[1] + columns)[:, : weight.shape[1]].copy_(weight)
 
 
 def columns_behind(rows: torch.Tensor) -> int:
@@ -199,20 +204,16 @@ class LoraTails:
             self.first_rows.append(len(targets))
             if weight is not None:
                 check_weight(weight, table)
-                if columns:
-                    self.columns = max(self.columns, columns)
+                self.columns = max(self.columns, columns)
             share = columns // table.num_slices // ALIGNED_COLUMNS * ALIGNED_COLUMNS
             if i < num_kinds:
                 self.shares[kind] = share
             if share != self.shares[kind] or (columns and columns != self.columns):
                 raise ValueError(f"weights of one kind must have equally many columns behind their rows, got {columns} for table {i}")
+            address, stride = (0, 0) if weight is None else (weight.data_ptr(), weight.stride(0))
             for j, offset in enumerate(table.out_offsets):
-                at = (
-                    0
-                    if weight is None or not share
-                    else weight.data_ptr() + (offset * weight.stride(0) + table.in_features) * weight.itemsize
-                )
-                targets.append((at, 0 if weight is None else weight.stride(0), kind, j + 256 * table.num_slices))
+                at = address + (offset * stride + table.in_features) * table.dtype.itemsize  # not read where the share is 0
+                targets.append((at, stride, kind, j + 256 * table.num_slices))
         self.weights = tuple(weights)
         self.max_chosen = self.columns // ALIGNED_COLUMNS
         self.shape = (num_kinds, self.num_slots + self.max_chosen, 2)
@@ -229,7 +230,7 @@ class LoraTails:
         by_rows = sorted(rows, key=lambda slot: (-rows[slot], slot))
         for kind, share in enumerate(self.shares):
             used, slots = 0, []
-            for slot in by_rows:
+            for slot in by_rows if share else ():
                 columns = -(-rank_of(kind, slot) // ALIGNED_COLUMNS) * ALIGNED_COLUMNS
                 if columns and used + columns <= share:
                     chosen[kind, slot] = used, columns
@@ -268,6 +269,20 @@ class LoraTails:
         if not self.shares[kind]:
             return None
         return Tail(chosen[kind], self.flags[first : first + self.tables[index].num_slices], self.shares[kind], is_complete)
+
+
+def placed_tail(table: LoraTable, weight: Float[torch.Tensor, "N K"], layout: SegmentLayout) -> Tail:
+    """The tail of one linear alone, filled for the rows of a layout. Raises ValueError where the weight has no tail."""
+    tails = LoraTails([table], [weight], table.entries)
+    rows = {slot: sum(n for s, _, n in layout.runs if s == slot) for slot in layout.slots}
+    ranks = {slot: max(w.rank for (_, s), w in table.weights.items() if s == slot) for slot in layout.slots}
+    choice = tails.choose(rows, lambda kind, slot: ranks[slot])
+    chosen = torch.from_numpy(choice).to(table.device)
+    tails.fill_(chosen)
+    tail = tails.of(0, chosen, is_complete=bool((choice[0, list(layout.slots), 0] >= 0).all()))
+    if tail is None:
+        raise ValueError(f"a weight must have columns behind its rows, got strides {weight.stride()}. Make it with weight_with_tail.")
+    return tail
 
 
 def check_weight(weight: torch.Tensor, table: LoraTable) -> None:

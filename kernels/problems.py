@@ -10,7 +10,7 @@ import torch
 from kernels.keep import keep_rows_
 from kernels.layout import SegmentLayout
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from kernels.lora_tail import LoraTails, tail_linear, tail_linear_reference, with_tail
+from kernels.lora_tail import LoraTails, placed_tail, tail_linear, tail_linear_reference, weight_with_tail, with_tail
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from kernels.qkv import place_qkv_, place_qkv_reference
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm_backward, rms_norm_backward_reference
@@ -127,9 +127,8 @@ def tail_errors(
     biases = [random_tensor((sum(out_features),), seed + 8, dtype, device), None]
     weights, xs = [], []
     for i in range(2):
-        weights.append(with_tail(sum(out_features), in_features, columns, entries.to(dtype)))
-        weights[i].as_strided((weights[i].shape[0], in_features + columns), weights[i].stride()).zero_()
-        weights[i].copy_(random_tensor((sum(out_features), in_features), seed + 2 + i, dtype, device, std=in_features**-0.5))
+        weight = random_tensor((sum(out_features), in_features), seed + 2 + i, dtype, device, std=in_features**-0.5)
+        weights.append(weight_with_tail(weight, columns))
         with poisoned_memory():
             xs.append(with_tail(layout.num_rows, in_features, columns, weights[i]))
         xs[i].copy_(random_tensor((layout.num_rows, in_features), seed + 4 + i, dtype, device))
@@ -165,15 +164,9 @@ def spoiled_tail(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch
         table = random_table(48, (64,), [[8, 8]], dtype, device)
         table.weights[0, 0].b[5, 3] = value
         layout = SegmentLayout.build([(0, 9), (1, 20)], device)
-        weight, x = (with_tail(rows, 48, 64, table.weights[0, 0].a) for rows in (64, 29))
-        weight.as_strided((64, 112), weight.stride()).zero_()
-        weight.copy_(random_tensor((64, 48), 1, dtype, device))
-        x.copy_(random_tensor((29, 48), 2, dtype, device))
-        tails = LoraTails([table], [weight], table.entries)
-        chosen = torch.from_numpy(tails.choose({0: 9, 1: 20}, lambda kind, slot: 8)).to(device)
-        tails.fill_(chosen)
-        tail = tails.of(0, chosen)
-        assert tail is not None
+        weight = weight_with_tail(random_tensor((64, 48), 1, dtype, device), 64)
+        x = with_tail(29, 48, 64, weight).copy_(random_tensor((29, 48), 2, dtype, device))
+        tail = placed_tail(table, weight, layout)
         found.append(tail_linear(x, weight, None, table, layout, tail))
     return found[0], found[1]
 

@@ -14,7 +14,7 @@ import torch
 from kernels.layout import FEW_RUNS, SegmentLayout, few_tiles, tile_height
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kernels.lora_table import LoraTable, SlotWeights
-from kernels.lora_tail import LoraTails, tail_linear, tail_linear_reference, with_tail
+from kernels.lora_tail import placed_tail, tail_linear, tail_linear_reference, weight_with_tail, with_tail
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from kernels.problems import bounds
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference
@@ -156,16 +156,10 @@ def in_tail(
 
     def prepare() -> Instance:
         table, layout, given, _ = _lora_inputs(group, adapters, rank, rows, device, dtype, groups)
-        weight = with_tail(table.total_out, table.in_features, TAIL, given)
-        weight.as_strided((weight.shape[0], weight.stride(0)), weight.stride()).zero_()
-        weight.copy_(torch.randn(weight.shape, dtype=dtype, device=device) * table.in_features**-0.5)
-        x = with_tail(rows, table.in_features, TAIL, given).copy_(given)
-        tails = LoraTails([table], [weight], table.entries)
-        counts = {slot: count for slot, _, count in layout.runs}
-        chosen = torch.from_numpy(tails.choose(counts, lambda kind, slot: rank)).to(device)
-        tails.fill_(chosen)
-        tail = tails.of(0, chosen)
-        assert tail is not None
+        k, n = table.in_features, table.total_out
+        weight = weight_with_tail(torch.randn(n, k, dtype=dtype, device=device) * k**-0.5, TAIL)
+        x = with_tail(rows, k, TAIL, given).copy_(given)
+        tail = placed_tail(table, weight, layout)
 
         def run() -> torch.Tensor:
             return tail_linear(x, weight, None, table, layout, tail)

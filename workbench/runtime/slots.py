@@ -87,6 +87,7 @@ class AdapterTable:
         self._rows = {key: row for row, key in enumerate(self._keys)}
         self.copies = Copies(device)
         self._templates: WeakKeyDictionary[AdapterWeights, np.ndarray] = WeakKeyDictionary()
+        self._largest_ranks: WeakKeyDictionary[Column, tuple[int, ...]] = WeakKeyDictionary()
         self._arrivals: dict[int, torch.cuda.Event] = {}
         self._deferred: dict[int, AdapterWeights] = {}
         self._last_staged: ref[PackedTensors] | None = None
@@ -221,12 +222,14 @@ class AdapterTable:
 
     def largest_rank(self, kind: int, entry: int) -> int:
         """The largest rank of an entry in the linears of group number `kind`, over all layers."""
-        column, targets = self.stack.columns[entry], tuple(GROUPS.values())
+        column = self.stack.columns[entry]
         if column is None:
             return 0
-        first = sum(map(len, targets[:kind]))
-        ranks = column.words[:, 2].reshape(self.dims.num_layers, -1)
-        return int(ranks[:, first : first + len(targets[kind])].max())
+        if column not in self._largest_ranks:
+            by_target = column.words[:, 2].reshape(self.dims.num_layers, -1).max(0)
+            bounds = np.cumsum([len(targets) for targets in GROUPS.values()])
+            self._largest_ranks[column] = tuple(int(part.max()) for part in np.split(by_target, bounds[:-1]))
+        return self._largest_ranks[column][kind]
 
     def low(self, layer: int, group: str, x: Tensor, layout: SegmentLayout) -> Low | None:
         """The first half of each row's own adapter on x [T, K], to be launched before the base product; None where there is none."""
