@@ -365,7 +365,7 @@ def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):
     assert tiny.engine.adapters == {}
 
 
-def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain(tmp_path):
+def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain_while_no_queue_grows(tmp_path):
     grid = (wb.policies.LatencyBudget(budget_s=0.02), wb.policies.TemporalSharing(every=64), wb.policies.TemporalSharing(every=4096))
     file = contest.tune(
         wb.LatencyModel.load("h100-llama3-8b"), tmp_path / "t.json", shares=(0.2,), grid=grid, seconds=2.0, slo=wb.SLO(ttft_s=0.1)
@@ -374,11 +374,15 @@ def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain(tmp_pat
     assert record["capacity"] > 4 and len(record["rows"]) == 3
     assert all(0 <= row["attainment"] <= 1 for row in record["rows"])
     for row, attainment, tokens in zip(record["rows"], (0.99, 0.98, 0.4), (100.0, 900.0, 5.0), strict=True):
-        row |= {"attainment": attainment, "finetune_tokens_per_s": tokens}
+        row |= {"attainment": attainment, "finetune_tokens_per_s": tokens, "saturated": False}
     assert contest.best(record, 0.2) == grid[0]
     assert contest.best(record, 0.2, only="TemporalSharing") == grid[1], "none attains: the one that attains most"
     record["rows"][1]["finetune_tokens_per_s"] = 0.0
     assert contest.best(record, 0.2, only="TemporalSharing") == grid[2], "of those that train"
+    record["rows"][2] |= {"attainment": 0.995}
+    assert contest.best(record, 0.2) == grid[0], "it trains more"
+    record["rows"][0]["saturated"] = True
+    assert contest.best(record, 0.2) == grid[2], "a queue that grows puts serving off until after the window"
 
 
 def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):
@@ -389,7 +393,7 @@ def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):
 def test_the_contest_measures_policy_21_beside_the_tuned_ones_and_keeps_the_replays(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "replays", tmp_path)
     rivals = [{"policy": "LatencyBudget", "parameters": {"budget_s": 0.02}}, {"policy": "TemporalSharing", "parameters": {"every": 8}}]
-    made = [{"share": 0.7, "attainment": 1.0, "finetune_tokens_per_s": 9.0 - i} | rival for i, rival in enumerate(rivals)]
+    made = [{"share": 0.7, "attainment": 1.0, "finetune_tokens_per_s": 9.0 - i, "saturated": False} | rival for i, rival in enumerate(rivals)]
     (tiny.into / contest.FILE).write_text(json.dumps({"capacity": 8.0, "rows": made}))
     found = run(tiny, "contest", ("70%",))
     cell = "70% of capacity"
