@@ -393,7 +393,9 @@ def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):
 def test_the_contest_measures_policy_21_beside_the_tuned_ones_and_keeps_the_replays(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(tiny, "replays", tmp_path)
     rivals = [{"policy": "LatencyBudget", "parameters": {"budget_s": 0.02}}, {"policy": "TemporalSharing", "parameters": {"every": 8}}]
-    made = [{"share": 0.7, "attainment": 1.0, "finetune_tokens_per_s": 9.0 - i, "saturated": False} | rival for i, rival in enumerate(rivals)]
+    made = [
+        {"share": 0.7, "attainment": 1.0, "finetune_tokens_per_s": 9.0 - i, "saturated": False} | rival for i, rival in enumerate(rivals)
+    ]
     (tiny.into / contest.FILE).write_text(json.dumps({"capacity": 8.0, "rows": made}))
     found = run(tiny, "contest", ("70%",))
     cell = "70% of capacity"

@@ -88,6 +88,8 @@ class Repeats:
             plan.train(job, within_s=0.02)
         if self.rng.random() < 0.5:
             plan.stop_on_arrival()
+        if self.rng.random() < 0.3:
+            plan.stop_after(0.008)
         if self.rng.random() < 0.9:
             plan.repeat(self.rng.choice([None, None, 0, 1, 3, 17]))
 

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from random import Random
 
@@ -269,11 +270,75 @@ def test_step_errors_forget_an_outlier_and_learn_the_usual_ratio():
     assert errors.excess_s["train"] == pytest.approx(0.045 / 16)
 
 
-def test_slack_does_not_train_while_somebody_finds_no_place():
-    desk = serving(one("x", output=60), slo=SLO(ttft_s=0.2, itl_s=0.050, itl_quantile=1.0), max_requests=1)
+def test_slack_trains_beside_who_finds_no_place_until_half_of_the_ttft_target_is_left():
+    desk = serving(one("x", output=60), slo=SLO(ttft_s=0.2, itl_s=0.5, itl_quantile=1.0), max_requests=1)
     assert trained(desk) > 200
     desk.arrive(one("y", 0.01, 20, 8))
-    assert trained(desk) == 0
+    # its first token should be there at 0.01 + 0.9 * 0.2 s
+    assert trained(desk, now_s=0.089) > 200
+    assert trained(desk, now_s=0.091) == 0
+
+
+def prefilled(desk, **options):
+    return desk.decide(**options).work["prefill_tokens"]
+
+
+ROLLING = SLO(ttft_s=2.0, itl_s=0.050, itl_quantile=1.0)  # 1,000 prompt tokens take 40 ms
+
+
+def test_slack_gathers_prompts_until_they_fill_a_padded_forward():
+    desk = serving(one("x", output=60), slo=ROLLING, max_batch_tokens=1024, token_buckets=(256, 768, 896, 1024))
+    now_s = desk.view.now_s
+    desk.arrive(one("y", now_s, 500, 8))
+    assert prefilled(desk) == 0
+    desk.arrive(one("z", now_s, 390, 8))
+    assert prefilled(desk) == 0, "with a decode 891 tokens, which would be padded, and 767 fill 768"
+    desk.arrive(one("w", now_s, 5, 8))
+    assert prefilled(desk) == 895, "which fill 896"
+    desk.policy.gathers_since_s = now_s - 0.2
+    desk.arrive(one("v", now_s, 3, 8))
+    assert prefilled(desk) == 898, "a tenth of the TTFT target is over"
+
+
+def test_slack_gathers_no_more_than_a_step_holds_and_nothing_without_a_job():
+    desk = serving(one("x", output=60), slo=replace(ROLLING, itl_s=0.020), max_batch_tokens=1024)
+    desk.arrive(one("y", 0.01, 500, 8))
+    # (20 ms - 4.2 ms) / 40 us, less what the context takes: more gathered tokens would not fit
+    assert prefilled(desk) == 394
+    small = serving(one("x", output=60), slo=ROLLING, max_batch_tokens=256)
+    small.arrive(one("y", 0.01, 300, 8))
+    assert prefilled(small) == 255
+    alone = Desk(SLOSlack(), slo=ROLLING)
+    alone.arrive(one("x", output=60))
+    alone.step()
+    alone.arrive(one("y", 0.01, 100, 8))
+    assert prefilled(alone) == 100
+
+
+def test_slack_lets_a_backward_beside_decodes_stop_by_itself_before_the_gap_target():
+    for can, expected in (
+        ({"mixed", "chunk", "cut_backward", "safepoint"}, 0.010 - 1.5 * 0.002),
+        ({"mixed", "chunk", "cut_backward"}, inf),
+    ):
+        desk = serving(one("x", output=60), slo=STRICT, documents=(100,), can=frozenset(can))
+        assert len(desk.decide().finetunes) == 1
+        desk.step()
+        desk.policy.errors.ratios = {}
+        plan = desk.decide()
+        assert plan.work["backward_layers"] == 2, "(10 ms - 4.2 ms) / 2 ms a layer"
+        assert plan.stop_after_s == pytest.approx(expected, abs=1e-5)
+
+
+def test_slack_rolls_after_a_sprint_that_was_filled_again_where_rolling_decodes_in_fewer_steps():
+    slo = SLO(ttft_s=1.0, itl_s=0.020, itl_quantile=0.9)
+    for took_s, refilled, sprints in ((0.5, True, True), (0.1, True, False), (0.1, False, True)):
+        desk = serving(one("x", output=60), slo=slo)
+        policy = desk.policy
+        # rolling would decode 10 times in 0.2 s
+        policy.sprints, policy.gap_s, policy.cycle = True, 0.020, (desk.view.now_s - took_s, 10, refilled)
+        policy.begin_sprint(desk.view, Plan(desk.ledger))
+        assert policy.sprints is sprints
+        assert (policy.rolls_until_s > desk.view.now_s) is not sprints
 
 
 def test_slack_keeps_a_job_alive_that_got_nothing_for_long():

@@ -397,6 +397,8 @@ def test_a_verb_that_the_executor_cannot_do_takes_nothing_and_says_unsupported(l
     elif lacking == "safepoint":
         plan.stop_on_arrival()
         assert not plan.stops_on_arrival
+        plan.stop_after(0.01)
+        assert plan.stop_after_s == float("inf")
     else:
         first = bench.plan()
         first.finetune(job)
@@ -565,8 +567,8 @@ def test_the_public_interface_is_the_designed_one():
     text = "id adapter tenant priority weight arrival_s deadline_s phase next_tokens layers layers_left evaluate_left committed_tokens"
     assert set((text + " left_tokens last_progress_s").split()) <= public(JobView)
     text = "now_s step replica can running waiting arrived finished last jobs adapters limits free block_tokens remaining_s rng oracle"
-    assert set(text.split()) <= public(View)
+    assert set(text.split()) | {"token_buckets"} <= public(View)
     verbs = "decode prefill finetune backward evaluate train preempt reject load evict merge hold stop_on_arrival wait repeat copy"
-    assert set(verbs.split()) | {"left", "predicted_s", "empty"} <= public(Plan)
+    assert set(verbs.split()) | {"left", "predicted_s", "empty", "stop_after"} <= public(Plan)
     assert "why" in Plan.__mro__[1].__slots__
     assert set(Room.__slots__) == set("tokens requests blocks batch_adapters slots activation_tokens".split())

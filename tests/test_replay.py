@@ -360,6 +360,37 @@ def test_stop_on_arrival_ends_the_backward_at_the_next_layer():
     assert polite.work.query("kind == 'backward'")["tokens"].iloc[0] < 4
 
 
+def test_stop_after_ends_the_backward_at_the_first_layer_after_so_long():
+    def bounded(view, plan):
+        ServeFirst(step_s=9.0)(view, plan)
+        plan.stop_after(0.012)
+
+    shape = {"job:t": FixedShape((250,), 2)}
+    result = run([one("x", 5.0, 20, 1)], bounded, FixedCost(shapes=shape), jobs=[job()])
+    backwards = result.steps[result.steps["backward_layers"] > 0]
+    # 4 ms and then 5 ms a layer: 14 ms is the first end of a layer after 12 ms
+    assert backwards["duration_s"].iloc[0] == pytest.approx(0.014)
+    assert backwards["stopped_early"].iloc[0]
+    assert result.work.query("kind == 'backward'")["tokens"].tolist() == [2, 2, 2, 2], "what was left is done in later steps"
+
+
+def test_stop_after_and_stop_on_arrival_stop_at_whichever_comes_first():
+    def both(seconds):
+        def policy(view, plan):
+            ServeFirst(step_s=9.0)(view, plan)
+            plan.stop_on_arrival()
+            plan.stop_after(seconds)
+
+        batches = FixedCost(shapes={"job:t": FixedShape((250,), 2)})
+        run([one("x", 0.030, 20, 1)], policy, batches, jobs=[job()])
+        return batches.batches[0].stop_after_s
+
+    assert both(9.0) == pytest.approx(0.030)
+    assert both(0.010) == 0.010
+    with pytest.raises(ReplayError, match="PlanError: stop_after needs more than 0 seconds, got 0"):
+        both(0)
+
+
 def test_a_policy_is_copied_for_each_replay_and_may_be_a_function():
     @dataclass
     class Counts:

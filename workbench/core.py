@@ -183,8 +183,8 @@ class Batch:
     """Everything one step does, as a value: print it, save it, compare it, replay it.
 
     Segments are ordered finetune, evaluate, prefill (by adapter), decode (by adapter). `admitted` names requests that the executor
-    sees for the first time; `released` names owners that hold nothing any more. `stop_after_s` is set by `plan.stop_on_arrival()`:
-    the time from the step's start to the next arrival, after which the backward stops at the next layer.
+    sees for the first time; `released` names owners that hold nothing any more. `stop_after_s`: the time from the step's start after
+    which the backward stops at the next layer; to the next arrival (`plan.stop_on_arrival()`) or as a policy said (`plan.stop_after()`).
     """
 
     step: int

@@ -492,10 +492,11 @@ class _Run:
         counts = (len(ledger.requests) - num_running, num_running, ledger.blocks.num_free)
         ahead = self._ask() if self.overlap else None
         batch = ledger.apply(plan)
+        stop_s = plan.stop_after_s
         if plan.stops_on_arrival:
-            next_s = self.arrivals.next_s
-            if next_s < math.inf:
-                batch = replace(batch, stop_after_s=max(0.0, next_s - accepted_s))
+            stop_s = min(stop_s, max(0.0, self.arrivals.next_s - accepted_s))
+        if stop_s < math.inf:
+            batch = replace(batch, stop_after_s=stop_s)
         ended = None
         if self.thread is not None:
             # arrivals and other replicas go on; a step that fails raises below, when its result is asked for

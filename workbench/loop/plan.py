@@ -441,6 +441,13 @@ class Plan(Accounts):
         self.why = "" if "safepoint" in self._ledger.info.can else "unsupported"
         self.stops_on_arrival = not self.why
 
+    def stop_after(self, seconds: float) -> None:
+        """Let the step end at the first layer of its backward that ends so long after it began, on an executor with safepoints."""
+        if not seconds > 0:
+            raise PlanError(f"stop_after needs more than 0 seconds, got {seconds}")
+        self.why = "" if "safepoint" in self._ledger.info.can else "unsupported"
+        self.stop_after_s = inf if self.why else seconds
+
     def wait(self, until_s: float) -> None:
         """Empty on purpose, until then or the next event, whichever is first."""
         if not until_s > self._ledger.now_s:

@@ -76,6 +76,7 @@ class Accounts:
         "refused",
         "rejected",
         "repeat_steps",
+        "stop_after_s",
         "stops_on_arrival",
         "trained",
         "versions",
@@ -116,6 +117,7 @@ class Accounts:
         self.evicted: set[Version] = set()
         self.held: dict[str, bool] = {}
         self.stops_on_arrival = False
+        self.stop_after_s = inf
         self.wait_until_s: float | None = None
         self.repeat_steps: int | None = 0
 

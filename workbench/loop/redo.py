@@ -1,5 +1,6 @@
 """Making an earlier plan again on the state as it is now: for `plan.repeat()`, and for plans from a view one step old."""
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from workbench.loop.plan import Plan
@@ -72,5 +73,7 @@ def _load_again(old: Plan, new: Plan, ledger: "Ledger") -> None:
             new.load(adapter)
     if old.stops_on_arrival:
         new.stop_on_arrival()
+    if old.stop_after_s < inf:
+        new.stop_after(old.stop_after_s)
     new.refused = old.refused | new.refused
     new.queue_why = new.queue_why or old.queue_why

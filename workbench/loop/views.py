@@ -386,6 +386,7 @@ class View:
     step: int = _read("_ledger.step")
     can: frozenset[str] = _read("_ledger.info.can")
     block_tokens: int = _read("_ledger.info.block_tokens")
+    token_buckets: tuple[int, ...] = _read("_ledger.info.token_buckets")  # what a forward's packed tokens are padded to; (): not at all
     running: tuple[RequestView, ...] = _read("_ledger.running_views")
     waiting: tuple[RequestView, ...] = _read("_ledger.waiting_views")
     arrived: tuple[RequestView, ...] = _read("_ledger.arrived_views")

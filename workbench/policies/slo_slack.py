@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_resident, repeat_decodes
+from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_resident, kind_of, repeat_decodes
 from workbench.policy import JobView, Plan, RequestView, View
 
-REFILL_TOKENS = 768  # prompt tokens that are worth a slower step of a sprint
+REFILL_TOKENS = 768  # prompt tokens that are worth a slower step beside decodes
+GATHERS = 0.1  # of the tightest TTFT target: for so long prompts gather until they are that many
 
 
 @dataclass
@@ -24,11 +25,12 @@ class SLOSlack:
     Where not all of them find a place, those that become free in the sprint are filled again, many at a time and within the gap target,
     until nobody waits: the device decodes full batches, and the rest after it is the longer.
 
-    Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps), or where
-    those who wait cannot wait until the sprint is over (for twice as long each time that happens), it rolls: each step decodes, prefills
-    what waits, and trains up to the tightest gap target, but not while some find no place. Predictions are corrected by the usual ratio of
-    measured to predicted of their kind of step, and `margin` times the largest excess over that is kept in reserve; the excess is forgotten
-    by half every `memory` steps.
+    Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps, or sprints
+    that are filled again and again), or where those who wait cannot wait until the sprint is over, it rolls, for twice as long each time:
+    each step decodes and trains up to the tightest gap target, and prompts gather until they fill a padded forward. So places stay full
+    while those without one have half of their TTFT target left; later, it trains no more. A backward that turns out longer than predicted
+    stops by itself on an executor with safepoints. Predictions are corrected by the usual ratio of measured to predicted of their kind
+    of step, and for the rest `margin` times the largest excess over that is kept in reserve; it is forgotten by half every `memory` steps.
 
     Requests without a gap target have `token_s` per token, those without one for the first token `first_s`. A job without progress for
     `alive_s` gets one layer or `alive_tokens` tokens at all events. Jobs take turns by committed tokens.
@@ -52,6 +54,8 @@ class SLOSlack:
     rolls_s: float = field(default=0.0, repr=False)
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
+    cycle: tuple[float, int, bool] = field(default=(0.0, 0, False), repr=False)
+    gathers_since_s: float = field(default=inf, repr=False)
     gap_s: float = field(default=inf, repr=False)
     ttft_s: float = field(default=inf, repr=False)
     step: int = field(default=0, repr=False)
@@ -111,30 +115,80 @@ class SLOSlack:
         chunks = "chunk" in view.can
         begun = [r for r in view.waiting if not chunks or (is_resident(r) and r.prefill_left == 1)]
         plan.prefill(begun, whole=not chunks, skip=ELSEWHERE)
+        since_s, steps, refilled = self.cycle
+        if refilled and view.now_s - since_s < steps * self.errors.left_s("train", self.gap_s, self.gap_s, self.margin):
+            self.roll(view)
         self.refills = len(view.waiting) - len(begun) > view.free.requests
         self.steps_left = 1.0
+        self.cycle = view.now_s, 0, self.refills
 
     def serve(self, view: View, plan: Plan, jobs: Sequence[JobView], sprints: bool) -> None:
         """One step of a sprint, or of rolling."""
         gap_s = self.gap_s - (view.now_s - self.decoded_s) if view.running else inf
         plan.decode(view.running)
         self.refills = self.refills and sprints and bool(view.waiting)
-        if view.waiting and (self.fills_again(view) if self.refills else not (sprints and self.can_wait(view))):
+        if view.waiting and not (sprints and not self.refills and self.can_wait(view)):
             if sprints and not self.refills:
-                sprints = self.sprints = False
-                self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, 5.0))
-                self.rolls_until_s = view.now_s + self.rolls_s
-            order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
-            bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), 0.7 * self.gap_s) if view.running else inf
-            plan.prefill(order, whole="chunk" not in view.can, skip=ELSEWHERE, within_s=bound_s)
-        step_s = gap_s if view.running else 0.2 * self.ttft_s
+                sprints = False
+                self.roll(view)
+            self.fill(view, plan, gap_s)
+        if not sprints and not self.is_short_of_places(view, plan):
+            for job in jobs:
+                self.train_within(view, plan, job, gap_s if view.running else 0.2 * self.ttft_s)
         for job in jobs:
-            if not sprints and plan.queue_why not in ("requests", "blocks"):
-                plan.train(job, within_s=self.errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
             if not plan.is_named(job.id) and view.now_s - job.last_progress_s >= self.alive_s:
                 self.keep_alive(plan, job)
         self.steps_left -= 1
         repeat_decodes(view, plan)
+
+    def fill(self, view: View, plan: Plan, gap_s: float) -> None:
+        """Prefill beside decodes: many tokens at once and no padding, unless they gathered for long or end a sprint's queue."""
+        whole = "chunk" not in view.can
+        order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+        if not view.running:
+            plan.prefill(order, whole=whole, skip=ELSEWHERE)
+            return
+        bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), 0.7 * self.gap_s)
+        begun = sum(map(is_resident, order))
+        left = sum(r.prefill_left for r in order[: begun + view.free.requests])
+        if left:
+            self.gathers_since_s = min(self.gathers_since_s, view.now_s)
+        is_late = not view.jobs or view.now_s - self.gathers_since_s >= GATHERS * self.ttft_s
+        left = min(left, plan.left.tokens)
+        packed = view.limits.tokens - plan.left.tokens
+        tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
+        if whole or is_late or (self.refills and len(order) <= view.free.requests + begun):
+            plan.prefill(order, whole=whole, skip=ELSEWHERE, within_s=bound_s)
+        elif tokens >= min(REFILL_TOKENS, plan.left.tokens) or plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s) < min(
+            tokens, left
+        ):
+            plan.prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s)
+        if plan.prefills:
+            self.gathers_since_s = inf
+
+    def is_short_of_places(self, view: View, plan: Plan) -> bool:
+        """Whether somebody finds no place and has not half of its TTFT target left to wait for one."""
+        if plan.queue_why not in ("requests", "blocks") and sum(not is_resident(r) for r in view.waiting) <= view.free.requests:
+            return False
+        return min(map(self.begin_by_s, view.waiting)) - view.now_s < 0.5 * self.ttft_s
+
+    def train_within(self, view: View, plan: Plan, job: JobView, step_s: float) -> None:
+        """Train until the gap target; a backward stops by itself where it turns out longer, on an executor with safepoints."""
+        errors = self.errors
+        if job.phase != "backward" or "safepoint" not in view.can or not view.running or plan.backwards:
+            plan.train(job, within_s=errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
+            return
+        before_s, within_s = plan.predicted_s, errors.usually(plan, "backward", step_s)
+        layers = plan.train(job, within_s=within_s)
+        if layers:
+            layer_s = (plan.predicted_s - before_s) / layers
+            plan.stop_after(max(step_s - errors.plan_s - 1.5 * layer_s * errors.ratios.get(kind_of(plan), 1.0), 1e-6))
+
+    def roll(self, view: View) -> None:
+        """Sprint no more, for a while."""
+        self.sprints = False
+        self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, 5.0))
+        self.rolls_until_s = view.now_s + self.rolls_s
 
     def keep_alive(self, plan: Plan, job: JobView) -> int:
         """One layer or a few tokens of what is due; all of it on an executor that cannot cut it."""
@@ -147,19 +201,13 @@ class SLOSlack:
 
     def chooses_to_sprint(self, view: View) -> bool:
         """Whether to sprint and rest: once it does, until somebody cannot wait; else asked anew once a sprint's steps have gone by."""
-        if not self.sprints and view.running and not view.waiting and view.now_s >= self.rolls_until_s and self.steps_left <= 0:
+        gathers = len(view.waiting) <= view.free.requests and not any(map(is_resident, view.waiting))
+        if not self.sprints and view.running and gathers and view.now_s >= self.rolls_until_s and self.steps_left <= 0:
             gaps = max(map(gaps_per_late, view.running))
             cycle_s = min((1 - self.reserve) * self.ttft_s, gaps * self.gap_s if self.pace else inf)
             self.sprints = gaps * self.errors.left_s("train", self.gap_s, self.gap_s, self.margin) < cycle_s
             self.steps_left = 0.0 if self.sprints else gaps
         return self.sprints
-
-    def fills_again(self, view: View) -> bool:
-        """Whether a prompt is to be finished, or those who find a place now are all who wait, or have prompts enough."""
-        placed = view.waiting[: view.free.requests]
-        if is_resident(view.waiting[0]):
-            return True
-        return len(placed) == len(view.waiting) or sum(r.prefill_left for r in placed) >= REFILL_TOKENS
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
@@ -240,6 +288,9 @@ class SLOSlack:
                 for request in view.running:
                     if request.generated > 1 and gap_s > self.gap_target_s(request):
                         self.late[request.id] = self.late.get(request.id, 0) + 1
+        if decoded:
+            since_s, steps, refilled = self.cycle
+            self.cycle = since_s, steps + 1, refilled
         if decoded or all(r.generated == 1 for r in view.running):
             self.decoded_s = view.now_s
 
