@@ -167,7 +167,7 @@ def serving(*requests, slo=STRICT, documents=(200, 200), seen_s=0.0, **options):
     desk.step(duration_s=0.01)
     desk.job(documents)
     errors = desk.policy.errors
-    errors.ratios, errors.excess_s, errors.seen = {}, {"train": seen_s, "prefill": 0.0}, {"train": 10_000, "prefill": 10_000}
+    errors.ratios, errors.excess_s, errors.seen = {}, {"train": seen_s}, dict.fromkeys(("train", "prefill", "decode"), 10_000)
     desk.policy.decoded_s, desk.ledger.last = desk.ledger.now_s, None
     return desk
 
@@ -339,6 +339,11 @@ def test_slack_rolls_after_a_sprint_that_was_filled_again_where_rolling_decodes_
         policy.begin_sprint(desk.view, Plan(desk.ledger))
         assert policy.sprints is sprints
         assert (policy.rolls_until_s > desk.view.now_s) is not sprints
+        # nor does it go on rolling once anything at all stalls for so long that there is no more room within gaps
+        policy.steps_left = 0.0
+        assert policy.chooses_to_sprint(desk.view) is sprints
+        policy.errors.excess_s["decode"], policy.steps_left = 0.006, 0.0
+        assert policy.chooses_to_sprint(desk.view)
 
 
 def test_slack_keeps_a_job_alive_that_got_nothing_for_long():

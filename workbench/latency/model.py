@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from operator import mul
+from operator import add, mul
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from workbench.features import INDEX, NAMES, Work
 from workbench.latency.costs import MANY, CostModel, perturbed
 from workbench.latency.fit import ErrorReport, error_report, fit_costs, held_out_mask, is_outside, step_arrays
 from workbench.latency.residuals import Residuals, Stream, class_of
+from workbench.latency.stalls import Stalls, StallStream
 from workbench.latency.terms import Padding
 from workbench.latency.whole_replays import REPLAYS_FILE, ReplayErrors
 from workbench.loop.tiers import AdapterSpec, check_tiers, infos_of
@@ -59,9 +60,10 @@ class LatencyModel:
         noise: float = 0.0,
         seen: CostModel | None = None,
         replays: ReplayErrors | None = None,
+        stalls: Stalls | None = None,
     ) -> None:
         self.costs, self.report, self.provenance = costs, report, dict(provenance)
-        self._extra_noise, self._seen = noise, seen
+        self._extra_noise, self._seen, self.stalls = noise, seen, stalls
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or (len(tokenizer) if isinstance(tokenizer, Sized) else ANY_VOCABULARY)
         devices = sorted({p.device for p in replays.predictions} - {info.device}) if replays is not None else []
@@ -81,6 +83,7 @@ class LatencyModel:
         self._prepared: dict[int, tuple[FinetuneJob, data.PreparedJob]] = {}
         self._jobs: dict[str, tuple[FinetuneJob, data.PreparedJob]] = {}
         self._draw: Stream | None = None
+        self._stall: StallStream | None = None
 
     # Making one
 
@@ -157,6 +160,7 @@ class LatencyModel:
             tokenizer=tokenizer,
             noise=record.get("noise", 0.0),
             seen=None if record.get("seen_costs") is None else CostModel.of_terms(record["seen_costs"], padding),
+            stalls=None if record.get("stalls") is None else Stalls(**record["stalls"] | {"seconds": tuple(record["stalls"]["seconds"])}),
             replays=ReplayErrors.read(folder / REPLAYS_FILE) if (folder / REPLAYS_FILE).is_file() else None,
         )
 
@@ -179,6 +183,7 @@ class LatencyModel:
             "provenance": self.provenance,
             "noise": self._extra_noise,
             "seen_costs": None if self._seen is None else self._seen.by_term(),
+            "stalls": None if self.stalls is None else asdict(self.stalls),
         }
         (folder / MODEL_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         self._steps.to_parquet(folder / STEPS_FILE, compression="zstd")
@@ -281,6 +286,15 @@ class LatencyModel:
             seen=CostModel.of_terms(seen, self.costs.padding) if hidden or self._seen is not None else None,
         )
 
+    def with_stalls(self, stalls: Stalls | None) -> "LatencyModel":
+        """The same device, standing still now and then in the midst of a step, as measured replays show it (`Stalls.of(replays)`).
+
+        Policies predict without them. What a calibration recorded of stalls stays among the residuals. None takes them off.
+        """
+        name = self._info.name.split(" with ")[0] + ("" if stalls is None else f" with {stalls}")
+        provenance = self._since("stalls")
+        return self._changed(self.costs.by_term(), stalls=stalls, info=replace(self._info, name=name), provenance=provenance)
+
     def _since(self, what: str) -> dict[str, Any]:
         """The provenance, after a change to what its replays were judged with."""
         return self.provenance | {"changed": list(dict.fromkeys([*self.provenance.get("changed", ()), what]))}
@@ -300,6 +314,7 @@ class LatencyModel:
             "noise": self._extra_noise,
             "seen": self._seen,
             "replays": self.replays,
+            "stalls": self.stalls,
         }
         return LatencyModel(model, self._steps.assign(duration_s=self._steps["duration_s"] * (after / before)), **(arguments | changes))
 
@@ -320,7 +335,8 @@ class LatencyModel:
         adapters = None if self._open else self._declared
         seen = None if self._seen is None else self._seen.costs
         info = replace(self._info, model_error=None)
-        return content_key(self.costs.costs, steps, info, adapters, self._bytes, self.vocab_size, tokenizer, self._extra_noise, seen)
+        sampled = self._extra_noise, seen, self.stalls
+        return content_key(self.costs.costs, steps, info, adapters, self._bytes, self.vocab_size, tokenizer, *sampled)
 
     # Predicting
 
@@ -374,6 +390,7 @@ class LatencyModel:
         self._jobs = {job.id: (job, self._prepare(job)) for job in jobs}
         require(len(self._jobs) == len(jobs), "every job needs an id of its own", [job.id for job in jobs], "Give job_id=.")
         self._draw = self._noise.stream(seed, self._extra_noise)
+        self._stall = None if self.stalls is None else self.stalls.stream(seed)
         return {job_id: prepared for job_id, (_, prepared) in self._jobs.items()}
 
     def _prepare(self, job: FinetuneJob) -> data.PreparedJob:
@@ -434,11 +451,13 @@ class LatencyModel:
         duration = factor * (self.predict(work) if predicted_s is None else predicted_s)
         is_late = batch.stop_after_s is not None and duration > batch.stop_after_s
         if not is_late and not any([b.ends_window and b.is_last for b in batch.backwards]):
-            return duration
+            return duration if self._stall is None else duration + self._stall(duration)
         planned = done = {b.owner: b.num_layers for b in batch.backwards}
         if is_late:
             work, done = self._cut(work, batch, factor)
             duration = factor * self.predict(work)
+        if self._stall is not None:
+            duration += self._stall(duration)
         return StepResult(
             duration_s=duration, gpu_s=duration, layers_done=done, stopped_early=done != planned, published=self._commit(batch, done)
         )
@@ -454,12 +473,17 @@ class LatencyModel:
         means = self.costs.predict_decodes(work, num_steps, first)
         factors = self._draw.preview(class_of(work), num_steps, first)
         drawn: Any = factors * means if num_steps >= MANY else list(map(mul, factors.tolist(), means))
+        if self._stall is not None:
+            more = self._stall.preview(drawn, first)
+            drawn = drawn + np.array(more) if num_steps >= MANY else list(map(add, drawn, more))
         return means if self._seen is None else self._seen.predict_decodes(work, num_steps, first), drawn
 
     def skip(self, num_steps: int) -> None:
         """So many of the steps of the last `preview` were made."""
         assert self._draw is not None
         self._draw.skip(num_steps)
+        if self._stall is not None:
+            self._stall.skip(num_steps)
 
     def _cut(self, work: Work, batch: Batch, factor: float) -> tuple[Work, dict[str, int]]:
         """What is really done when the backward stops at the first layer boundary after `stop_after_s`, and the layers done."""

@@ -9,6 +9,7 @@ from workbench.policy import JobView, Plan, RequestView, View
 
 REFILL_TOKENS = 768  # prompt tokens that are worth a slower step beside decodes
 GATHERS = 0.1  # of the tightest TTFT target: for so long prompts gather until they are that many
+PREFILLS = 0.55  # of the gap target: prefills beside decodes may last so long, however large the excess of late
 
 
 @dataclass
@@ -31,6 +32,7 @@ class SLOSlack:
     while those without one have half of their TTFT target left; later, it trains no more. A backward that turns out longer than predicted
     stops by itself on an executor with safepoints. Predictions are corrected by the usual ratio of measured to predicted of their kind
     of step, and for the rest `margin` times the largest excess over that is kept in reserve; it is forgotten by half every `memory` steps.
+    So a device that stands still now and then, whatever it does, has its sprints and rests: a decode alone leaves the most room for that.
 
     Requests without a gap target have `token_s` per token, those without one for the first token `first_s`. A job without progress for
     `alive_s` gets one layer or `alive_tokens` tokens at all events. Jobs take turns by committed tokens.
@@ -55,6 +57,7 @@ class SLOSlack:
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
     cycle: tuple[float, int, bool] = field(default=(0.0, 0, False), repr=False)
+    pace_s: float = field(default=inf, repr=False)  # of a decode in the last sprint that was filled again
     gathers_since_s: float = field(default=inf, repr=False)
     gap_s: float = field(default=inf, repr=False)
     ttft_s: float = field(default=inf, repr=False)
@@ -116,7 +119,8 @@ class SLOSlack:
         begun = [r for r in view.waiting if not chunks or (is_resident(r) and r.prefill_left == 1)]
         plan.prefill(begun, whole=not chunks, skip=ELSEWHERE)
         since_s, steps, refilled = self.cycle
-        if refilled and view.now_s - since_s < steps * self.errors.left_s("train", self.gap_s, self.gap_s, self.margin):
+        self.pace_s = (view.now_s - since_s) / steps if refilled and steps else inf
+        if self.rolling_s() > self.pace_s:
             self.roll(view)
         self.refills = len(view.waiting) - len(begun) > view.free.requests
         self.steps_left = 1.0
@@ -129,7 +133,7 @@ class SLOSlack:
         self.refills = self.refills and sprints and bool(view.waiting)
         if view.waiting and not (sprints and not self.refills and self.can_wait(view)):
             if sprints and not self.refills:
-                sprints = False
+                sprints, self.pace_s = False, 0.0
                 self.roll(view)
             self.fill(view, plan, gap_s)
         if not sprints and not self.is_short_of_places(view, plan):
@@ -148,22 +152,20 @@ class SLOSlack:
         if not view.running:
             plan.prefill(order, whole=whole, skip=ELSEWHERE)
             return
-        bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), 0.7 * self.gap_s)
-        begun = sum(map(is_resident, order))
-        left = sum(r.prefill_left for r in order[: begun + view.free.requests])
+        bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), PREFILLS * self.gap_s)
+        num_placed = sum(map(is_resident, order)) + view.free.requests
+        left = min(sum(r.prefill_left for r in order[:num_placed]), plan.left.tokens)
         if left:
             self.gathers_since_s = min(self.gathers_since_s, view.now_s)
-        is_late = not view.jobs or view.now_s - self.gathers_since_s >= GATHERS * self.ttft_s
-        left = min(left, plan.left.tokens)
-        packed = view.limits.tokens - plan.left.tokens
-        tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
-        if whole or is_late or (self.refills and len(order) <= view.free.requests + begun):
-            plan.prefill(order, whole=whole, skip=ELSEWHERE, within_s=bound_s)
-        elif tokens >= min(REFILL_TOKENS, plan.left.tokens) or plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s) < min(
-            tokens, left
-        ):
-            plan.prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s)
-        if plan.prefills:
+        tokens: int | None = None
+        is_late = view.now_s - self.gathers_since_s >= GATHERS * self.ttft_s
+        if not (whole or is_late or not view.jobs or (self.refills and len(order) <= num_placed)):
+            packed = view.limits.tokens - plan.left.tokens
+            tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
+            fits = plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s)
+            if fits == min(tokens, left) < min(REFILL_TOKENS, plan.left.tokens):
+                return  # more would fit: they gather
+        if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
             self.gathers_since_s = inf
 
     def is_short_of_places(self, view: View, plan: Plan) -> bool:
@@ -185,7 +187,7 @@ class SLOSlack:
             plan.stop_after(max(step_s - errors.plan_s - 1.5 * layer_s * errors.ratios.get(kind_of(plan), 1.0), 1e-6))
 
     def roll(self, view: View) -> None:
-        """Sprint no more, for a while."""
+        """Sprint no more, for a while, or as long as training within gaps is worth it."""
         self.sprints = False
         self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, 5.0))
         self.rolls_until_s = view.now_s + self.rolls_s
@@ -202,12 +204,17 @@ class SLOSlack:
     def chooses_to_sprint(self, view: View) -> bool:
         """Whether to sprint and rest: once it does, until somebody cannot wait; else asked anew once a sprint's steps have gone by."""
         gathers = len(view.waiting) <= view.free.requests and not any(map(is_resident, view.waiting))
-        if not self.sprints and view.running and gathers and view.now_s >= self.rolls_until_s and self.steps_left <= 0:
+        if not self.sprints and view.running and gathers and self.steps_left <= 0:
             gaps = max(map(gaps_per_late, view.running))
             cycle_s = min((1 - self.reserve) * self.ttft_s, gaps * self.gap_s if self.pace else inf)
-            self.sprints = gaps * self.errors.left_s("train", self.gap_s, self.gap_s, self.margin) < cycle_s
+            rolling_s = self.rolling_s()
+            self.sprints = gaps * rolling_s < cycle_s and (view.now_s >= self.rolls_until_s or rolling_s <= self.pace_s)
             self.steps_left = 0.0 if self.sprints else gaps
         return self.sprints
+
+    def rolling_s(self) -> float:
+        """How long the steps of rolling last: what stalls any kind of step leaves them less."""
+        return min(self.errors.left_s(name, self.gap_s, self.gap_s, self.margin) for name in ("train", "prefill", "decode"))
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""

@@ -1,0 +1,114 @@
+"""Delays that come by time, whatever a step does: a device under sustained load stands still for some milliseconds now and then.
+
+They are rare in a calibration, whose steps have pauses between them, and they decide what a quantile of token gaps is worth: a stall makes
+the gap of everybody who decodes late at once. So they are measured in replays, and drawn by busy time and not by step.
+"""
+
+import json
+import random
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+from workbench.config import require
+
+LEAST_S, MOST_S = 0.003, 0.05  # shorter ones are noise; longer ones something else: a compilation, a graph that is recorded
+WINDOW = 41  # steps whose median ratio of measured to predicted is what is usual at that time
+
+
+@dataclass(frozen=True)
+class Stalls:
+    """`per_s` stalls a second of busy time, at random (Poisson), each of one of these lengths in `seconds`."""
+
+    per_s: float
+    seconds: tuple[float, ...]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.per_s >= 0, "per_s must be at least 0 stalls a second", self.per_s)
+        require(bool(self.seconds) or not self.per_s, "stalls need lengths to draw from", self.seconds, "Give seconds=.")
+        require(all(s > 0 for s in self.seconds), "stalls must last more than 0 seconds", min(self.seconds, default=0.0))
+
+    @classmethod
+    def of(cls, replays: Iterable[Any], *, source: str = "") -> "Stalls":
+        """What measured replays show: steps that lasted LEAST_S to MOST_S longer than their prediction and those around them say.
+
+        Steps that stopped early are left out. Raises ValueError for replays without predictions.
+        """
+        found: list[float] = []
+        busy_s = 0.0
+        for replay in replays:
+            steps = replay.steps[~replay.steps["stopped_early"].to_numpy(bool)]
+            ratio = steps["duration_s"] / steps["predicted_s"]
+            require(bool(ratio.notna().all()), "stalls are seen beside predictions", str(replay.policy), "Replay with a latency model.")
+            usual_s = steps["predicted_s"] * ratio.rolling(WINDOW, center=True, min_periods=1).median()
+            over_s = (steps["duration_s"] - usual_s).to_numpy(float)
+            found += over_s[(over_s >= LEAST_S) & (over_s <= MOST_S)].tolist()
+            busy_s += float(steps["duration_s"].sum())
+        require(busy_s > 0, "stalls are seen in replays that ran steps", busy_s)
+        return cls(len(found) / busy_s, tuple(round(s, 6) for s in sorted(found)), source)
+
+    @classmethod
+    def read(cls, file: Path) -> "Stalls":
+        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        return cls(record["per_s"], tuple(record["seconds"]), record["source"])
+
+    def save(self, file: Path) -> Path:
+        file = Path(file)
+        file.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        return file
+
+    def stream(self, seed: int) -> "StallStream":
+        """The stalls of one replay; equal seeds give equal ones."""
+        return StallStream(self, seed)
+
+    def __str__(self) -> str:
+        if not self.per_s:
+            return "no stalls"
+        middle, longest = self.seconds[len(self.seconds) // 2], max(self.seconds)
+        return f"{self.per_s:.2f} stalls a busy second, median {1e3 * middle:.1f} ms, longest {1e3 * longest:.0f} ms"
+
+
+class StallStream:
+    """How much longer each step lasts, given how long it would last: for the next step, or for the next ones, to be made or not."""
+
+    def __init__(self, stalls: Stalls, seed: int) -> None:
+        self._stalls, self._rng = stalls, random.Random(f"stalls:{seed}")
+        self._busy_s, self._passed = 0.0, 0
+        self._times: list[float] = []  # of busy time, at which they come
+        self._sums = [0.0]  # seconds of the first 0, 1, ... of them
+        self._ahead: list[tuple[float, int]] = []  # busy time and stalls passed after each previewed step
+
+    def __call__(self, duration_s: float) -> float:
+        """Seconds that the next step lasts longer."""
+        before = self._passed
+        self._ahead.clear()
+        self._busy_s += duration_s
+        self._passed = self._until(self._busy_s)
+        return self._sums[self._passed] - self._sums[before]
+
+    def preview(self, durations_s: Sequence[float], first: int = 0) -> list[float]:
+        """What the next calls after the `first` ones, which were previewed already, would give for these durations."""
+        del self._ahead[first:]
+        begins_s, passed = self._ahead[-1] if first else (self._busy_s, self._passed)
+        more: list[float] = []
+        for ends_s in islice(accumulate(map(float, durations_s), initial=begins_s), 1, None):
+            before, passed = passed, self._until(ends_s)
+            self._ahead.append((ends_s, passed))
+            more.append(self._sums[passed] - self._sums[before])
+        return more
+
+    def skip(self, num: int) -> None:
+        """So many of the previewed steps were made."""
+        self._busy_s, self._passed = self._ahead[num - 1] if num else (self._busy_s, self._passed)
+        self._ahead.clear()
+
+    def _until(self, busy_s: float) -> int:
+        """How many come up to this busy time."""
+        while self._stalls.per_s and (not self._times or self._times[-1] <= busy_s):
+            self._times.append((self._times[-1] if self._times else 0.0) + self._rng.expovariate(self._stalls.per_s))
+            self._sums.append(self._sums[-1] + self._rng.choice(self._stalls.seconds))
+        return bisect_right(self._times, busy_s)
