@@ -52,6 +52,7 @@ _NAMES = {
     "Server": "workbench.serve:Server",
     "Recorded": "workbench.recorded:Recorded",
     "LatencyModel": "workbench.latency:LatencyModel",
+    "Stalls": "workbench.latency:Stalls",
     "Fleet": "workbench.fleet:Fleet",
     "StaticSplit": "workbench.fleet.routers:StaticSplit",
     "UpperBound": "workbench.results.bound:UpperBound",
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
     from workbench.experiments.sweep import Sweep, sweep
     from workbench.fleet import Fleet, routers
     from workbench.fleet.routers import StaticSplit
-    from workbench.latency import LatencyModel
+    from workbench.latency import LatencyModel, Stalls
     from workbench.latency.whole_replays import replay_errors
     from workbench.loop import tiers
     from workbench.loop.tiers import AdapterSpec

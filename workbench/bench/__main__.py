@@ -21,7 +21,7 @@ from typing import Any
 from workbench.bench import check, rows, table, targets
 from workbench.bench.session import Session
 from workbench.config import did_you_mean
-from workbench.latency import LatencyModel, Stalls
+from workbench.latency import LatencyModel
 
 MODULES = {
     "w1": "decode",
@@ -150,15 +150,11 @@ def _table(given: Sequence[str]) -> int:
 def _tune(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m workbench.bench tune", description="Tune the rivals of the workload contest.")
     parser.add_argument("--profile", metavar="NAME_OR_DIR", required=True, help="the latency model to tune on")
-    parser.add_argument("--stalls", type=Path, metavar="FILE", help="the device's stalls under load: `Stalls.of(replays).save(FILE)`")
     parser.add_argument("--into", type=Path, default=FOLDER, metavar="DIR")
     options = parser.parse_args(given)
     from workbench.bench import contest
 
-    model = LatencyModel.load(options.profile)
-    if options.stalls is not None:
-        model = model.with_stalls(Stalls.read(options.stalls))
-    print(contest.tune(model, options.into / contest.FILE))
+    print(contest.tune(LatencyModel.load(options.profile), options.into / contest.FILE))
     return 0
 
 

@@ -291,9 +291,7 @@ class LatencyModel:
 
         Policies predict without them. What a calibration recorded of stalls stays among the residuals. None takes them off.
         """
-        name = self._info.name.split(" with ")[0] + ("" if stalls is None else f" with {stalls}")
-        provenance = self._since("stalls")
-        return self._changed(self.costs.by_term(), stalls=stalls, info=replace(self._info, name=name), provenance=provenance)
+        return self._changed(self.costs.by_term(), stalls=stalls, provenance=self._since("stalls"))
 
     def _since(self, what: str) -> dict[str, Any]:
         """The provenance, after a change to what its replays were judged with."""
@@ -324,7 +322,8 @@ class LatencyModel:
 
     def __repr__(self) -> str:
         whole = "whole replays: not measured" if self.replays is None else str(self.replays)
-        return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}\n{whole}"
+        stalls = "" if self.stalls is None else f"{self.stalls}\n"
+        return f"{self._info.name} on {self._info.device}, {len(self._steps)} steps\n{self.report}\n{stalls}{whole}"
 
     def identity(self) -> str:
         """What its predictions depend on, as 32 hex digits: costs, the recorded steps, limits, adapters, vocabulary."""

@@ -4,13 +4,11 @@ They are rare in a calibration, whose steps have pauses between them, and they d
 the gap of everybody who decodes late at once. So they are measured in replays, and drawn by busy time and not by step.
 """
 
-import json
 import random
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import Any
 
 from workbench.config import require
@@ -50,16 +48,6 @@ class Stalls:
             busy_s += float(steps["duration_s"].sum())
         require(busy_s > 0, "stalls are seen in replays that ran steps", busy_s)
         return cls(len(found) / busy_s, tuple(round(s, 6) for s in sorted(found)), source)
-
-    @classmethod
-    def read(cls, file: Path) -> "Stalls":
-        record = json.loads(Path(file).read_text(encoding="utf-8"))
-        return cls(record["per_s"], tuple(record["seconds"]), record["source"])
-
-    def save(self, file: Path) -> Path:
-        file = Path(file)
-        file.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        return file
 
     def stream(self, seed: int) -> "StallStream":
         """The stalls of one replay; equal seeds give equal ones."""
