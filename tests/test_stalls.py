@@ -39,10 +39,12 @@ def test_a_preview_gives_what_the_steps_would_in_any_pieces():
     expected = [whole(d) for d in durations]
     pieces, got, at = OFTEN.stream(1), [], 0
     for made in (1, 7, 50, 120):
-        seen = pieces.preview(durations[at : at + 30]) + pieces.preview(durations[at + 30 : at + 150], 30)
+        seen = pieces.preview(durations[at : at + 30]) or [0.0] * 30
+        seen += pieces.preview(durations[at + 30 : at + 150], 30) or [0.0] * 120
         assert seen == pytest.approx(expected[at : at + 150])
         pieces.skip(made)
         got, at = got + seen[:made], at + made
+        assert pieces.preview([1e-9]) == []  # nothing stalls within a nanosecond
     got += [pieces(d) for d in durations[at:]]
     assert got == pytest.approx(expected)
     assert sum(expected) > 0.5

@@ -473,8 +473,9 @@ class LatencyModel:
         factors = self._draw.preview(class_of(work), num_steps, first)
         drawn: Any = factors * means if num_steps >= MANY else list(map(mul, factors.tolist(), means))
         if self._stall is not None:
-            more = self._stall.preview(drawn, first)
-            drawn = drawn + np.array(more) if num_steps >= MANY else list(map(add, drawn, more))
+            more = self._stall.preview(drawn if isinstance(drawn, list) else drawn.tolist(), first)
+            if more:
+                drawn = drawn + np.array(more) if num_steps >= MANY else list(map(add, drawn, more))
         return means if self._seen is None else self._seen.predict_decodes(work, num_steps, first), drawn
 
     def skip(self, num_steps: int) -> None:

@@ -8,7 +8,8 @@ import random
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
+from math import inf
 from typing import Any
 
 from workbench.config import require
@@ -68,35 +69,48 @@ class StallStream:
         self._busy_s, self._passed = 0.0, 0
         self._times: list[float] = []  # of busy time, at which they come
         self._sums = [0.0]  # seconds of the first 0, 1, ... of them
-        self._ahead: list[tuple[float, int]] = []  # busy time and stalls passed after each previewed step
+        self._ends: list[float] = []  # busy time after each previewed step
+        self._counts: list[int] = []  # how many have come by then
+        self._draw()
 
     def __call__(self, duration_s: float) -> float:
         """Seconds that the next step lasts longer."""
-        before = self._passed
-        self._ahead.clear()
         self._busy_s += duration_s
-        self._passed = self._until(self._busy_s)
+        if self._busy_s < self._times[self._passed]:
+            return 0.0
+        before, self._passed = self._passed, self._until(self._busy_s)
         return self._sums[self._passed] - self._sums[before]
 
     def preview(self, durations_s: Sequence[float], first: int = 0) -> list[float]:
-        """What the next calls after the `first` ones, which were previewed already, would give for these durations."""
-        del self._ahead[first:]
-        begins_s, passed = self._ahead[-1] if first else (self._busy_s, self._passed)
-        more: list[float] = []
-        for ends_s in islice(accumulate(map(float, durations_s), initial=begins_s), 1, None):
-            before, passed = passed, self._until(ends_s)
-            self._ahead.append((ends_s, passed))
-            more.append(self._sums[passed] - self._sums[before])
-        return more
+        """What the next calls after the `first` ones, which were previewed already, would give for these durations; empty where no step of
+        them stalls.
+        """
+        del self._ends[first:], self._counts[first:]
+        begins_s, passed = (self._ends[-1], self._counts[-1]) if first else (self._busy_s, self._passed)
+        ends = list(islice(accumulate(durations_s, initial=begins_s), 1, None))
+        self._ends += ends
+        if ends[-1] < self._times[passed]:
+            self._counts += [passed] * len(ends)
+            return []
+        counts = [self._until(end_s) for end_s in ends]
+        self._counts += counts
+        return [self._sums[now] - self._sums[before] for before, now in pairwise([passed, *counts])]
 
     def skip(self, num: int) -> None:
         """So many of the previewed steps were made."""
-        self._busy_s, self._passed = self._ahead[num - 1] if num else (self._busy_s, self._passed)
-        self._ahead.clear()
+        if num:
+            self._busy_s, self._passed = float(self._ends[num - 1]), self._counts[num - 1]
+        self._ends, self._counts = [], []
 
     def _until(self, busy_s: float) -> int:
-        """How many come up to this busy time."""
-        while self._stalls.per_s and (not self._times or self._times[-1] <= busy_s):
-            self._times.append((self._times[-1] if self._times else 0.0) + self._rng.expovariate(self._stalls.per_s))
-            self._sums.append(self._sums[-1] + self._rng.choice(self._stalls.seconds))
+        """How many come up to this busy time; the next one is drawn as well."""
+        while self._times[-1] <= busy_s:
+            self._draw()
         return bisect_right(self._times, busy_s)
+
+    def _draw(self) -> None:
+        if not self._stalls.per_s:
+            self._times.append(inf)
+            return
+        self._times.append((self._times[-1] if self._times else 0.0) + self._rng.expovariate(self._stalls.per_s))
+        self._sums.append(self._sums[-1] + self._rng.choice(self._stalls.seconds))
