@@ -137,8 +137,10 @@ class SLOSlack:
                 self.roll(view)
             self.fill(view, plan, gap_s)
         if not sprints and not self.is_short_of_places(view, plan):
+            # who arrives waits for this step and is prefilled in the next one
+            step_s = min(gap_s, (1 - self.reserve) / 2 * self.ttft_s) if view.running else 0.2 * self.ttft_s
             for job in jobs:
-                self.train_within(view, plan, job, gap_s if view.running else 0.2 * self.ttft_s)
+                self.train_within(view, plan, job, step_s)
         for job in jobs:
             if not plan.is_named(job.id) and view.now_s - job.last_progress_s >= self.alive_s:
                 self.keep_alive(plan, job)
@@ -158,7 +160,9 @@ class SLOSlack:
         if left:
             self.gathers_since_s = min(self.gathers_since_s, view.now_s)
         tokens: int | None = None
-        is_late = view.now_s - self.gathers_since_s >= GATHERS * self.ttft_s
+        # a step without them, and the one that prefills them, may last as long as a gap
+        is_due = min(map(self.begin_by_s, order)) - view.now_s < 2 * self.gap_s
+        is_late = is_due or view.now_s - self.gathers_since_s >= GATHERS * self.ttft_s
         if not (whole or is_late or not view.jobs or (self.refills and len(order) <= num_placed)):
             packed = view.limits.tokens - plan.left.tokens
             tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
