@@ -374,6 +374,23 @@ def test_stop_after_ends_the_backward_at_the_first_layer_after_so_long():
     assert result.work.query("kind == 'backward'")["tokens"].tolist() == [2, 2, 2, 2], "what was left is done in later steps"
 
 
+@pytest.mark.parametrize("options", [{"overlap": True}, {}], ids=["overlap", "repeat"])
+def test_a_plan_that_is_made_again_stops_as_it_did_before(options):
+    def bounded(view, plan):
+        plan.decode(view.running)
+        plan.prefill(view.waiting)
+        for state in view.jobs:
+            plan.train(state, within_s=0.030)
+        plan.stop_after(0.012)
+        if not options:
+            plan.repeat()
+
+    executor = FixedCost(shapes={"job:t": FixedShape((250,), 2)})
+    run([one("x", 0.0, 20, 8)], bounded, executor, jobs=[job()], **options)
+    assert {batch.stop_after_s for batch in executor.batches} == {0.012}
+    assert sum(bool(batch.backwards) for batch in executor.batches) > 1
+
+
 def test_stop_after_and_stop_on_arrival_stop_at_whichever_comes_first():
     def both(seconds):
         def policy(view, plan):
