@@ -47,7 +47,7 @@ TUNED_ON, HELD_OUT = (0, 1), (102, 103)  # seeds of the draws
 LENGTHS, LONGEST = "w3-20rps", (1024, 384)  # tokens of prompt and output, at most
 WARM_S, HORIZON_S = 10.0, 30.0  # a request lasts up to 8 s: before that, work is put off rather than done
 DRAIN_S = 17.0  # the longest output at the pace of the gap target
-TUNE_S = CAPACITY_S = 90.0  # so long that a queue that grows shows: in 40 s, places and TTFT targets hide a fifth too little of serving
+TUNE_S = CAPACITY_S = 90.0  # so long that a queue that grows shows: in 40 s, waiting requests hid an eighth of the serving
 LOWEST, HIGHEST = 10.0, 80.0  # requests per second
 PLANNING_S = 0.0002  # what a step's planning is taken to cost while tuning
 BUDGETS = (0.012, 0.016, 0.02, 0.024, 0.028, 0.031, 0.034, 0.037, 0.04)
