@@ -9,7 +9,7 @@ One output in ten is longer than LONGEST and is cut: otherwise half of the devic
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ TUNED_ON, HELD_OUT = (0, 1), (102, 103)  # seeds of the draws
 LENGTHS, LONGEST = "w3-20rps", (1024, 384)  # tokens of prompt and output, at most
 WARM_S, HORIZON_S = 10.0, 30.0  # a request lasts up to 8 s: before that, work is put off rather than done
 DRAIN_S = 17.0  # the longest output at the pace of the gap target
-TUNE_S = CAPACITY_S = 90.0  # so long that a queue that grows shows: in 40 s, waiting requests hid an eighth of the serving
+TUNE_S = 90.0  # so long that a queue that grows shows: in 40 s, waiting requests hid an eighth of the serving
 LOWEST, HIGHEST = 10.0, 80.0  # requests per second
 PLANNING_S = 0.0002  # what a step's planning is taken to cost while tuning
 BUDGETS = (0.012, 0.016, 0.02, 0.024, 0.028, 0.031, 0.034, 0.037, 0.04)
@@ -84,16 +84,12 @@ def tune(
         epochs=100,
     )
 
-    def requests(seconds: float) -> Callable[..., Trace]:
-        def made(*, load: float, seed: int) -> Trace:
-            return arrivals(load, seed, seconds).assign_adapters(len(serving.ADAPTER_RANKS), popularity=traces.round_robin())
-
-        return made
+    def requests(*, load: float, seed: int) -> Trace:
+        return arrivals(load, seed, seconds).assign_adapters(len(serving.ADAPTER_RANKS), popularity=traces.round_robin())
 
     options: dict[str, Any] = {"slo": slo, "planning": PLANNING_S, "progress": False, "executor": model, "seeds": TUNED_ON, "n_jobs": -1}
     serves = InferenceOnly(512)
-    alone_s = CAPACITY_S * min(1.0, seconds / TUNE_S)
-    found = search(serves, trace=requests(alone_s), low=LOWEST, high=HIGHEST, targets=(ATTAINED,), tolerance=0.05, **options)
+    found = search(serves, trace=requests, low=LOWEST, high=HIGHEST, targets=(ATTAINED,), tolerance=0.05, **options)
     capacity = float(found.table["capacity"].iloc[0])
     print(found, flush=True)
     require(
@@ -103,7 +99,7 @@ def tune(
     for share in shares:
         measure = (min(WARM_S, seconds / 4), seconds)
         axes = {"load": [share * capacity]}
-        runs = sweep(grid, trace=requests(seconds), jobs=[job], axes=axes, measure=measure, **options).frame
+        runs = sweep(grid, trace=requests, jobs=[job], axes=axes, measure=measure, **options).frame
         failed = [str(error) for error in runs["error"].dropna()]
         require(not failed, "every policy must get through its replays", failed[:1])
         means = runs.groupby("policy")[["attainment", "finetune_tokens_per_s"]].mean()

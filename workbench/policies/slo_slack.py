@@ -166,8 +166,8 @@ class SLOSlack:
         if not (whole or is_late or not view.jobs or (self.refills and len(order) <= num_placed)):
             packed = view.limits.tokens - plan.left.tokens
             tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
-            fits = plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s)
-            if fits == min(tokens, left) < min(REFILL_TOKENS, plan.left.tokens):
+            are_few = tokens < min(REFILL_TOKENS, plan.left.tokens)
+            if are_few and plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s) == tokens:
                 return  # more would fit: they gather
         if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
             self.gathers_since_s = inf
