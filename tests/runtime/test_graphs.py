@@ -138,15 +138,16 @@ def test_what_is_recorded_ahead_covers_every_kind_of_mixed_step_once():
     graphs = MixedGraphs(runner, 512, 256, 192)
     keys = [call.args[0] for call in graphs.recordings(has_adapters=True, trains=True)]
     assert len(set(keys)) == len(keys)
-    for tokens in (3, 100, 500):
+    for tokens in (3, 100, 250, 500):
         for train in (0, 2):
-            for queries in ([], [1], [1, tokens - 1 - train], [1] * (tokens - train)):
-                if not train and max(queries, default=0) <= 1:
-                    continue  # a decode step, or none
-                bucket = token_bucket(sum(queries) + train, 512)
-                documents, n = document_bucket(train), sequence_bucket(min(len(queries), 256), 256)
-                wanted = (bucket, n, documents, max(queries, default=0) > 1)
-                assert wanted in {(k.tokens, k.sequences, k.documents, k.prefills) for k in keys}, wanted
+            for queries in ([], [1], [1, tokens - 1 - train], [1] * min(tokens - train, 256)):
+                rows = sum(queries) + train
+                if not rows:
+                    continue
+                documents = [SimpleNamespace(queries=[train], is_finetune=True)] if train else []
+                step = PackedStep(token_ids=[0] * rows, entries=[(0, rows)], train=documents, queries=queries)
+                bucket = token_bucket(rows, 512)
+                assert graphs.key(step, bucket, padded_tiles(step.entries, bucket)[2]) in keys, (queries[:3], len(queries), train)
 
 
 def test_a_staged_mixed_step_says_what_was_packed_whatever_was_staged_before():
