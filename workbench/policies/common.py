@@ -79,7 +79,7 @@ def train_in_turn(view: View, plan: Plan, *, within_s: float = inf) -> None:
         plan.train(jobs[0])
 
 
-GUESS_STEPS = 64
+GUESS = 0.25  # of a target: the excess of a class of steps of which none was seen
 
 
 @dataclass
@@ -87,13 +87,12 @@ class StepErrors:
     """How steps differ from their predictions: the usual ratio by kind of step, and the largest excess over that of late.
 
     A kind is what a step holds ("decode+forward"). `excess_s` is kept for steps that train, that prefill without, and that only decode;
-    in proportion for steps longer than the target in question, and at most that target. Before any was seen it is taken for a quarter of
-    the target, a guess that is halved every `GUESS_STEPS` of them.
+    in proportion for steps longer than the target in question, and at most that target. It begins as a guess, `GUESS` of the target, which
+    is forgotten as slowly as what was seen: the steps that are far too long are one in hundreds, and show late.
     """
 
     ratios: dict[str, float] = field(default_factory=dict)
     excess_s: dict[str, float] = field(default_factory=dict)
-    seen: dict[str, int] = field(default_factory=dict)
     plan_s: float = 0.0
     kind: str = ""
     predicted_s: float = 0.0
@@ -112,8 +111,7 @@ class StepErrors:
             usual = self.ratios.setdefault(self.kind, ratio)
             usual_s, name = usual * self.predicted_s, _class_of(self.kind)
             excess_s = min((step.duration_s - usual_s) * min(1.0, target_s / usual_s), target_s)
-            self.excess_s[name] = max(self.excess_s.get(name, 0.0), excess_s)
-            self.seen[name] = self.seen.get(name, 0) + 1
+            self.excess_s[name] = max(self.excess_s.get(name, GUESS * target_s), excess_s)
             # bounded, so that one outlier moves it little
             self.ratios[self.kind] = usual + 0.1 * min(max(ratio - usual, -0.2 * usual), 0.2 * usual)
         return self.kind
@@ -129,8 +127,7 @@ class StepErrors:
 
     def left_s(self, name: str, seconds: float, target_s: float, margin: float) -> float:
         """What `margin` times the excess of a class leaves of so many seconds, planning taken off."""
-        guess_s = 0.25 * target_s * 0.5 ** (self.seen.get(name, 0) / GUESS_STEPS)
-        return seconds - self.plan_s - margin * max(guess_s, self.excess_s.get(name, 0.0))
+        return seconds - self.plan_s - margin * self.excess_s.get(name, GUESS * target_s)
 
 
 def kind_of(plan: Plan, phase: str = "") -> str:

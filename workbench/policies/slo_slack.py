@@ -31,8 +31,9 @@ class SLOSlack:
     each step decodes and trains up to the tightest gap target, and prompts gather until they fill a padded forward. So places stay full
     while those without one have half of their TTFT target left; later, it trains no more. A backward that turns out longer than predicted
     stops by itself on an executor with safepoints. Predictions are corrected by the usual ratio of measured to predicted of their kind
-    of step, and for the rest `margin` times the largest excess over that is kept in reserve; it is forgotten by half every `memory` steps.
-    So a device that stands still now and then, whatever it does, has its sprints and rests: a decode alone leaves the most room for that.
+    of step, and for the rest `margin` times the largest excess over that is kept in reserve; it is forgotten by half every `memory` steps,
+    and so is a quarter of the gap target, where it begins. So a device that stands still now and then, whatever it does, has its sprints
+    and rests: a decode alone leaves the most room for that.
 
     Requests without a gap target have `token_s` per token, those without one for the first token `first_s`. A job without progress for
     `alive_s` gets one layer or `alive_tokens` tokens at all events. Jobs take turns by committed tokens.
@@ -44,7 +45,7 @@ class SLOSlack:
     reserve: float = 0.1
     pace: bool = True
     margin: float = 2.0
-    memory: int = 1024
+    memory: int = 4096
     alive_s: float = 10.0
     alive_tokens: int = 32
     errors: StepErrors = field(default_factory=StepErrors, repr=False)
