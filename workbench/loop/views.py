@@ -122,10 +122,12 @@ class RequestView(_ReadOnly):
     @property
     def prefill_left(self) -> int:
         """Tokens that its prefill has still to compute: without those that it skipped, or would skip if it began now."""
-        s = self._state
+        s, ledger = self._state, self._ledger
         if s.phase == "running":
             return 0
-        return s.context - (s.prefilled if s.blocks else self.cached_tokens)
+        if s.blocks:
+            return s.context - s.prefilled
+        return s.context if ledger.cache is None else s.context - len(ledger.cached_blocks(s)) * ledger.info.block_tokens
 
     @property
     def expected_left(self) -> float:

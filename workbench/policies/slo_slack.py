@@ -1,9 +1,10 @@
 """Sprint and rest: decode until everybody can bear one late token, then train until the first of them needs the device again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
+from workbench.config import SLO
 from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_resident, kind_of, repeat_decodes
 from workbench.policy import JobView, Plan, RequestView, View
 
@@ -210,7 +211,7 @@ class SLOSlack:
         """Whether to sprint and rest: once it does, until somebody cannot wait; else asked anew once a sprint's steps have gone by."""
         gathers = len(view.waiting) <= view.free.requests and not any(map(is_resident, view.waiting))
         if not self.sprints and view.running and gathers and self.steps_left <= 0:
-            gaps = max(map(gaps_per_late, view.running))
+            gaps = max(gaps_per_late(r.slo) for r in view.running)
             cycle_s = min((1 - self.reserve) * self.ttft_s, gaps * self.gap_s if self.pace else inf)
             rolling_s = self.rolling_s()
             self.sprints = gaps * rolling_s < cycle_s and (view.now_s >= self.rolls_until_s or rolling_s <= self.pace_s)
@@ -224,15 +225,16 @@ class SLOSlack:
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
         if self.steps_left <= 0 or view.finished:
-            self.steps_left = max((self.gaps_to_spare(r) for r in view.running), default=0.0)
+            self.steps_left = max(self.gaps_to_spare(view.running), default=0.0)
         return self.steps_left <= 0
 
-    def gaps_to_spare(self, request: RequestView) -> float:
-        """How many more gaps on time it needs until one may be late; none if more were late than its tokens forgive: it is lost."""
-        if request.slo is None or request.slo.itl_s is None:
-            return 0.0
-        late, gaps = self.late.get(request.id, 0), gaps_per_late(request)
-        return 0.0 if late * gaps > request.generated else (late + 1) * gaps - request.generated
+    def gaps_to_spare(self, requests: Sequence[RequestView]) -> Iterator[float]:
+        """How many more gaps on time each needs until one may be late; none if more were late than its tokens forgive: it is lost."""
+        for request in requests:
+            slo, generated = request.slo, request.generated
+            if slo is not None and slo.itl_s is not None:
+                late, gaps = self.late.get(request.id, 0), gaps_per_late(slo)
+                yield 0.0 if late * gaps > generated else (late + 1) * gaps - generated
 
     def enough_s(self, view: View, request: RequestView) -> float:
         """Until when it has tokens enough, by the pace of its targets."""
@@ -307,7 +309,6 @@ class SLOSlack:
             self.decoded_s = view.now_s
 
 
-def gaps_per_late(request: RequestView) -> float:
+def gaps_per_late(slo: SLO | None) -> float:
     """In how many gaps one may be late; 1 without a gap target, and very many at quantile 1."""
-    slo = request.slo
     return 1.0 if slo is None or slo.itl_s is None else 1.0 / (1.0 - slo.itl_quantile + 1e-9)
