@@ -13,6 +13,7 @@ import torch
 from kernels.layout import SegmentLayout
 from workbench.runtime import shapes
 from workbench.runtime.adapters import init_adapter
+from workbench.runtime.block_tables import BlockTables, places_of
 from workbench.runtime.graphs import (
     ROW_BUCKETS,
     DecodeBatch,
@@ -83,15 +84,33 @@ def test_tiles_of_a_bucket_fit_the_graph_that_they_choose(rows, adapters):
     assert len(tiles) <= room and tiles[:, 2].max() <= tile_rows(rows, room) and tiles[:, 2].sum() == rows
 
 
+def shown(blocks, width):
+    """These sequences' blocks as a step gathers them."""
+    tables = BlockTables(width, 2)
+    return tables.gather([tables.show(tables.take(), b) for b in blocks])
+
+
+def test_block_tables_show_what_a_sequence_holds_after_others_came_and_went():
+    tables = BlockTables(4, 2)
+    held = [tables.show(tables.take(), blocks) for blocks in ((5, 6), (7,), (8, 9, 10))]
+    assert len(set(held)) == 3, "more rows than there were"
+    tables.give(held[1])
+    assert tables.take() == held[1]
+    tables.show(held[1], (1, 2, 3, 4))
+    tables.show(held[0], (5, 6, 11))
+    found = tables.gather([held[2], held[0], held[1]])
+    assert [found[0, :3].tolist(), found[1, :3].tolist(), found[2].tolist()] == [[8, 9, 10], [5, 6, 11], [1, 2, 3, 4]]
+    assert places_of(found, np.array([2, 0, 0]), np.array([5, 0, 3]), 2).tolist() == [7, 16, 19]
+
+
 def test_staged_rows_say_what_the_batch_says_whatever_was_staged_before():
     rng, pool, bucket = np.random.default_rng(0), SimpleNamespace(num_blocks=50, block_tokens=4), 8
     staging = Staging(decode_fields(bucket, 6, bucket), torch.device("cpu"))
-    held = [None] * bucket
     for rows in (5, 8, 8, 1, 3):
         positions = rng.integers(0, 24, rows).tolist()
         blocks = [tuple(rng.permutation(50)[: p // 4 + 1].tolist()) for p in positions]
-        batch = DecodeBatch(rng.integers(0, 99, rows).tolist(), positions, blocks, [int(e) for e in rng.integers(0, 2, rows)])
-        write_rows(staging.host, batch, bucket_tiles([*batch.entries, *[None] * (bucket - rows)]), held, pool)
+        batch = DecodeBatch(rng.integers(0, 99, rows).tolist(), positions, shown(blocks, 9), [int(e) for e in rng.integers(0, 2, rows)])
+        write_rows(staging.host, batch, bucket_tiles([*batch.entries, *[None] * (bucket - rows)]), pool)
         staging.upload()
         there = {name: tensor.tolist() for name, tensor in staging.device.items()}
         assert there["token_ids"] == batch.token_ids + [0] * (bucket - rows)
@@ -165,7 +184,7 @@ def test_a_staged_mixed_step_says_what_was_packed_whatever_was_staged_before():
             train=[],
             queries=queries,
             contexts=contexts,
-            blocks=blocks,
+            tables=shown(blocks, 6),
             samples=[i for i in range(rows) if rng.random() < 0.1][:5],
             sampled=[],
         )

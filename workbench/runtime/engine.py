@@ -21,6 +21,7 @@ from workbench.data import prepare, prompt_token_ids
 from workbench.runtime.ablations import TABLES
 from workbench.runtime.adapters import init_adapter
 from workbench.runtime.backward_graphs import BackwardGraphs
+from workbench.runtime.block_tables import BlockTables
 from workbench.runtime.buckets import buckets
 from workbench.runtime.engine_measuring import EngineMeasuring
 from workbench.runtime.engine_step import OutOfMemory
@@ -71,6 +72,7 @@ class Engine(EngineMeasuring):
         self.runner = Runner(self.fused, pool, table, self._limits.max_model_len, self.device)
         self.runner.parts = Parts(config.ranges)
         self._table = table
+        self._tables = BlockTables(-(-self._limits.max_model_len // config.block_tokens))
         uses_graphs = config.graphs and self.device.type == "cuda"
         self._graphs = DecodeGraphs(self.runner, self._limits.max_model_len) if uses_graphs else None
         if uses_graphs:
@@ -272,7 +274,8 @@ class Engine(EngineMeasuring):
     def end(self) -> None:
         """Forget every sequence. Jobs stay in `jobs` (to checkpoint, publish, look at) until the next `begin`."""
         with self.lock:
-            self._sequences.clear()
+            for owner in list(self._sequences):
+                self._forget(owner)
             self._slots.clear()
             self._trainers.clear()
             self._commands.clear()

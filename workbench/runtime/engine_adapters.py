@@ -24,11 +24,12 @@ Version = tuple[str, int]  # adapter name, version
 
 @dataclass(slots=True)
 class KnownSequence:
-    """The engine's record of one admitted request: its tokens so far, prompt first."""
+    """The engine's record of one admitted request: its tokens so far, prompt first, and its row of the block tables."""
 
     request: Request
     tokens: list[int]
     seed: int
+    row: int
     pinned: Version | None = None
 
 

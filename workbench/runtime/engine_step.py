@@ -13,6 +13,7 @@ from workbench.core import Batch, Segment, StepResult
 from workbench.data import Document, prompt_token_ids
 from workbench.runtime.backward import BackwardPass
 from workbench.runtime.backward_graphs import BackwardGraphs, RecordedPass
+from workbench.runtime.block_tables import BlockTables
 from workbench.runtime.engine_adapters import EngineAdapters, KnownSequence, Version
 from workbench.runtime.finetune import TrainState
 from workbench.runtime.forward import BackwardOutput, ForwardOutput, Runner
@@ -45,6 +46,7 @@ class EngineStep(EngineAdapters):
     runner: Runner
     _graphs: DecodeGraphs | None
     _backward_graphs: BackwardGraphs | None
+    _tables: BlockTables
     _seed: int
 
     def __init__(self) -> None:
@@ -117,11 +119,12 @@ class EngineStep(EngineAdapters):
             return self.runner.forward(packed, self._dropout_states())
         slot_of = {version: slot for slot, version in self._slots.items()}
         segments = batch.segments
-        assert all(s.end == len(self._sequences[s.owner].tokens) for s in segments), "a decode takes its sequence's last token"
+        known = [self._sequences[s.owner] for s in segments]
+        assert all([s.start + 1 == len(k.tokens) for s, k in zip(segments, known, strict=True)]), "a decode takes its sequence's last token"
         rows = DecodeBatch(
-            token_ids=[self._sequences[s.owner].tokens[s.start] for s in segments],
+            token_ids=[k.tokens[-1] for k in known],
             positions=[s.start for s in segments],
-            blocks=[s.blocks for s in segments],
+            tables=self._tables.gather([self._tables.show(k.row, s.blocks) for s, k in zip(segments, known, strict=True)]),
             entries=[None if s.adapter is None else slot_of[s.adapter, s.version] for s in segments],
         )
         self._table.wait({entry for entry in rows.entries if entry is not None})
@@ -132,8 +135,13 @@ class EngineStep(EngineAdapters):
         for request in batch.admitted:
             ids = prompt_token_ids(request, vocab_size=self.fused.dims.vocab_size, tokenizer=self.tokenizer)
             seed = request_seed(self._seed, request.sampling.seed, request.request_id)
-            self._sequences[request.request_id] = KnownSequence(request, list(ids), seed)
+            self._sequences[request.request_id] = KnownSequence(request, list(ids), seed, self._tables.take())
             undo.admitted.append(request.request_id)
+
+    def _forget(self, owner: str) -> None:
+        sequence = self._sequences.pop(owner, None)
+        if sequence is not None:
+            self._tables.give(sequence.row)
 
     def _load(self, batch: Batch, undo: _Undo) -> None:
         for load in batch.loads:
@@ -146,13 +154,10 @@ class EngineStep(EngineAdapters):
         self._slots[slot] = version
 
     def _pack(self, batch: Batch) -> PackedStep:
-        slot_of = {version: slot for slot, version in self._slots.items()}
         dropout = self._dropout_states()
 
         def entry_of(s: Segment) -> int | None:
-            if s.kind in ("finetune", "evaluate"):
-                return None if s.kind == "finetune" and s.owner in dropout else self._states[s.owner].entry
-            return None if s.adapter is None else slot_of[s.adapter, s.version]
+            return None if s.kind == "finetune" and s.owner in dropout else self._states[s.owner].entry
 
         def scale_of(s: Segment) -> float:
             assert s.micro_batch is not None
@@ -160,14 +165,11 @@ class EngineStep(EngineAdapters):
                 return 1.0
             return 1.0 / max(1, self._states[s.owner].prepared.micro_batch(s.micro_batch).window_labelled)
 
-        def tokens_of(s: Segment) -> list[int]:
-            tokens = self._sequences[s.owner].tokens
-            assert s.end <= len(tokens) and s.samples == (s.end == len(tokens)), f"segment {s} does not fit {len(tokens)} known tokens"
-            return tokens[s.start : s.end]
-
         return pack(
             batch,
-            tokens_of=tokens_of,
+            sequences=self._sequences,
+            slot_of={version: slot for slot, version in self._slots.items()},
+            tables=self._tables,
             documents_of=self._documents,
             entry_of=entry_of,
             scale_of=scale_of,
@@ -259,7 +261,7 @@ class EngineStep(EngineAdapters):
                 state = self._states[done.work.owner]
                 published[state.job.adapter] = self.publish(state, room[done.work.owner])
         for owner in batch.released:
-            self._sequences.pop(owner, None)
+            self._forget(owner)
             if self._trainers.pop(owner, None) is not None:
                 self._states[owner].discard_pending()
         if batch.released or published:
@@ -282,7 +284,7 @@ class EngineStep(EngineAdapters):
 
     def _roll_back(self, undo: _Undo) -> None:
         for request_id in undo.admitted:
-            del self._sequences[request_id]
+            self._forget(request_id)
         for slot, version in undo.slots.items():
             self._slots.pop(slot, None)
             self._table.clear(slot)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.config import require
 from workbench.core import Request, Sampling, Segment
 from workbench.data import Document
+from workbench.runtime.block_tables import BlockTables
 from workbench.runtime.inputs import pack
 
 if TYPE_CHECKING:
@@ -106,7 +107,9 @@ def _evaluate(engine: "Engine", documents: list[Document], entry: int | None) ->
     segment = Segment("evaluate", "nll", None, 0, 0, sum(lengths), micro_batch=0, rows=0, documents=lengths)
     step = pack(
         Batch(0, (segment,)),
-        tokens_of=lambda s: (),
+        sequences={},
+        slot_of={},
+        tables=BlockTables(1, 1),
         documents_of=lambda s: documents,
         entry_of=lambda s: entry,
         scale_of=lambda s: 1.0,

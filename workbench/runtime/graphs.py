@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.layout import SegmentLayout, few_tiles, tile_height
+from workbench.runtime.block_tables import places_of
 from workbench.runtime.inputs import StepInputs
 from workbench.runtime.kv_cache import KVPool
 from workbench.runtime.recording import Recorder, Replayable
@@ -38,26 +39,25 @@ def context_bucket(context: int, max_model_len: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """A batch of decode rows on the host, in packed order: last token, its position, KV blocks, and table entry (None: base)."""
+    """A batch of decode rows on the host, in packed order: last token, its position, KV blocks [rows, M] int32 (more may follow), and entry
+    of the adapter table (None: base).
+    """
 
     token_ids: list[int]
     positions: list[int]
-    blocks: list[tuple[int, ...]]
+    tables: np.ndarray
     entries: list[int | None]
 
 
 @dataclass(slots=True)
 class _Recorded:
-    """A graph with the inputs that it reads (kept alive here), what it leaves (logits [rows, V], their argmax [rows]), and whose blocks lie
-    in its table.
-    """
+    """A graph with the inputs that it reads (kept alive here), and what it leaves: logits [rows, V] and their argmax [rows]."""
 
     graph: Replayable
     inputs: StepInputs
     staging: Staging
     logits: Tensor
     greedy: Tensor
-    held: list[tuple[int, ...] | None]
 
 
 class DecodeGraphs:
@@ -77,7 +77,7 @@ class DecodeGraphs:
         tiles = bucket_tiles([*batch.entries, *[None] * (bucket - rows)])
         has_adapters = any(entry is not None for entry in batch.entries)
         found = self._find(bucket, context, tile_bucket(bucket, len(tiles)), has_adapters)
-        write_rows(found.staging.host, batch, tiles, found.held, self.runner.pool)
+        write_rows(found.staging.host, batch, tiles, self.runner.pool)
         found.staging.upload()
         found.graph.replay()
         return found.logits[:rows], found.greedy[:rows]
@@ -108,8 +108,8 @@ class DecodeGraphs:
     def _record(self, bucket: int, context: int, tiles: int, has_adapters: bool) -> _Recorded:
         pool, device = self.runner.pool, self.runner.device
         staging = Staging(decode_fields(bucket, -(-context // pool.block_tokens), tiles), device)
-        held: list[tuple[int, ...] | None] = [None] * bucket
-        write_rows(staging.host, DecodeBatch([], [], [], []), decode_tiles([], TILE_ROWS), held, pool)  # padding rows alone
+        nobody = DecodeBatch([], [], np.zeros((0, 1), dtype=np.int32), [])
+        write_rows(staging.host, nobody, decode_tiles([], TILE_ROWS), pool)  # padding rows alone
         staging.upload()
         inputs = self._inputs(staging, context, has_adapters)
         outputs: list[Tensor] = []
@@ -121,7 +121,7 @@ class DecodeGraphs:
         for _ in range(2):  # padding rows leave no trace
             self.recorder.warm_up(run)
         graph = self.recorder.record(run)
-        return _Recorded(graph, inputs, staging, *outputs, held)
+        return _Recorded(graph, inputs, staging, *outputs)
 
     def _inputs(self, staging: Staging, context: int, has_adapters: bool) -> StepInputs:
         """Inputs that read the staged arrays."""
@@ -177,25 +177,16 @@ def decode_fields(rows: int, width: int, tiles: int) -> dict[str, tuple[tuple[in
     }
 
 
-def write_rows(
-    host: Mapping[str, np.ndarray], batch: DecodeBatch, tiles: np.ndarray, held: list[tuple[int, ...] | None], pool: KVPool
-) -> None:
-    """Stage a batch and its tiles, padding rows behind it: token 0 at position 0, one key, in the block that is nobody's.
-
-    `held` are the blocks that each row of the staged table shows already; only what differs is written.
-    """
-    rows, size = len(batch.token_ids), pool.block_tokens
+def write_rows(host: Mapping[str, np.ndarray], batch: DecodeBatch, tiles: np.ndarray, pool: KVPool) -> None:
+    """Stage a batch and its tiles, padding rows behind it: token 0 at position 0, one key, in the block that is nobody's."""
+    rows, size, table = len(batch.token_ids), pool.block_tokens, host["block_tables"]
     host["token_ids"][:rows], host["token_ids"][rows:] = batch.token_ids, 0
     host["positions"][:rows], host["positions"][rows:] = batch.positions, 0
     host["context_lens"][:rows], host["context_lens"][rows:] = host["positions"][:rows] + 1, 1
-    last = np.array([blocks[position // size] for blocks, position in zip(batch.blocks, batch.positions, strict=True)], dtype=np.int64)
-    host["places"][:rows], host["places"][rows:] = last * size + host["positions"][:rows] % size, pool.num_blocks * size
-    table = host["block_tables"]
-    for row in range(len(held)):
-        blocks = batch.blocks[row] if row < rows else (pool.num_blocks,)
-        if held[row] != blocks:
-            table[row, : len(blocks)] = blocks
-            held[row] = blocks
+    places = places_of(batch.tables, np.arange(rows), host["positions"][:rows], size)
+    host["places"][:rows], host["places"][rows:] = places, pool.num_blocks * size
+    width = min(table.shape[1], batch.tables.shape[1])
+    table[:rows, :width], table[rows:, 0] = batch.tables[:, :width], pool.num_blocks
     host["tiles"][: len(tiles)], host["tiles"][len(tiles) :] = tiles, 0
 
 

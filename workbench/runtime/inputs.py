@@ -3,7 +3,7 @@
 Legend: T packed tokens (fine-tune and evaluate rows come first), D documents of the latter, N sequences, M blocks of the longest.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -15,8 +15,10 @@ from torch import Tensor
 from kernels.layout import SegmentLayout, Tile, few_tiles, tile_height, tiles_of
 from workbench.core import Batch, Segment
 from workbench.data import Document
+from workbench.runtime.block_tables import BlockTables, places_of
 
 if TYPE_CHECKING:
+    from workbench.runtime.engine_adapters import KnownSequence, Version
     from workbench.runtime.finetune import TrainState
 
 # 448 is left out: on an H100 its products take longer than those of 512 rows.
@@ -75,8 +77,8 @@ class PackedStep:
     """The packed rows of a step on the host: fine-tune and evaluate rows first, then each sequence's.
 
     `entries` says (entry of the adapter table or None, rows) in packed order. Sequence n has `queries[n]` rows, `contexts[n]` tokens in the
-    cache once the step has stored its own, and lies in `blocks[n]`. `samples` lists the packed rows that are sampled, in the order of
-    `sampled`.
+    cache once the step has stored its own, and lies in the blocks of row n of `tables` [N, M]. `samples` lists the packed rows that are
+    sampled, in the order of `sampled`.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -86,7 +88,7 @@ class PackedStep:
     train: list[TrainSpan] = field(default_factory=list)
     queries: list[int] = field(default_factory=list)
     contexts: list[int] = field(default_factory=list)
-    blocks: list[tuple[int, ...]] = field(default_factory=list)
+    tables: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), dtype=np.int32))
     samples: list[int] = field(default_factory=list)
     sampled: list[Segment] = field(default_factory=list)
 
@@ -198,45 +200,62 @@ def padded_tiles(row_slots: Sequence[tuple[int | None, int]], bucket: int) -> tu
 def pack(
     batch: Batch,
     *,
-    tokens_of: Callable[[Segment], Sequence[int]],
+    sequences: "Mapping[str, KnownSequence]",
+    slot_of: "Mapping[Version, int]",
+    tables: BlockTables,
     documents_of: Callable[[Segment], Sequence[Document]],
     entry_of: Callable[[Segment], int | None],
     scale_of: Callable[[Segment], float],
     block_tokens: int,
 ) -> PackedStep:
-    """The step's rows. Raises AssertionError where the batch contradicts the engine's record of a sequence."""
+    """The step's rows; `documents_of`, `entry_of` and `scale_of` say what finetune and evaluate segments have.
+
+    Raises AssertionError where the batch contradicts the engine's record of a sequence.
+    """
     step = PackedStep()
+    token_ids, positions, entries = step.token_ids, step.positions, step.entries
+    queries, contexts, samples, sampled = step.queries, step.contexts, step.samples, step.sampled
     places: list[np.ndarray] = []
+    rows: list[int] = []
     for segment in batch.segments:
-        first = len(step.token_ids)
-        step.entries.append((entry_of(segment), segment.tokens))
+        count = segment.tokens
         if segment.kind in ("finetune", "evaluate"):
-            assert not step.queries, "fine-tune and evaluate rows come first"
-            span, ids, positions = train_span(segment, documents_of(segment), first=first, scale=scale_of(segment))
+            assert not queries, "fine-tune and evaluate rows come first"
+            span, ids, at = train_span(segment, documents_of(segment), first=len(token_ids), scale=scale_of(segment))
             step.train.append(span)
-            step.token_ids += ids
-            step.positions += positions
+            entries.append((entry_of(segment), count))
+            token_ids += ids
+            positions += at
             places.append(~np.arange(span.arena, span.arena + span.tokens))
             continue
-        step.token_ids += tokens_of(segment)
-        step.positions += range(segment.start, segment.end)
-        step.queries.append(segment.tokens)
-        step.contexts.append(segment.end)
-        step.blocks.append(segment.blocks)
-        at = np.arange(segment.start, segment.end)
-        places.append(np.asarray(segment.blocks, dtype=np.int64)[at // block_tokens] * block_tokens + at % block_tokens)
+        sequence, start = sequences[segment.owner], segment.start
+        known, end = sequence.tokens, start + count
+        assert end <= len(known) and segment.samples == (end == len(known)), f"segment {segment} does not fit {len(known)} known tokens"
+        entry = None if segment.adapter is None else slot_of[segment.adapter, segment.version]
+        if entries and entries[-1][0] == entry:
+            entries[-1] = entry, entries[-1][1] + count
+        else:
+            entries.append((entry, count))
+        if count == 1:
+            token_ids.append(known[start])
+            positions.append(start)
+        else:
+            token_ids += known[start:end]
+            positions += range(start, end)
+        queries.append(count)
+        contexts.append(end)
+        rows.append(tables.show(sequence.row, segment.blocks))
         if segment.samples:
-            step.samples.append(len(step.token_ids) - 1)
-            step.sampled.append(segment)
-    step.places = np.concatenate(places)
+            samples.append(len(token_ids) - 1)
+            sampled.append(segment)
+    step.tables = tables.gather(rows)
+    at_rows, owners = np.array(positions[step.num_train_rows :], dtype=np.int64), np.repeat(np.arange(len(rows)), queries)
+    step.places = np.concatenate((*places, places_of(step.tables, owners, at_rows, block_tokens)))
     return step
 
 
 def on_device(step: PackedStep, device: torch.device) -> StepInputs:
     """The step's tensors as they are, without padding."""
-    tables = np.zeros((len(step.blocks), max(map(len, step.blocks), default=1)), dtype=np.int32)
-    for row, blocks in zip(tables, step.blocks, strict=True):
-        row[: len(blocks)] = blocks
     return StepInputs(
         token_ids=torch.tensor(step.token_ids, dtype=torch.int64).to(device),
         positions=torch.tensor(step.positions, dtype=torch.int64).to(device),
@@ -244,7 +263,7 @@ def on_device(step: PackedStep, device: torch.device) -> StepInputs:
         layout=SegmentLayout.build(step.entries, device),
         documents=Documents.of(step.train, device) if step.train else None,
         keeps=step.keeps,
-        block_tables=torch.from_numpy(tables).to(device),
+        block_tables=torch.from_numpy(step.tables).to(device),
         cu_seqlens_q=_cumulative(step.queries, device, step.num_train_rows),
         context_lens=_int32(step.contexts, device),
         max_seqlen_q=max(step.queries, default=0),

@@ -244,5 +244,4 @@ def write_step(host: Mapping[str, np.ndarray], step: PackedStep, tiles: list[Til
     put("cu_seqlens_q", list(accumulate(step.queries, initial=num_train)), len(step.queries) + 1, rows)
     put("context_lens", step.contexts, len(step.contexts), 0)
     put("samples", step.samples, len(step.samples), 0)
-    for row, blocks in zip(host["block_tables"], step.blocks):
-        row[: len(blocks)] = blocks
+    host["block_tables"][: len(step.tables), : step.tables.shape[1]] = step.tables
