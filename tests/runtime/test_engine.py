@@ -168,7 +168,7 @@ def run_job(engine, j, *, micro_batches, folder=None):
             engine.jobs[j.adapter].checkpoint(folder)
         state = engine._states[j.id]
         return [t.clone() for t in [*state.params, *state.accumulated]] + [
-            v.clone() for p in state.params for v in state.optimizer.state[p].values()
+            v.clone() for means in state.optimizer_tensors() for v in means.values()
         ]
 
 

@@ -15,6 +15,7 @@ from workbench.config import LINEARS, FinetuneJob
 from workbench.data import PreparedJob
 from workbench.runtime.adapters import AdapterWeights
 from workbench.runtime.model import GROUPS, group_widths
+from workbench.runtime.packed import PackedLayout, shapes_of
 from workbench.runtime.weights import Dims
 
 Key = tuple[int, str]  # layer, target
@@ -38,15 +39,20 @@ class TrainState:
 
     `compute` holds the copies in the model's dtype that the kernels read; they change only when a window ends. `pending` holds the
     gradients of the micro-batch in flight: they join `accumulated` when its backward is complete.
+    Everything of a kind lies in one buffer, which the optimiser sees as one parameter: a step launches a few kernels, however many linears
+    are adapted. `weights` and `gradients` [P] hold what `master` and `accumulated` are views of, `copies` what `compute` is.
     """
 
     job: FinetuneJob
     prepared: PreparedJob
     entry: int
+    layout: PackedLayout
+    weights: Tensor
+    gradients: Tensor
+    copies: Tensor
     master: dict[Key, tuple[Tensor, Tensor]]
     compute: dict[Key, tuple[Tensor, Tensor]]
     optimizer: torch.optim.AdamW
-    accumulated: list[Tensor]
     pending: dict[int, Tensor] = field(default_factory=dict)
     micro_batches_done: int = 0
     optimizer_steps: int = 0
@@ -55,29 +61,43 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self._index = {key: 2 * i for i, key in enumerate(self.master)}
+        self.params, self.accumulated = self.views(self.weights), self.views(self.gradients)
 
     @classmethod
     def create(
-        cls, job: FinetuneJob, prepared: PreparedJob, weights: AdapterWeights, entry: int, device: torch.device, dtype: torch.dtype
+        cls, job: FinetuneJob, prepared: PreparedJob, adapter: AdapterWeights, entry: int, device: torch.device, dtype: torch.dtype
     ) -> "TrainState":
-        """Master copies of `weights` on `device`; the optimiser's state is allocated now, so that no step can run out of memory for it."""
-        master = {
-            key: (a.to(device, torch.float32, copy=True), b.to(device, torch.float32, copy=True)) for key, (a, b) in weights.tensors.items()
+        """Master copies of `adapter` on `device`; the optimiser's state is allocated now, so that no step can run out of memory for it."""
+        shapes = shapes_of(adapter.tensors)
+        compute_layout = PackedLayout.of(shapes, dtype)
+        layout = compute_layout.widened(torch.float32)
+        weights, gradients = (torch.zeros(layout.size, dtype=torch.float32, device=device) for _ in range(2))
+        copies = torch.zeros(compute_layout.size, dtype=dtype, device=device)
+        master = {key: layout.view(weights, key) for key in shapes}
+        compute = {key: compute_layout.view(copies, key) for key in shapes}
+        for key, pair in adapter.tensors.items():
+            for place, tensor in zip(master[key], pair, strict=True):
+                place.copy_(tensor)
+        copies.copy_(weights)
+        optimizer = torch.optim.AdamW(
+            [weights], lr=job.learning_rate, betas=job.betas, eps=job.eps, weight_decay=job.weight_decay, fused=True
+        )
+        optimizer.state[weights] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "exp_avg": torch.zeros_like(weights),
+            "exp_avg_sq": torch.zeros_like(weights),
         }
-        compute = {key: (a.to(dtype, copy=True).contiguous(), b.to(dtype, copy=True).contiguous()) for key, (a, b) in master.items()}
-        params = [t for pair in master.values() for t in pair]
-        optimizer = torch.optim.AdamW(params, lr=job.learning_rate, betas=job.betas, eps=job.eps, weight_decay=job.weight_decay, fused=True)
-        for p in params:
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-        return cls(job, prepared, entry, master, compute, optimizer, [torch.zeros_like(p) for p in params])
+        return cls(job, prepared, entry, layout, weights, gradients, copies, master, compute, optimizer)
 
-    @property
-    def params(self) -> list[Tensor]:
-        return [t for pair in self.master.values() for t in pair]
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """A and B of every linear in turn, in a buffer like `weights`."""
+        return [t for key in self.layout.shapes for t in self.layout.view(buffer, key)]
+
+    def optimizer_tensors(self) -> list[dict[str, Tensor]]:
+        """Of every tensor of `params` its step (one for all), mean and mean square of the gradient."""
+        state = self.optimizer.state[self.weights]
+        means = zip(self.views(state["exp_avg"]), self.views(state["exp_avg_sq"]), strict=True)
+        return [{"step": state["step"], "exp_avg": mean, "exp_avg_sq": square} for mean, square in means]
 
     @property
     def num_steps(self) -> int:
@@ -104,18 +124,23 @@ class TrainState:
             self._optimizer_step()
 
     def _optimizer_step(self) -> None:
-        params = self.params
-        for p, gradient in zip(params, self.accumulated, strict=True):
-            p.grad = gradient
+        self.weights.grad = self.gradients
         if self.job.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(params, self.job.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_([self.weights], self.job.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = self.job.learning_rate * learning_rate_factor(self.job, self.optimizer_steps, self.num_steps)
         self.optimizer.step()
         self.optimizer_steps += 1
-        for p in params:
-            p.grad = None
-        torch._foreach_zero_(self.accumulated)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_copy_([t for pair in self.compute.values() for t in pair], params)  # pyright: ignore[reportPrivateImportUsage]
+        self.weights.grad = None
+        self.gradients.zero_()
+        self.refresh_compute()
+
+    def refresh_compute(self) -> None:
+        """Let `compute` be what `master` is now; tensor by tensor where a table has moved it to memory of its own (`PaddedTable`)."""
+        tensors = [t for pair in self.compute.values() for t in pair]
+        if tensors and tensors[0].data_ptr() != self.copies.data_ptr():
+            torch._foreach_copy_(tensors, self.params)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            self.copies.copy_(self.weights)
 
 
 def dropped_lora(

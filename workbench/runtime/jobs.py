@@ -91,10 +91,9 @@ class JobHandle:
 def state_tensors(state: TrainState) -> dict[str, torch.Tensor]:
     """Every tensor that a resumed run needs, by name, on the CPU."""
     tensors: dict[str, torch.Tensor] = {}
-    for i, (p, gradient) in enumerate(zip(state.params, state.accumulated, strict=True)):
+    for i, (p, gradient, means) in enumerate(zip(state.params, state.accumulated, state.optimizer_tensors(), strict=True)):
         tensors[f"{i}.weight"], tensors[f"{i}.accumulated"] = p, gradient
-        for name in ("step", "exp_avg", "exp_avg_sq"):
-            tensors[f"{i}.{name}"] = state.optimizer.state[p][name]
+        tensors |= {f"{i}.{name}": tensor for name, tensor in means.items()}
     return {name: t.detach().cpu().clone() for name, t in tensors.items()}
 
 
@@ -111,18 +110,16 @@ def restore_state(state: TrainState, folder: Path) -> None:
             "Resume with the base model and the targets that it was made with."
         )
     with torch.no_grad():
-        for i, (p, gradient) in enumerate(zip(state.params, state.accumulated, strict=True)):
+        for i, (p, gradient, means) in enumerate(zip(state.params, state.accumulated, state.optimizer_tensors(), strict=True)):
             if tensors[f"{i}.weight"].shape != p.shape:
                 raise ValueError(
                     f"weight {i} of the checkpoint must have shape {tuple(p.shape)}, got {tuple(tensors[f'{i}.weight'].shape)}."
                 )
             p.copy_(tensors[f"{i}.weight"])
             gradient.copy_(tensors[f"{i}.accumulated"])
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                state.optimizer.state[p][name].copy_(tensors[f"{i}.{name}"])
-        for key, (a, b) in state.master.items():
-            state.compute[key][0].copy_(a)
-            state.compute[key][1].copy_(b)
+            for name, tensor in means.items():
+                tensor.copy_(tensors[f"{i}.{name}"])
+        state.refresh_compute()
     progress = json.loads((folder / PROGRESS_FILE).read_text())
     if progress["micro_batches_done"] != state.prepared.first_micro_batch:
         raise ValueError(

@@ -42,6 +42,11 @@ class PackedLayout:
     def bytes(self) -> int:
         return self.size * self.dtype.itemsize
 
+    def widened(self, dtype: torch.dtype) -> "PackedLayout":
+        """The same places, counted in numbers, for a wider dtype: one copy converts a whole buffer."""
+        scale = dtype.itemsize // self.dtype.itemsize
+        return PackedLayout(dtype, self.shapes, {key: (a * scale, b * scale) for key, (a, b) in self.offsets.items()}, self.size)
+
     def view(self, buffer: Tensor, key: Key) -> tuple[Tensor, Tensor]:
         """A [r, K] and B [N, r] of one linear, as views of `buffer` [size]."""
         (a, b), (a_offset, b_offset) = self.shapes[key], self.offsets[key]
