@@ -257,7 +257,7 @@ def test_slack_leaves_half_of_the_gap_target_for_stalls_until_it_has_seen_how_fe
     desk = serving(one("x", output=60))
     desk.policy.errors = StepErrors()
     assert trained(desk) == 15  # (10 ms - 2 * 2.5 ms - 4.2 ms) / 50 us, less what the contexts take
-    usual = StepView(0.0, 0.010, 0.010, 0.0, False, ())
+    usual = StepView(0.0, 0.010, 0.010, 0.0, False, tuple)
     for left_s in (0.0025, 0.00125):
         assert desk.policy.errors.excess_s.get("train", 0.0025) == pytest.approx(left_s, rel=1e-3)
         for _ in range(desk.policy.memory):
@@ -270,7 +270,7 @@ def test_step_errors_forget_an_outlier_and_learn_the_usual_ratio():
 
     def learn(duration_s, predicted_s=0.010):
         errors.kind, errors.predicted_s = "decode+forward", predicted_s
-        errors.learn(StepView(0.0, duration_s, predicted_s, 0.0, False, ()), 0.045, 64)
+        errors.learn(StepView(0.0, duration_s, predicted_s, 0.0, False, tuple), 0.045, 64)
 
     for _ in range(100):
         learn(0.020)

@@ -5,6 +5,7 @@ everything bit for bit, but for cached blocks that the step evicted and may have
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -165,11 +166,9 @@ class Ledger:
         batch, result, start_s, predicted_s, plan_s = self.last
         if not isinstance(result, StepResult):
             result = StepResult(duration_s=result, gpu_s=result)
-        work: list[tuple[str, str, int]] = [(s.owner, s.kind, s.tokens) for s in batch.segments]
-        if not self.needs_rows and self.last_plan is not None and self.last_plan.decodes_all:
-            work += [(s.id, "decode", 1) for s in sorted(self.last_plan.decodes, key=_by_version)]
-        work += [(b.owner, "backward", result.layers_done.get(b.owner, b.num_layers)) for b in batch.backwards]
-        return StepView(start_s, result.duration_s, predicted_s, plan_s, result.stopped_early, tuple(work))
+        plan = None if self.needs_rows else self.last_plan
+        work = partial(_work_done, batch, result, plan)
+        return StepView(start_s, result.duration_s, predicted_s, plan_s, result.stopped_early, work)
 
     def free_room(self) -> Room:
         """What a plan could take now."""
@@ -422,14 +421,16 @@ class Ledger:
         """The blocks that a prefill of this waiting request would share if it began now; its last token at least is left to compute."""
         if self.cache is None or s.blocks or s.phase != "waiting":
             return []
+        if s.keys is None:
+            s.keys = prompt_keys(s.request, self.info.block_tokens)
+        if not s.keys:
+            return []
         version = s.key
         if version is None and s.adapter is not None:
             info = self.adapter_infos.get(s.adapter)
             if info is None:
                 return []
             version = (s.adapter, info.version)
-        if s.keys is None:
-            s.keys = prompt_keys(s.request, self.info.block_tokens)
         return self.cache.find(version, s.keys, (s.context - 1) // self.info.block_tokens)
 
     def share(self, s: RequestState, segment: Segment) -> None:
@@ -528,3 +529,11 @@ class Ledger:
 
 def _by_version(s: RequestState) -> Version:
     return s.key or ("", 0)
+
+
+def _work_done(batch: Batch, result: StepResult, plan: Plan | None) -> tuple[tuple[str, str, int], ...]:
+    """What a step really did, row by row; `plan` knows the decodes that the batch lacks."""
+    work: list[tuple[str, str, int]] = [(s.owner, s.kind, s.tokens) for s in batch.segments]
+    if plan is not None and plan.decodes_all:
+        work += [(s.id, "decode", 1) for s in sorted(plan.decodes, key=_by_version)]
+    return (*work, *((b.owner, "backward", result.layers_done.get(b.owner, b.num_layers)) for b in batch.backwards))

@@ -4,7 +4,7 @@ Seconds on the replay clock; sizes in tokens unless named otherwise. A view neve
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from operator import attrgetter
 from random import Random
@@ -44,7 +44,11 @@ class StepView:
     predicted_s: float
     plan_s: float
     stopped_early: bool
-    work: tuple[tuple[str, str, int], ...]
+    _work: Callable[[], tuple[tuple[str, str, int], ...]] = field(repr=False, compare=False)
+
+    @property
+    def work(self) -> tuple[tuple[str, str, int], ...]:
+        return self._work()  # few policies ask, and a step may have hundreds of rows
 
 
 def _read(path: str) -> Any:
@@ -123,11 +127,11 @@ class RequestView(_ReadOnly):
     def prefill_left(self) -> int:
         """Tokens that its prefill has still to compute: without those that it skipped, or would skip if it began now."""
         s, ledger = self._state, self._ledger
-        if s.phase == "running":
-            return 0
         if s.blocks:
-            return s.context - s.prefilled
-        return s.context if ledger.cache is None else s.context - len(ledger.cached_blocks(s)) * ledger.info.block_tokens
+            return 0 if s.phase == "running" else s.context - s.prefilled
+        if ledger.cache is None or s.keys == []:
+            return s.context
+        return s.context - len(ledger.cached_blocks(s)) * ledger.info.block_tokens
 
     @property
     def expected_left(self) -> float:

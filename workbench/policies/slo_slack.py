@@ -1,6 +1,6 @@
 """Sprint and rest: decode until everybody can bear one late token, then train until the first of them needs the device again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -58,6 +58,7 @@ class SLOSlack:
     rolls_s: float = field(default=0.0, repr=False)
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
+    recounts: bool = field(default=False, repr=False)  # whether the one that `steps_left` was for may be over
     cycle: tuple[float, int, bool] = field(default=(0.0, 0, False), repr=False)
     pace_s: float = field(default=inf, repr=False)  # of a decode in the last sprint that was filled again
     gathers_since_s: float = field(default=inf, repr=False)
@@ -224,17 +225,17 @@ class SLOSlack:
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
-        if self.steps_left <= 0 or view.finished:
-            self.steps_left = max(self.gaps_to_spare(view.running), default=0.0)
+        if self.steps_left <= 0 or self.recounts:
+            self.steps_left, self.recounts = max(map(self.gaps_to_spare, view.running), default=0.0), False
         return self.steps_left <= 0
 
-    def gaps_to_spare(self, requests: Sequence[RequestView]) -> Iterator[float]:
-        """How many more gaps on time each needs until one may be late; none if more were late than its tokens forgive: it is lost."""
-        for request in requests:
-            slo, generated = request.slo, request.generated
-            if slo is not None and slo.itl_s is not None:
-                late, gaps = self.late.get(request.id, 0), gaps_per_late(slo)
-                yield 0.0 if late * gaps > generated else (late + 1) * gaps - generated
+    def gaps_to_spare(self, request: RequestView) -> float:
+        """How many more gaps on time it needs until one may be late; none if more were late than its tokens forgive: it is lost."""
+        slo, generated = request.slo, request.generated
+        if slo is None or slo.itl_s is None:
+            return 0.0
+        late, gaps = self.late.get(request.id, 0), gaps_per_late(slo)
+        return 0.0 if late * gaps > generated else (late + 1) * gaps - generated
 
     def enough_s(self, view: View, request: RequestView) -> float:
         """Until when it has tokens enough, by the pace of its targets."""
@@ -280,8 +281,10 @@ class SLOSlack:
         if view.arrived:
             self.ttft_s = min(self.ttft_s, *map(self.ttft_target_s, view.arrived))
         if view.arrived or view.finished or self.gap_s == inf:
-            self.gap_s = min(map(self.gap_target_s, (*view.running, *view.waiting)), default=inf)
+            several = {id(r.slo): r for r in (*view.running, *view.waiting)}  # hundreds may have a few targets between them
+            self.gap_s = min(map(self.gap_target_s, several.values()), default=inf)
         for request in view.finished:
+            self.recounts = self.recounts or self.gaps_to_spare(request) >= self.steps_left - 1
             self.late.pop(request.id, None)
         last, repeated, self.step = view.last, view.step - self.step > 1, view.step
         if last is None:
