@@ -45,7 +45,8 @@ ATTAINED = 0.99
 GOAL = SLO(ttft_s=5.0, itl_s=0.045)
 TUNED_ON, HELD_OUT = (0, 1), (104, 105)  # seeds of the draws
 LENGTHS, LONGEST = "w3-20rps", (1024, 384)  # tokens of prompt and output, at most
-WARM_S, HORIZON_S = 10.0, 60.0  # a request lasts up to 8 s: before that, work is put off rather than done; policy 21 has cycles of up to 6 s
+# a request lasts up to 8 s: before that, work is put off rather than done; and policy 21 has cycles of up to 6 s
+WARM_S, HORIZON_S = 10.0, 60.0
 DRAIN_S = 17.0  # the longest output at the pace of the gap target
 TUNE_S = 90.0  # so long that a queue that grows shows: in 40 s, waiting requests hid an eighth of the serving
 LOWEST, HIGHEST = 10.0, 80.0  # requests per second

@@ -32,8 +32,8 @@ FEW_DOCUMENTS = 8
 
 @dataclass(frozen=True, slots=True)
 class MixedKey:
-    """What a recorded step depends on: its buckets (0 documents: no fine-tune or evaluate rows), whether some sequence may have several rows,
-    whether rows are kept for a backward, and the adapter table's `facts` (None: no row has an adapter).
+    """What a recorded step depends on: its buckets (0 documents: no fine-tune or evaluate rows), whether some sequence may have several
+    rows, whether rows are kept for a backward, and the adapter table's `facts` (None: no row has an adapter).
     """
 
     tokens: int
@@ -113,7 +113,8 @@ class MixedGraphs:
             tokens=bucket,
             sequences=sequence_bucket(len(step.queries), self.max_requests),
             documents=document_bucket(sum(len(span.queries) for span in step.train)),
-            prefills=max(step.queries, default=0) > 1 or not step.train,  # decodes have graphs of their own: no others for the last of a prompt
+            # decodes have graphs of their own: none are recorded here for the last tokens of prompts alone
+            prefills=max(step.queries, default=0) > 1 or not step.train,
             keeps=step.keeps,
             tiles=num_tiles,
             facts=self.runner.table.facts if step.slots else None,
