@@ -183,14 +183,10 @@ class SLOSlack:
 
     def train_within(self, view: View, plan: Plan, job: JobView, step_s: float) -> None:
         """Train until the gap target; a backward stops by itself where it turns out longer, on an executor with safepoints."""
-        errors = self.errors
-        if job.phase != "backward" or "safepoint" not in view.can or not view.running or plan.backwards:
-            plan.train(job, within_s=errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
-            return
-        before_s, within_s = plan.predicted_s, errors.usually(plan, "backward", step_s)
-        layers = plan.train(job, within_s=within_s)
-        if layers:
-            layer_s = (plan.predicted_s - before_s) / layers
+        errors, before_s, is_first = self.errors, plan.predicted_s, not plan.backwards
+        done = plan.train(job, within_s=errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
+        if done and job.phase == "backward" and "safepoint" in view.can and view.running and is_first:
+            layer_s = (plan.predicted_s - before_s) / done
             plan.stop_after(max(step_s - errors.plan_s - 1.5 * layer_s * errors.ratios.get(kind_of(plan), 1.0), 1e-6))
 
     def roll(self, view: View) -> None:
