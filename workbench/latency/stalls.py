@@ -1,7 +1,8 @@
-"""Delays that come by time, whatever a step does: a device under sustained load stands still for some milliseconds now and then.
+"""Delays that come by time, whatever a step does: under sustained load a step lasts some milliseconds longer now and then.
 
-They are rare in a calibration, whose steps have pauses between them, and they decide what a quantile of token gaps is worth: a stall makes
-the gap of everybody who decodes late at once. So they are measured in replays, and drawn by busy time and not by step.
+Those that were measured come from hosts that slow down for a moment. They are rare in a calibration, whose steps have pauses between them,
+and they decide what a quantile of token gaps is worth: a stall makes the gap of everybody who decodes late at once. So they are measured in
+replays, and drawn by busy time and not by step.
 """
 
 import random

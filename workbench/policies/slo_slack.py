@@ -33,8 +33,8 @@ class SLOSlack:
     while those without one have half of their TTFT target left; later, it trains no more. A backward that turns out longer than predicted
     stops by itself on an executor with safepoints. Predictions are corrected by the usual ratio of measured to predicted of their kind
     of step, and for the rest `margin` times the largest excess over that is kept in reserve; it is forgotten by half every `memory` steps,
-    and so is a quarter of the gap target, where it begins. So a device that stands still now and then, whatever it does, has its sprints
-    and rests: a decode alone leaves the most room for that.
+    and so is a quarter of the gap target, where it begins. So a machine whose steps are delayed now and then has its sprints and rests: a
+    decode alone leaves the most room for that.
 
     Requests without a gap target have `token_s` per token, those without one for the first token `first_s`. A job without progress for
     `alive_s` gets one layer or `alive_tokens` tokens at all events. Jobs take turns by committed tokens.
