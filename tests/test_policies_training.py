@@ -351,6 +351,32 @@ def test_slack_lets_a_backward_beside_decodes_stop_by_itself_before_the_gap_targ
         assert plan.stop_after_s == pytest.approx(expected, abs=1e-5)
 
 
+def test_slack_keeps_its_reserve_before_a_backward_beside_decodes_too():
+    for seen_s, layers in ((0.0, 2), (0.0005, 2), (0.001, 1), (0.002, 0)):
+        desk = serving(one("x", output=60), documents=(100,), seen_s=0.0)
+        assert len(desk.decide().finetunes) == 1
+        desk.step()
+        desk.policy.errors.ratios, desk.policy.errors.excess_s = {}, CALM | {"train": seen_s}
+        assert desk.decide().work["backward_layers"] == layers, "(10 ms - 2 * excess - 4.2 ms) / 2 ms a layer"
+
+
+def test_slack_rests_as_soon_as_the_one_who_needed_most_gaps_is_over():
+    desk = serving(one("x", output=60), slo=FORGIVING)
+    for _ in range(4):
+        desk.step(duration_s=0.005)
+    desk.arrive(one("y", desk.view.now_s, 20, 60))
+    while len(desk.view.running) < 2:
+        desk.step(duration_s=0.005)
+    policy, view = desk.policy, desk.view
+    x, y = view.running
+    policy.learn(view)
+    policy.steps_left = 0.0  # a sprint begins
+    assert not policy.can_rest(view) and policy.steps_left == policy.gaps_to_spare(y) > 0.0 >= policy.gaps_to_spare(x)
+    desk.ledger.end(desk.ledger.requests["y"], "finished", desk.ledger.now_s, "")
+    policy.learn(view)
+    assert policy.can_rest(view)
+
+
 def test_slack_rolls_after_a_sprint_that_was_filled_again_where_rolling_decodes_in_fewer_steps():
     slo = SLO(ttft_s=1.0, itl_s=0.020, itl_quantile=0.9)
     for took_s, refilled, sprints in ((0.5, True, True), (0.1, True, False), (0.1, False, True)):
