@@ -123,8 +123,11 @@ def test_a_step_that_fails_leaves_the_engine_as_it_was(engine, base, monkeypatch
                             with pytest.raises(OutOfMemory if isinstance(error, torch.OutOfMemoryError) else type(error)):
                                 engine.step(batch)
                 tokens.append(dict(engine.step(batch).tokens))
+                held = {sequence.row for sequence in engine._sequences.values()}
+                assert len(held) == len(engine._sequences) and held.isdisjoint(engine._tables._free)
             state = engine._states[j.id]
             results.append((tokens, [t.clone() for t in state.params + state.accumulated], state.micro_batches_done))
+        assert sorted(engine._tables._free) == list(range(len(engine._tables.rows))), "every row of the block tables is given back"
     assert results[0][0] == results[1][0] and results[0][2] == results[1][2]
     assert all(torch.equal(x, y) for x, y in zip(results[0][1], results[1][1], strict=True))
 
