@@ -377,6 +377,19 @@ def test_slack_rests_as_soon_as_the_one_who_needed_most_gaps_is_over():
     assert policy.can_rest(view)
 
 
+def test_slack_counts_the_gaps_anew_once_others_have_joined_a_sprint():
+    desk = serving(one("x", output=60), slo=FORGIVING)
+    policy = desk.policy
+    policy.can_rest(desk.view)
+    desk.step(duration_s=0.005)
+    assert not policy.recounts
+    desk.arrive(one("y", desk.view.now_s, 20, 60))
+    while len(desk.view.running) < 2:
+        desk.step(duration_s=0.005)
+    policy.learn(desk.view)
+    assert policy.recounts
+
+
 def test_slack_rolls_after_a_sprint_that_was_filled_again_where_rolling_decodes_in_fewer_steps():
     slo = SLO(ttft_s=1.0, itl_s=0.020, itl_quantile=0.9)
     for took_s, refilled, sprints in ((0.5, True, True), (0.1, True, False), (0.1, False, True)):

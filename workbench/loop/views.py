@@ -126,12 +126,10 @@ class RequestView(_ReadOnly):
     @property
     def prefill_left(self) -> int:
         """Tokens that its prefill has still to compute: without those that it skipped, or would skip if it began now."""
-        s, ledger = self._state, self._ledger
-        if s.blocks:
-            return 0 if s.phase == "running" else s.context - s.prefilled
-        if ledger.cache is None or s.keys == []:
-            return s.context
-        return s.context - len(ledger.cached_blocks(s)) * ledger.info.block_tokens
+        s = self._state
+        if s.phase == "running":
+            return 0
+        return s.context - (s.prefilled if s.blocks else self.cached_tokens)
 
     @property
     def expected_left(self) -> float:

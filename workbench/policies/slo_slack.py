@@ -58,7 +58,7 @@ class SLOSlack:
     rolls_s: float = field(default=0.0, repr=False)
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
-    recounts: bool = field(default=False, repr=False)  # whether the one that `steps_left` was for may be over
+    recounts: bool = field(default=False, repr=False)  # whether the one that `steps_left` was for may be over, or others joined
     cycle: tuple[float, int, bool] = field(default=(0.0, 0, False), repr=False)
     pace_s: float = field(default=inf, repr=False)  # of a decode in the last sprint that was filled again
     gathers_since_s: float = field(default=inf, repr=False)
@@ -289,6 +289,7 @@ class SLOSlack:
         if kind == "prefill":
             seconds, tokens = self.prefilled
             self.prefilled = 0.9 * seconds + last.duration_s, 0.9 * tokens + sum(n for _, what, n in last.work if what == "prefill")
+        self.recounts = self.recounts or ("prefill" in kind and "decode" in kind)
         if "decode" in kind or "prefill" in kind:
             self.note_gaps(view, repeated, "decode" in kind)
 

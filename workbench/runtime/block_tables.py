@@ -35,9 +35,9 @@ class BlockTables:
             self._shown[row] = blocks
         return row
 
-    def gather(self, rows: list[int]) -> np.ndarray:
-        """[len(rows), M] int32, a copy."""
-        return self.rows[np.array(rows, dtype=np.intp)]
+    def gather(self, rows: list[int], width: int | None = None) -> np.ndarray:
+        """Their first `width` blocks [len(rows), width] int32 (None: M), a copy."""
+        return self.rows[np.array(rows, dtype=np.intp), :width]
 
 
 def places_of(tables: np.ndarray, sequences: np.ndarray, positions: np.ndarray, block_tokens: int) -> np.ndarray:

@@ -248,7 +248,7 @@ def pack(
         if segment.samples:
             samples.append(len(token_ids) - 1)
             sampled.append(segment)
-    step.tables = tables.gather(rows)
+    step.tables = tables.gather(rows, -(-max(contexts, default=1) // block_tokens))
     at_rows, owners = np.array(positions[step.num_train_rows :], dtype=np.int64), np.repeat(np.arange(len(rows)), queries)
     step.places = np.concatenate((*places, places_of(step.tables, owners, at_rows, block_tokens)))
     return step
