@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -171,6 +172,14 @@ def test_the_floors_of_decode_and_fine_tuning_are_those_of_the_targets(llama_dim
         floor = 1e3 * floors.decode_bytes(FakeEngine, (8,) * 4, batch, 512) / rates[0]  # type: ignore[arg-type]
         assert floor == pytest.approx(expected, rel=0.01)
     assert rates[1] / floors.finetune_flops_per_token(llama_dims, 8, 1024) == pytest.approx(22966, rel=0.001)
+
+
+def test_the_time_that_a_host_takes_away_is_what_the_kernel_counts_as_steal(tmp_path):
+    file = tmp_path / "stat"
+    file.write_text("cpu  11 12 13 14 15 16 17 250 19 20\ncpu0 1 2 3 4 5 6 7 8 9 10\n")
+    assert machine.stolen_s(file) == 250 / os.sysconf("SC_CLK_TCK")
+    file.write_text("cpu  11 12 13 14\n")
+    assert math.isnan(machine.stolen_s(file)) and math.isnan(machine.stolen_s(tmp_path / "none"))
 
 
 # ---- sessions: time and cells

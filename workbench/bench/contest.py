@@ -214,7 +214,9 @@ def _measured(session: Session, cell: str, policy: Any, load: float, seed: int, 
     measure = (min(WARM_S, horizon_s / 4), horizon_s)
     try:
         requests = serving.with_adapters(session.requests(made), names)
-        date, measured = machine.now(), serving.run(session, requests, policy, [job], slo=GOAL, measure=measure)
+        date, stolen_s = machine.now(), machine.stolen_s()
+        measured = serving.run(session, requests, policy, [job], slo=GOAL, measure=measure)
+        stolen_s = machine.stolen_s() - stolen_s
     finally:
         session.engine.unload_adapter(job.adapter)
     if session.replays is not None:
@@ -222,6 +224,7 @@ def _measured(session: Session, cell: str, policy: Any, load: float, seed: int, 
         Kept(trace=trace, load=load, policy=policy, job=job, shape=session.shape, date=date, replay=measured).save(session.replays)
     summary: dict[str, Any] = measured.summary()
     note = f"{policy}; draw {seed}; TTFT p50 {1e3 * summary['ttft_p50_s']:.0f} ms, p99 {1e3 * summary['ttft_p99_s']:.0f} ms"
+    note += f"; the host took {stolen_s:.1f} CPU-s away"
     note += "; the queue grows" * bool(summary["saturated"])
     system = f"{OURS}, {type(policy).__name__}"
     session.record(cell, "attainment", [100 * summary["attainment"]], "%", n=int(summary["requests"]), system=system, note=note)

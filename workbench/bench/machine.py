@@ -61,6 +61,18 @@ def gpu_state() -> dict[str, Any]:
     return {"sm_clock_mhz": None, "temperature_c": None, "throttle": ""}
 
 
+def stolen_s(file: Path = Path("/proc/stat")) -> float:
+    """CPU seconds, of all cores since the start, in which a virtual machine wanted to run and its host ran something else.
+
+    0 on a machine of one's own; NaN where the kernel does not count it. Source: `steal`, the eighth time in /proc/stat (proc_stat(5)).
+    """
+    try:
+        times = file.read_text(encoding="utf-8").splitlines()[0].split()
+        return int(times[8]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return float("nan")
+
+
 def now() -> str:
     """UTC, to the second, as ISO 8601."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
