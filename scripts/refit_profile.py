@@ -1,6 +1,7 @@
-"""Fit a saved latency model's own steps again with this version, where its format is an older one.
+"""Fit a saved latency model's own steps again with this version, or beside them the steps and the stalls of measured replays.
 
     python scripts/refit_profile.py h100-llama3-8b
+    python scripts/refit_profile.py h100-llama3-8b --replays KEPT --into FOLDER      of replays kept by `bench contest --replays KEPT`
 
 Nothing is measured: the steps, the device, the commit and the date of the measurement stay, and the provenance says that it was refitted.
 Models of format 1 do not say what their engine padded to: on a GPU it was BUCKETS_OF_FORMAT_1, up to its limits, and nothing on a CPU.
@@ -8,6 +9,7 @@ Models of format 1 do not say what their engine padded to: on a GPU it was BUCKE
 
 import argparse
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench.bench.kept import load_all
 from workbench.core import AdapterInfo, ExecutorInfo
+from workbench.latency import Stalls
 from workbench.latency.model import FORMAT, MODEL_FILE, PROFILES, STEPS_FILE, LatencyModel
 
 TOKENS = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096)
@@ -29,11 +33,25 @@ BUCKETS_OF_FORMAT_1 = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fit a saved model's own steps again.")
     parser.add_argument("model", help="a folder, or the name of a profile")
-    folder = Path(parser.parse_args().model)
+    parser.add_argument("--replays", type=Path, nargs="+", default=(), metavar="DIR", help="replays that were kept: to fit to, stalls too")
+    parser.add_argument("--into", type=Path, metavar="DIR", help="where to save; the model's own folder unless given")
+    options = parser.parse_args()
+    folder = Path(options.model)
     folder = folder if (folder / MODEL_FILE).is_file() else PROFILES / folder
     model = refit(folder)
-    print(model.report)
-    print("saved", model.save(folder))
+    if options.replays:
+        model = with_kept(model, options.replays)
+    print(model)
+    print("saved", model.save(options.into or folder))
+
+
+def with_kept(model: LatencyModel, folders: Sequence[Path]) -> LatencyModel:
+    """The model refitted to the replays kept below `folders` and stalling as they did."""
+    kept = load_all(folders)
+    cells, commits = (sorted({text(one) for one in kept}) for text in (lambda one: one.cell, lambda one: one.replay.provenance.commit))
+    source = f"{len(kept)} replays ({'; '.join(cells)}) on {model.info.device}, {kept[0].date[:10]}, commit {', '.join(commits)}"
+    replays = [one.replay for one in kept]
+    return model.refit(replays).with_stalls(Stalls.of(replays, source=source))
 
 
 def refit(folder: Path) -> LatencyModel:

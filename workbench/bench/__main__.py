@@ -3,6 +3,7 @@
     python -m workbench.bench w1 w4 --into benchmarks          workloads (w1 to w6 by default; `replay` needs no GPU)
     python -m workbench.bench model --replays D                how well a model predicts whole replays; all is kept in D, the model too
     python -m workbench.bench model --from D [D ...]           the same of the replays kept below D, by their models; needs no GPU
+    python -m workbench.bench model --from D --profile P --refit    by P refitted to the other traces' replays; P refitted to all is kept
     python -m workbench.bench tune --profile NAME              tune the policies that `contest` measures, on a latency model
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
     python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
@@ -86,6 +87,11 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
         metavar="DIR",
         help="`model` measures nothing: it simulates what is kept below here, with each run's own model unless there is a --profile",
     )
+    parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="of `model --from --profile`: judge each replay by that profile refitted to other traces, and save it refitted to all",
+    )
     parser.add_argument("--check", type=Path, metavar="DIR", help="measure nothing: compare the rows of DIR with the targets")
     options = parser.parse_args(given)
     for name in options.workloads:
@@ -99,6 +105,8 @@ def _options(given: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--profile is of the workloads {', '.join(PREDICTED)}, got {options.workloads}")
     if options.kept is not None and options.replays is not None:
         parser.error("--from simulates what was kept earlier: it takes no --replays")
+    if options.refit and (options.kept is None or options.profile is None):
+        parser.error("--refit refits a --profile to the replays --from a folder: give both")
     if options.seconds is not None and not options.seconds > 0:
         parser.error(f"--seconds must be above 0, got {options.seconds}")
     return options
@@ -121,7 +129,7 @@ def _run(options: argparse.Namespace) -> int:
             _ = session.engine  # built before the workload's time begins
         session.start(name, module.SECONDS)
         if options.kept is not None:
-            module.run_kept(session, options.kept)
+            module.run_kept(session, options.kept, refits=options.refit)
         elif module.run(session) and options.baseline == "peft":
             import_module("workbench.bench.peft").run(session, name)
     for cell in session.skipped:

@@ -12,6 +12,7 @@ from workbench import policies
 from workbench.config import FinetuneJob, RandomTokens, require
 from workbench.core import BUCKETS, ExecutorInfo
 from workbench.latency import LatencyModel
+from workbench.latency.fit import check_executor
 from workbench.latency.whole_replays import Prediction, ReplayErrors
 from workbench.replay import replay
 from workbench.results.replay import Replay, load_replay
@@ -113,19 +114,10 @@ class Kept:
 def under(model: LatencyModel, measured: Replay) -> LatencyModel:
     """The model with the limits and the adapters that a replay was measured with."""
     info = measured.executor
-    check_fits(model, info)
+    check_executor(model.info, info)
     limits = {f.name: getattr(info, f.name) for f in fields(ExecutorInfo) if f.name not in NO_LIMITS}
     adapters = {name: found for poll, name, found in measured.tape.adapters if poll == 0 and found is not None}
     return model.with_limits(**limits).with_adapters(adapters)
-
-
-def check_fits(model: LatencyModel, info: ExecutorInfo) -> None:
-    """Raise ValueError unless a latency model is of the device, of the depth and of the padding of what an executor runs."""
-    own = model.info
-    require(own.device == info.device, f"the profile must be of the device of the replays, {info.device}", own.device)
-    require(own.num_layers == info.num_layers, f"the profile must be of a model of {info.num_layers} layers", own.num_layers)
-    for name in BUCKETS:
-        require(getattr(own, name) == getattr(info, name), f"the profile's {name} must be {getattr(info, name)}", getattr(own, name))
 
 
 def cell_name(trace: str, load: float) -> str:

@@ -29,11 +29,12 @@ from typing import Any
 from workbench import traces
 from workbench.bench import correctness, machine, serving
 from workbench.bench.finetune import tuning_job
-from workbench.bench.kept import FITTED, Kept, cell_name, check_fits, load_all
+from workbench.bench.kept import FITTED, Kept, cell_name, load_all
 from workbench.bench.session import Session
 from workbench.config import SLO, FinetuneJob, require
 from workbench.core import Request
 from workbench.latency import LatencyModel
+from workbench.latency.fit import check_executor
 from workbench.latency.whole_replays import REPLAYS_FILE, Prediction, ReplayErrors, error
 from workbench.model_error import METRICS
 from workbench.policies import LatencyBudget, LoquetierStatic, ServeFirst, SLOSlack, TemporalSharing
@@ -56,6 +57,7 @@ SLO_OF_ALL = SLO(ttft_s=5.0, itl_s=0.045)
 RANKED = ("attainment", "finetune_tokens_per_s")
 WORST = "all replays"
 PREDICTIONS_FILE = "model_replays.csv"
+REFITTED = "refitted"  # the folder of the profile that has seen all replays
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def run(session: Session) -> bool:
         return False
     engine, before = session.engine, session.engine.config
     if session.profile is not None:
-        check_fits(session.profile, engine.info)
+        check_executor(session.profile.info, engine.info)
     try:
         with session.adapters(serving.ADAPTER_RANKS) as names:
             engine.config = replace(before, warm_up=True)
@@ -99,10 +101,12 @@ def run(session: Session) -> bool:
     return True
 
 
-def run_kept(session: Session, folders: Sequence[Path]) -> None:
+def run_kept(session: Session, folders: Sequence[Path], *, refits: bool = False) -> None:
     """The replays that runs kept in `folders`, each simulated with its own run's model, or all with the session's profile.
 
-    No engine is built. Raises FileNotFoundError where there are none.
+    `refits`: each with that profile refitted to the replays of the other traces (cross-validation over traces: no fit has seen what it is
+    judged on); the profile refitted to all of them, with those errors, is saved beside the rows. No engine is built. Raises
+    FileNotFoundError where there are none, ValueError for a refit without a profile or with replays of one trace.
     """
     kept = [one for one in load_all(folders) if session.wants(one.name)]
     places = sorted({(one.shape, one.replay.executor.device) for one in kept})
@@ -114,10 +118,22 @@ def run_kept(session: Session, folders: Sequence[Path]) -> None:
         rule = "a kept replay must have its run's model beside it"
         require(session.profile is not None or one.fitted is not None, rule, one.name, "Or simulate all with one: --profile NAME.")
     shape, device = places[0] if places else (None, None)
-    _judge(session, ((one, session.profile or load(one.fitted)) for one in kept), shape=shape, device=device)
+    if not refits:
+        _judge(session, ((one, session.profile or load(one.fitted)) for one in kept), shape=shape, device=device)
+        return
+    profile, names = session.profile, sorted({one.trace for one in kept})
+    assert profile is not None
+    require(len(names) > 1, "a refit is judged on a trace that it has not seen: at least two traces must be kept", names)
+    unseen = {name: profile.refit([one.replay for one in kept if one.trace != name]) for name in names}
+    errors = _judge(session, ((one, unseen[one.trace]) for one in kept), shape=shape, device=device)
+    final = profile.refit([one.replay for one in kept]).with_replays(errors)
+    print(final.report, flush=True)
+    print(f"refitted to all {len(kept)} replays, with those errors: {final.save(session.into / REFITTED)}", flush=True)
 
 
-def _judge(session: Session, measured: Iterable[tuple[Kept, LatencyModel]], *, shape: str | None = None, device: str | None = None) -> None:
+def _judge(
+    session: Session, measured: Iterable[tuple[Kept, LatencyModel]], *, shape: str | None = None, device: str | None = None
+) -> ReplayErrors:
     """Simulate each of the replays with its model; rows, and the file that a profile ships."""
     pairs: list[Pair] = []
     predictions: list[Prediction] = []
@@ -126,10 +142,12 @@ def _judge(session: Session, measured: Iterable[tuple[Kept, LatencyModel]], *, s
         predictions += found
         pairs.append(Pair.of(one, found))
         _record(session, one, pairs[-1], model, shape=shape, device=device)
+    errors = ReplayErrors(tuple(predictions))
     if pairs:
         record_worst(session, pairs, shape=shape, device=device)
-        file = ReplayErrors(tuple(predictions)).save(session.into / PREDICTIONS_FILE)
+        file = errors.save(session.into / PREDICTIONS_FILE)
         print(f"{len(pairs)} replays in {file}; the folder of a profile ships those by its own model as {REPLAYS_FILE}", flush=True)
+    return errors
 
 
 def _cells(session: Session, names: Sequence[str]) -> Iterator[Cell]:

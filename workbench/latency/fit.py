@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench.config import require
+from workbench.core import BUCKETS, ExecutorInfo
 from workbench.features import NAMES
 from workbench.latency.costs import CostModel
 from workbench.latency.terms import (
@@ -97,6 +99,21 @@ def step_arrays(steps: Any) -> tuple[np.ndarray, np.ndarray]:
     if not np.all(duration > 0) or not np.all(np.isfinite(values)):
         raise ValueError(f"duration_s must be above 0 and every feature finite, got {duration.min() if len(duration) else duration}")
     return values, duration
+
+
+def spread_out(steps: pd.DataFrame, most: int) -> pd.DataFrame:
+    """At most `most` of a replay's steps that did not stop early, in even distances."""
+    whole = steps[~steps["stopped_early"].astype(bool)]
+    return whole.iloc[np.unique(np.linspace(0, len(whole) - 1, min(most, len(whole))).round().astype(int))]
+
+
+def check_executor(own: ExecutorInfo, other: ExecutorInfo) -> None:
+    """Raise ValueError unless a latency model is of the device, of the depth and of the padding of what an executor runs."""
+    require(not other.simulated, "steps must be measured by an engine, not simulated", other.name)
+    require(own.device == other.device, f"the profile must be of the device of the replays, {other.device}", own.device)
+    require(own.num_layers == other.num_layers, f"the profile must be of a model of {other.num_layers} layers", own.num_layers)
+    for name in BUCKETS:
+        require(getattr(own, name) == getattr(other, name), f"the profile's {name} must be {getattr(other, name)}", getattr(own, name))
 
 
 def fit_costs(values: np.ndarray, duration_s: np.ndarray, padding: Padding = UNPADDED) -> CostModel:

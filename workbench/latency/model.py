@@ -6,6 +6,7 @@ usually lasts (`predict`); the clock advances by that times a recorded residual,
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from workbench.config import FinetuneJob, UnknownAdapterError, did_you_mean, req
 from workbench.core import BUCKETS, AdapterInfo, Batch, Command, ExecutorInfo, Predictor, Request, StepResult, resolved
 from workbench.features import INDEX, NAMES, Work
 from workbench.latency.costs import MANY, CostModel, perturbed
-from workbench.latency.fit import ErrorReport, error_report, fit_costs, held_out_mask, is_outside, step_arrays
+from workbench.latency.fit import ErrorReport, check_executor, error_report, fit_costs, held_out_mask, is_outside, spread_out, step_arrays
 from workbench.latency.residuals import Residuals, Stream, class_of
 from workbench.latency.stalls import Stalls, StallStream
 from workbench.latency.terms import Padding
@@ -32,6 +33,7 @@ PROFILES = Path(__file__).parents[2] / "profiles"
 MODEL_FILE, STEPS_FILE = "model.json", "steps.parquet"
 FORMAT = 2
 DEFAULT_RANK = 8
+STEPS_OF_A_REPLAY = 300  # of hundreds to thousands, which have no more to say about a few costs
 ANY_VOCABULARY = 1_000_000  # only sizes matter here: without a tokenizer no token id is refused for its value
 
 
@@ -192,6 +194,32 @@ class LatencyModel:
         else:
             self.replays.save(folder / REPLAYS_FILE)
         return folder
+
+    def refit(self, replays: Iterable[Any], *, most: int = STEPS_OF_A_REPLAY) -> "LatencyModel":
+        """Fitted anew, to its own steps and to those of measured replays: of each at most `most`, spread evenly over its time.
+
+        A calibration has a few steps of every size, one after another as they come; a replay has hundreds of the sizes that a policy makes
+        under load. Limits, adapters and stalls stay. Errors over whole replays are dropped: they were another fit's, and of replays that
+        this one has seen no error says anything. The provenance counts them under "refitted_to", by policy and commit.
+        Raises ValueError for a perturbed model, for simulated replays and for those of another device or padding.
+        """
+        replays = list(replays)
+        require("perturbed" not in self.provenance, "a model must be as fitted to be fitted anew", self._info.name, "Perturb it later.")
+        require(len(replays) > 0, "a refit needs at least one measured replay", len(replays))
+        for measured in replays:
+            check_executor(self._info, measured.executor)
+        frames = [self._steps, *(spread_out(one.steps, most) for one in replays)]
+        seen = Counter(f"{one.policy} at {one.provenance.commit}" for one in replays) + Counter(self.provenance.get("refitted_to", {}))
+        made = {"steps": sum(map(len, frames)), "refitted_to": dict(seen)}
+        refitted = LatencyModel.fit(
+            frames,
+            info=replace(self._info, simulated=False, name=self.provenance.get("executor", self._info.name)),
+            adapters=None if self._open else self._declared,
+            vocab_size=self.vocab_size,
+            tokenizer=self.tokenizer,
+            provenance={name: value for name, value in self.provenance.items() if name != "changed"} | made,
+        )
+        return refitted if self.stalls is None else refitted._changed(refitted.costs.by_term(), stalls=self.stalls)
 
     def with_replays(self, measured: Any, simulated: Any = None, *, date: str | None = None) -> "LatencyModel":
         """This model with its errors over whole replays, said from now on beside every result that it simulates, instead of earlier ones.

@@ -13,10 +13,14 @@ from itertools import accumulate, islice, pairwise
 from math import inf
 from typing import Any
 
+import numpy as np
+
 from workbench.config import require
 
 LEAST_S, MOST_S = 0.003, 0.05  # shorter ones are noise; longer ones something else: a compilation, a graph that is recorded
-WINDOW = 41  # steps whose median ratio of measured to predicted is what is usual at that time
+LEAST_SHARE = 0.1  # of the step: what long steps differ by is noise, too
+KINDS = ("prefill_tokens", "decode_tokens", "finetune_tokens", "evaluate_tokens", "backward_layers", "optimizer_steps")
+WINDOW = 41  # steps of a kind whose median ratio of measured to predicted is what is usual at that time
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class Stalls:
 
     @classmethod
     def of(cls, replays: Iterable[Any], *, source: str = "") -> "Stalls":
-        """What measured replays show: steps that lasted LEAST_S to MOST_S longer than their prediction and those around them say.
+        """What measured replays show: steps that lasted LEAST_S to MOST_S longer, and LEAST_SHARE of their time, than their prediction and
+        those of their kind around them say.
 
-        Steps that stopped early are left out. Raises ValueError for replays without predictions.
+        A kind is what of prefill, decode, forward, evaluation, backward and update a step holds: a kind that is predicted wrongly does not
+        stall. Steps that stopped early are left out. Raises ValueError for replays without predictions.
         """
         found: list[float] = []
         busy_s = 0.0
@@ -44,9 +50,12 @@ class Stalls:
             steps = replay.steps[~replay.steps["stopped_early"].to_numpy(bool)]
             ratio = steps["duration_s"] / steps["predicted_s"]
             require(bool(ratio.notna().all()), "stalls are seen beside predictions", str(replay.policy), "Replay with a latency model.")
-            usual_s = steps["predicted_s"] * ratio.rolling(WINDOW, center=True, min_periods=1).median()
+            kind = (steps[list(KINDS)] > 0).to_numpy() @ (1 << np.arange(len(KINDS)))
+            usual = ratio.groupby(kind).transform(lambda r: r.rolling(WINDOW, center=True, min_periods=1).median())
+            usual_s = steps["predicted_s"] * usual
             over_s = (steps["duration_s"] - usual_s).to_numpy(float)
-            found += over_s[(over_s >= LEAST_S) & (over_s <= MOST_S)].tolist()
+            least_s = np.maximum(LEAST_S, LEAST_SHARE * usual_s.to_numpy(float))
+            found += over_s[(over_s >= least_s) & (over_s <= MOST_S)].tolist()
             busy_s += float(steps["duration_s"].sum())
         require(busy_s > 0, "stalls are seen in replays that ran steps", busy_s)
         return cls(len(found) / busy_s, tuple(round(s, 6) for s in sorted(found)), source)
