@@ -76,6 +76,30 @@ def test_stalls_are_found_in_the_replays_that_had_them():
     assert found.source == "here"
 
 
+def steps_of(kinds, over_s):
+    """Steps of 20 ms as predicted, but for what each lasts longer; `kinds`: which of them prefill beside decodes."""
+    over_s, prefills = np.asarray(over_s), np.asarray(kinds, float)
+    zero = dict.fromkeys(("finetune_tokens", "evaluate_tokens", "backward_layers", "optimizer_steps"), 0.0)
+    frame = pd.DataFrame({"predicted_s": np.full(len(over_s), 0.02), "stopped_early": False, "decode_tokens": 8.0, **zero})
+    steps = frame.assign(duration_s=0.02 + over_s, prefill_tokens=100 * prefills)
+    return type("Measured", (), {"policy": "FCFS", "steps": steps})()
+
+
+def test_a_kind_of_step_that_is_predicted_wrongly_does_not_stall():
+    kinds = np.arange(300) % 10 == 0
+    assert Stalls.of([steps_of(kinds, 0.006 * kinds)]).per_s == 0, "each of them lasts 6 ms longer: that is no delay"
+    delayed = np.where(np.arange(300) == 155, 0.006, 0.0)
+    assert Stalls.of([steps_of(kinds, 0.006 * kinds + delayed)]).seconds == pytest.approx((0.006,))
+
+
+def test_what_long_steps_differ_by_is_noise_and_the_same_delay_of_a_short_one_a_stall():
+    over_s = np.where(np.arange(300) == 155, 0.005, 0.0)
+    short = steps_of(np.zeros(300), over_s)
+    long = steps_of(np.zeros(300), over_s)
+    long.steps[["predicted_s", "duration_s"]] += 0.06
+    assert len(Stalls.of([short]).seconds) == 1 and Stalls.of([long]).per_s == 0
+
+
 def test_a_model_keeps_its_stalls_when_it_is_changed_and_saved(tmp_path):
     model = H100.with_stalls(OFTEN)
     assert LatencyModel.load(model.perturb(0.1).save(tmp_path)).stalls == OFTEN
