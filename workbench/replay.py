@@ -41,7 +41,7 @@ from workbench.results.stream import Stream
 
 __all__ = ["Replay", "ReplayError", "load_replay", "replay"]
 
-GARBAGE_THRESHOLD = 200_000
+GARBAGE_THRESHOLD = 20_000
 MAX_IDLE_TRIES = 100
 """How often a policy may plan nothing in a row while there is work and nothing else will ever happen."""
 
