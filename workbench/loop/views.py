@@ -118,9 +118,10 @@ class RequestView(_ReadOnly):
 
         0 on an executor without `info.prefix_cache`, and for a text prompt whose token ids are not known.
         """
-        s, ledger = self._state, self._ledger
+        s = self._state
         if s.phase == "waiting" and not s.blocks:
-            return len(ledger.cached_blocks(s)) * ledger.info.block_tokens
+            found = self._ledger.cached_blocks(s)
+            return len(found) * self._ledger.info.block_tokens if found else 0
         return s.cached
 
     @property
@@ -129,7 +130,9 @@ class RequestView(_ReadOnly):
         s = self._state
         if s.phase == "running":
             return 0
-        return s.context - (s.prefilled if s.blocks else self.cached_tokens)
+        if s.blocks:
+            return s.context - s.prefilled
+        return s.context - self.cached_tokens
 
     @property
     def expected_left(self) -> float:

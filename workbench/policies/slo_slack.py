@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import inf
 
 from workbench.config import SLO
@@ -58,7 +59,9 @@ class SLOSlack:
     rolls_s: float = field(default=0.0, repr=False)
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
-    recounts: bool = field(default=False, repr=False)  # whether the one that `steps_left` was for may be over, or others joined
+    recounts: bool = field(default=False, repr=False)  # whether the one that `steps_left` was for may be over
+    was_late: bool = field(default=False, repr=False)  # whether a gap was since the last count
+    newest: str = field(default="", repr=False)  # of those that `steps_left` has counted
     cycle: tuple[float, int, bool] = field(default=(0.0, 0, False), repr=False)
     pace_s: float = field(default=inf, repr=False)  # of a decode in the last sprint that was filled again
     gathers_since_s: float = field(default=inf, repr=False)
@@ -221,9 +224,22 @@ class SLOSlack:
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
+        running = view.running
         if self.steps_left <= 0 or self.recounts:
-            self.steps_left, self.recounts = max(map(self.gaps_to_spare, view.running), default=0.0), False
+            self.steps_left, self.recounts, self.was_late = max(map(self.gaps_to_spare, running), default=0.0), False, False
+            self.newest = running[-1].id if running else ""
         return self.steps_left <= 0
+
+    def count_joined(self, view: View) -> None:
+        """Let `steps_left` hold for those who run since it was counted, at the end of the list, as well."""
+        if not self.sprints or self.recounts or self.was_late:
+            self.recounts = True
+            return
+        for request in reversed(view.running):
+            if request.id == self.newest:
+                break
+            self.steps_left = max(self.steps_left, self.gaps_to_spare(request))
+        self.newest = view.running[-1].id if view.running else ""
 
     def gaps_to_spare(self, request: RequestView) -> float:
         """How many more gaps on time it needs until one may be late; none if more were late than its tokens forgive: it is lost."""
@@ -243,14 +259,17 @@ class SLOSlack:
 
     def can_wait(self, view: View) -> bool:
         """Whether those who wait can do so until the sprint is over."""
+        if is_resident(view.waiting[0]):
+            return False
         end_s = view.now_s + max(self.steps_left, 0.0) * self.step_s + self.prefilling_s(view)
-        return not is_resident(view.waiting[0]) and min(map(self.begin_by_s, view.waiting)) > end_s
+        return min(map(self.begin_by_s, view.waiting)) > end_s
 
     def begin_by_s(self, request: RequestView) -> float:
         """When its first token should be there; at once after a preemption."""
-        if request.first_token_s is not None:
-            return request.first_token_s
-        return request.arrival_s + (1 - self.reserve) * self.ttft_target_s(request)
+        first_s, slo = request.first_token_s, request.slo
+        if first_s is not None:
+            return first_s
+        return request.arrival_s + (1 - self.reserve) * (self.first_s if slo is None or slo.ttft_s is None else slo.ttft_s)
 
     def prefilling_s(self, view: View) -> float:
         """How long it takes to prefill all who wait, as measured lately, and those who arrive meanwhile as they did."""
@@ -276,9 +295,12 @@ class SLOSlack:
         """Note the tightest targets, how the last step differed from its prediction, and whose gap was late."""
         if view.arrived:
             self.ttft_s = min(self.ttft_s, *map(self.ttft_target_s, view.arrived))
-        if view.arrived or view.finished or self.gap_s == inf:
-            several = {id(r.slo): r for r in (*view.running, *view.waiting)}  # hundreds may have a few targets between them
-            self.gap_s = min(map(self.gap_target_s, several.values()), default=inf)
+        if self.gap_s == inf:
+            self.gap_s = min(map(self.gap_target_s, chain(view.running, view.waiting)), default=inf)
+        elif view.arrived:
+            self.gap_s = min(self.gap_s, *map(self.gap_target_s, view.arrived))
+        if view.finished and not any(self.gap_target_s(r) <= self.gap_s for r in chain(view.running, view.waiting)):
+            self.gap_s = min(map(self.gap_target_s, chain(view.running, view.waiting)), default=inf)
         for request in view.finished:
             self.recounts = self.recounts or self.gaps_to_spare(request) >= self.steps_left - 1
             self.late.pop(request.id, None)
@@ -289,7 +311,8 @@ class SLOSlack:
         if kind == "prefill":
             seconds, tokens = self.prefilled
             self.prefilled = 0.9 * seconds + last.duration_s, 0.9 * tokens + sum(n for _, what, n in last.work if what == "prefill")
-        self.recounts = self.recounts or ("prefill" in kind and "decode" in kind)
+        if "prefill" in kind and "decode" in kind:
+            self.count_joined(view)
         if "decode" in kind or "prefill" in kind:
             self.note_gaps(view, repeated, "decode" in kind)
 
@@ -299,6 +322,7 @@ class SLOSlack:
             if gap_s <= self.gap_s:
                 self.step_s += (0.1 if self.step_s else 1.0) * (gap_s - self.step_s)
             else:
+                self.was_late = True
                 for request in view.running:
                     if request.generated > 1 and gap_s > self.gap_target_s(request):
                         self.late[request.id] = self.late.get(request.id, 0) + 1
