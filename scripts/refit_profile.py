@@ -4,7 +4,7 @@
     python scripts/refit_profile.py h100-llama3-8b --replays KEPT --into FOLDER      of replays kept by `bench contest --replays KEPT`
 
 Nothing is measured: the steps, the device, the commit and the date of the measurement stay, and the provenance says that it was refitted.
-Models of format 1 do not say what their engine padded to: on a GPU it was BUCKETS_OF_FORMAT_1, up to its limits, and nothing on a CPU.
+Errors over whole replays go: they were of the fit before. Models of format 1 do not say what their engine padded to: on a GPU it was BUCKETS_OF_FORMAT_1, up to its limits, and nothing on a CPU.
 """
 
 import argparse
@@ -65,8 +65,10 @@ def refit(folder: Path) -> LatencyModel:
     if "backward_starts" not in steps:
         steps["backward_starts"] = _starts(steps["backward_layers"].to_numpy(int), info.num_layers)
     adapters = None if record["adapters"] is None else {name: AdapterInfo(**v) for name, v in record["adapters"].items()}
+    stalls = None if record.get("stalls") is None else LatencyModel.load(folder).stalls
     note = {"refitted": datetime.now(UTC).isoformat(timespec="seconds"), "fitted_format": FORMAT}
-    return LatencyModel.fit(steps, info=info, adapters=adapters, vocab_size=record["vocab_size"], provenance=record["provenance"] | note)
+    model = LatencyModel.fit(steps, info=info, adapters=adapters, vocab_size=record["vocab_size"], provenance=record["provenance"] | note)
+    return model if stalls is None else model.with_stalls(stalls)
 
 
 def _info(record: dict[str, Any]) -> ExecutorInfo:

@@ -128,7 +128,8 @@ def test_each_trace_is_judged_by_a_fit_to_the_other_ones(tmp_path, capsys, monke
 
 
 def test_what_the_script_adds_is_the_steps_and_the_stalls_of_kept_replays(tmp_path, monkeypatch, capsys):
-    LatencyModel.fit(synthetic(300), info=INFO).save(tmp_path / "model")
+    LatencyModel.fit(synthetic(300), info=INFO).with_stalls(STALLS).save(tmp_path / "model")
+    assert refit_profile.refit(tmp_path / "model").stalls == STALLS, "fitted to its own steps again it stalls as before"
     slow = measured(400)
     slow.steps = slow.steps.assign(predicted_s=slow.steps["duration_s"])
     slow.steps.loc[[50, 250], "duration_s"] += 0.02
