@@ -4,7 +4,8 @@
     python scripts/refit_profile.py h100-llama3-8b --replays KEPT --into FOLDER      of replays kept by `bench contest --replays KEPT`
 
 Nothing is measured: the steps, the device, the commit and the date of the measurement stay, and the provenance says that it was refitted.
-Errors over whole replays go: they were of the fit before. Models of format 1 do not say what their engine padded to: on a GPU it was BUCKETS_OF_FORMAT_1, up to its limits, and nothing on a CPU.
+Errors over whole replays go: they were of the fit before. Models of format 1 do not say what their engine padded to: on a GPU it was
+BUCKETS_OF_FORMAT_1, up to its limits, and nothing on a CPU.
 """
 
 import argparse
