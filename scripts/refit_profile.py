@@ -49,9 +49,9 @@ def main() -> None:
 def with_kept(model: LatencyModel, folders: Sequence[Path]) -> LatencyModel:
     """The model refitted to the replays kept below `folders` and stalling as they did."""
     kept = load_all(folders)
-    cells, commits = (sorted({text(one) for one in kept}) for text in (lambda one: one.cell, lambda one: one.replay.provenance.commit))
-    source = f"{len(kept)} replays ({'; '.join(cells)}) on {model.info.device}, {kept[0].date[:10]}, commit {', '.join(commits)}"
     replays = [one.replay for one in kept]
+    cells, commits = sorted({one.cell for one in kept}), sorted({one.provenance.commit for one in replays})
+    source = f"{len(kept)} replays ({'; '.join(cells)}) on {model.info.device}, {kept[0].date[:10]}, commit {', '.join(commits)}"
     return model.refit(replays).with_stalls(Stalls.of(replays, source=source))
 
 

@@ -122,7 +122,8 @@ def run_kept(session: Session, folders: Sequence[Path], *, refits: bool = False)
         _judge(session, ((one, session.profile or load(one.fitted)) for one in kept), shape=shape, device=device)
         return
     profile, names = session.profile, sorted({one.trace for one in kept})
-    assert profile is not None
+    if profile is None:
+        raise ValueError("a refit begins with the steps of a calibration, got no profile. Pass --profile NAME_OR_DIR.")
     require(len(names) > 1, "a refit is judged on a trace that it has not seen: at least two traces must be kept", names)
     unseen = {name: profile.refit([one.replay for one in kept if one.trace != name]) for name in names}
     errors = _judge(session, ((one, unseen[one.trace]) for one in kept), shape=shape, device=device)

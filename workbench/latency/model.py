@@ -63,7 +63,9 @@ class LatencyModel:
         seen: CostModel | None = None,
         replays: ReplayErrors | None = None,
         stalls: Stalls | None = None,
+        residuals: Residuals | None = None,
     ) -> None:
+        """`residuals`: those of these steps by these costs, where they are known already."""
         self.costs, self.report, self.provenance = costs, report, dict(provenance)
         self._extra_noise, self._seen, self.stalls = noise, seen, stalls
         self.tokenizer = tokenizer
@@ -76,7 +78,7 @@ class LatencyModel:
         self._steps = steps
         values, duration = step_arrays(steps)
         self._largest = values.max(axis=0)
-        self._noise = Residuals(values, duration / costs.predict_all(values) - 1.0)
+        self._noise = residuals or Residuals(values, duration / costs.predict_all(values) - 1.0)
         loads = values[:, INDEX["loads"]].sum()
         self._bytes = int(values[:, INDEX["load_bytes"]].sum() / loads) if loads else 0
         self._open = adapters is None
@@ -327,9 +329,10 @@ class LatencyModel:
 
     def _changed(self, costs: Mapping[str, float], **changes: Any) -> "LatencyModel":
         """This model with other costs by term (residuals stay as they are, relative), and other arguments."""
-        model = CostModel.of_terms(costs, self.costs.padding)
-        values = self._steps[list(NAMES)].to_numpy(float)
-        before, after = self.costs.predict_all(values), model.predict_all(values)
+        model, steps, is_same = CostModel.of_terms(costs, self.costs.padding), self._steps, costs == self.costs.by_term()
+        if not is_same:
+            values = steps[list(NAMES)].to_numpy(float)
+            steps = steps.assign(duration_s=steps["duration_s"] * (model.predict_all(values) / self.costs.predict_all(values)))
         arguments: dict[str, Any] = {
             "info": self._info,
             "report": self.report,
@@ -341,8 +344,9 @@ class LatencyModel:
             "seen": self._seen,
             "replays": self.replays,
             "stalls": self.stalls,
+            "residuals": self._noise if is_same else None,
         }
-        return LatencyModel(model, self._steps.assign(duration_s=self._steps["duration_s"] * (after / before)), **(arguments | changes))
+        return LatencyModel(model, steps, **(arguments | changes))
 
     def replicas(self, num: int) -> "Sequence[LatencyModel]":
         """`num` devices of this kind for a `Fleet`: the same costs and limits, and no state in common."""

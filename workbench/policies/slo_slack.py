@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, takewhile
 from math import inf
 
 from workbench.config import SLO
@@ -60,8 +60,6 @@ class SLOSlack:
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
     recounts: bool = field(default=False, repr=False)  # whether the one that `steps_left` was for may be over
-    was_late: bool = field(default=False, repr=False)  # whether a gap was since the last count
-    newest: str = field(default="", repr=False)  # of those that `steps_left` has counted
     cycle: tuple[float, int, bool] = field(default=(0.0, 0, False), repr=False)
     pace_s: float = field(default=inf, repr=False)  # of a decode in the last sprint that was filled again
     gathers_since_s: float = field(default=inf, repr=False)
@@ -224,22 +222,9 @@ class SLOSlack:
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
-        running = view.running
         if self.steps_left <= 0 or self.recounts:
-            self.steps_left, self.recounts, self.was_late = max(map(self.gaps_to_spare, running), default=0.0), False, False
-            self.newest = running[-1].id if running else ""
+            self.steps_left, self.recounts = max(map(self.gaps_to_spare, view.running), default=0.0), False
         return self.steps_left <= 0
-
-    def count_joined(self, view: View) -> None:
-        """Let `steps_left` hold for those who run since it was counted, at the end of the list, as well."""
-        if not self.sprints or self.recounts or self.was_late:
-            self.recounts = True
-            return
-        for request in reversed(view.running):
-            if request.id == self.newest:
-                break
-            self.steps_left = max(self.steps_left, self.gaps_to_spare(request))
-        self.newest = view.running[-1].id if view.running else ""
 
     def gaps_to_spare(self, request: RequestView) -> float:
         """How many more gaps on time it needs until one may be late; none if more were late than its tokens forgive: it is lost."""
@@ -311,8 +296,9 @@ class SLOSlack:
         if kind == "prefill":
             seconds, tokens = self.prefilled
             self.prefilled = 0.9 * seconds + last.duration_s, 0.9 * tokens + sum(n for _, what, n in last.work if what == "prefill")
-        if "prefill" in kind and "decode" in kind:
-            self.count_joined(view)
+        if self.sprints and "prefill" in kind and "decode" in kind:
+            joined = takewhile(lambda r: r.generated == 1, reversed(view.running))
+            self.steps_left = max([self.steps_left, *map(self.gaps_to_spare, joined)])
         if "decode" in kind or "prefill" in kind:
             self.note_gaps(view, repeated, "decode" in kind)
 
@@ -322,7 +308,6 @@ class SLOSlack:
             if gap_s <= self.gap_s:
                 self.step_s += (0.1 if self.step_s else 1.0) * (gap_s - self.step_s)
             else:
-                self.was_late = True
                 for request in view.running:
                     if request.generated > 1 and gap_s > self.gap_target_s(request):
                         self.late[request.id] = self.late.get(request.id, 0) + 1
