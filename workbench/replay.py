@@ -1,13 +1,11 @@
 """The one serving loop: SimPy processes that bring arrivals to a ledger and its plans to an executor."""
 
 import copy
-import gc
 import hashlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -24,6 +22,7 @@ from workbench.loop.arrivals import Arrivals
 from workbench.loop.checks import check_duration, check_options, check_slo, checked_requests, warn_of_refusals, warn_of_ties
 from workbench.loop.clock import Clock, WallClock
 from workbench.loop.expected import length_predictor
+from workbench.loop.garbage import Garbage
 from workbench.loop.jump import Run, is_alone
 from workbench.loop.ledger import Ledger
 from workbench.loop.options import Options
@@ -41,7 +40,6 @@ from workbench.results.stream import Stream
 
 __all__ = ["Replay", "ReplayError", "load_replay", "replay"]
 
-GARBAGE_THRESHOLD = 20_000
 MAX_IDLE_TRIES = 100
 """How often a policy may plan nothing in a row while there is work and nothing else will ever happen."""
 
@@ -118,17 +116,6 @@ def done_work(planned: Work, batch: Batch, result: StepResult) -> Work:
     return work
 
 
-@contextmanager
-def few_collections() -> Iterator[None]:
-    """A step leaves a few hundred objects and no circles: the usual threshold would look through them after every few steps."""
-    thresholds = gc.get_threshold()
-    gc.set_threshold(max(GARBAGE_THRESHOLD, thresholds[0]) if thresholds[0] else 0, *thresholds[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)
-
-
 def _checksum(requests: Sequence[Request]) -> str:
     """Of the requests' repr as a tuple, which is not made as a whole."""
     found = hashlib.blake2b(b"(", digest_size=8)
@@ -171,6 +158,7 @@ class _Run:
             clock_env = WallClock() if self.is_wall else Clock()
             arrivals = Arrivals(clock_env, self.requests, self.jobs)
         self.arrivals, self.env = arrivals, arrivals.env
+        self.garbage = Garbage(often=self.is_wall)
         self.receive: Callable[[Request, float], None] = self._arrive
         self.ledger = Ledger(executor.info, executor.adapter_infos, predictor=executor.predictor, slo=self.slo)
         self.ledger.evict = copy.deepcopy(eviction_rules(options.evict))
@@ -266,7 +254,7 @@ class _Run:
         env.process(self.arrivals.bring_jobs(self._start_job))
         env.process(self.arrivals.bring_requests(self._arrive))
         server = env.process(self._guarded(self._serve()))
-        with few_collections():
+        with self.garbage:
             while server.is_alive and self.failure is None:
                 env.step()
 
@@ -350,6 +338,7 @@ class _Run:
         yield env.timeout(0)
         idle_tries = 0
         while True:
+            self.garbage.collect()
             now = float(env.now)
             ledger.now_s = now
             if self._poll(now) or not ledger.host.is_seeded:

@@ -22,11 +22,12 @@ from workbench.loop.arrivals import Arrivals
 from workbench.loop.checks import check_slo, checked_requests, warn_of_refusals, warn_of_ties
 from workbench.loop.clock import Clock, WallClock
 from workbench.loop.expected import length_predictor
+from workbench.loop.garbage import Garbage
 from workbench.loop.options import Options
 from workbench.loop.states import JobState, RequestState
 from workbench.loop.views import JobView
 from workbench.policy import Policy, policy_label
-from workbench.replay import ReplayError, _Run, few_collections
+from workbench.replay import ReplayError, _Run
 from workbench.results.conservation import ConservationError, check_conservation
 from workbench.results.replay import Replay
 from workbench.seeds import generator
@@ -46,7 +47,7 @@ class ReplicaRun(_Run):
         self.fleet, self.number, self.book = fleet, number, Book()
         super().__init__((), executor, policy, options, fleet.arrivals, number)
         self.receive = fleet.deliver
-        self.lengths = fleet.lengths
+        self.garbage, self.lengths = fleet.garbage, fleet.lengths
         self.ledger.expected_output = fleet.expected
         self.seen: Any = None
         if self.is_wall and not executor.info.simulated:
@@ -176,6 +177,7 @@ class FleetRun:
         self.where = "router"
         options = replace(options, until=self.until)
         self.is_watched = False
+        self.garbage = Garbage(often=options.clock == "wall")
         self.runs = [ReplicaRun(self, k, executor, policy, options) for k, executor in enumerate(executors)]
         rng = Random(f"router:{options.seed}")
         self.views = tuple(ReplicaView(run.ledger, rng, run.number, run.book, self.env, self._watch) for run in self.runs)
@@ -268,7 +270,7 @@ class FleetRun:
         servers = env.all_of([env.process(run._guarded(run._serve())) for run in self.runs])
         if isinstance(env, WallClock):
             env.sync()
-        with few_collections():
+        with self.garbage:
             while not servers.triggered and self.failure is None:
                 try:
                     env.step()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from workbench.config import FinetuneJob
 from workbench.core import AdapterLoad, Backward, Batch, Request, Segment, StepResult
 from workbench.features import Work, of_batch
+from workbench.loop.garbage import Garbage
 
 if TYPE_CHECKING:
     from workbench.runtime.engine import Engine
@@ -59,6 +60,7 @@ class Driver:
         assert rows <= self.info.activation_tokens, (
             f"the jobs' micro-batches need {rows} arena rows, there are {self.info.activation_tokens}"
         )
+        self.garbage = Garbage()
         self.step_index = 0
         self.batch = Batch(0)
         self._clear()
@@ -208,6 +210,7 @@ class Driver:
         return batch
 
     def step(self) -> StepResult:
+        self.garbage.collect()
         self.batch = self.take()
         return self.engine.step(self.batch)
 
@@ -219,7 +222,9 @@ class Driver:
         self.engine.end()
 
     def __enter__(self) -> "Driver":
+        self.garbage.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.garbage.__exit__(None, None, None)
         self.close()
