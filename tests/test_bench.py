@@ -524,6 +524,13 @@ def test_the_table_names_value_floor_must_device_date_and_commit_and_baselines_b
     assert table.markdown(frame_of(tmp_path, theirs, ours), only_targets=True).splitlines() == lines[:3]
 
 
+@pytest.mark.parametrize(("p50", "shown"), [(8.0002, "8.0002"), (8.004, "8.004"), (8.0, "8"), (7.997, "7.997"), (8.01, "8.01")])
+def test_a_missed_value_never_looks_like_its_target(tmp_path, p50, shown):
+    line = table.markdown(frame_of(tmp_path, row(p50=p50))).splitlines()[2]
+    assert f"| step {shown} ms |" in line
+    assert ("**missed**" in line) == (p50 > 8)
+
+
 def test_the_table_command_writes_between_the_markers_only(tmp_path):
     frame_of(tmp_path, row())
     readme = tmp_path / "README.md"

@@ -61,7 +61,7 @@ def markdown(frame: pd.DataFrame, *, only_targets: bool = False) -> str:
 
 def _line(title: str, row: Any) -> str:
     target = find(row["workload"], row["cell"], row["metric"])
-    value = f"{row['metric']} {_number(row['p50'])} {row['unit']}"
+    value = f"{row['metric']} {_number(row['p50'], unlike=None if target is None else target.must)} {row['unit']}"
     if not pd.isna(row["p20"]):
         value += f" ({_number(row['p20'])} to {_number(row['p80'])})"
     ratio = "" if pd.isna(row["ratio"]) else f"{row['ratio']:.2f}"
@@ -77,8 +77,12 @@ def _line(title: str, row: Any) -> str:
     return f"| {title} | {row['cell']} | {row['system']} | {value} | {ratio} | {must} | {vllm} | {where} |"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _number(value: float, unlike: float | None = None) -> str:
+    """Three digits, or more where the value would be taken for `unlike`, which it is not."""
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if unlike is None or value == unlike or text != _number(unlike):
+        return text
+    return next(found for digits in range(4, 18) if float(found := f"{value:.{digits}g}") != unlike)
 
 
 def updated(readme: str, frame: pd.DataFrame) -> str:

@@ -1,6 +1,6 @@
 """Delays that come by time, whatever a step does: under sustained load a step lasts some milliseconds longer now and then.
 
-Those that were measured come from hosts that slow down for a moment. They are rare in a calibration, whose steps have pauses between them,
+In those that were measured a core of the host was slow for a moment. They are rare in a calibration, whose steps have pauses between them,
 and they decide what a quantile of token gaps is worth: a stall makes the gap of everybody who decodes late at once. So they are measured in
 replays, and drawn by busy time and not by step.
 """
