@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.bench.kept import load_all
+from workbench.bench.kept import load_all, stalls_of
 from workbench.core import AdapterInfo, ExecutorInfo
-from workbench.latency import Stalls
 from workbench.latency.model import FORMAT, MODEL_FILE, PROFILES, STEPS_FILE, LatencyModel
 
 TOKENS = (16, 32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096)
@@ -49,10 +48,7 @@ def main() -> None:
 def with_kept(model: LatencyModel, folders: Sequence[Path]) -> LatencyModel:
     """The model refitted to the replays kept below `folders` and stalling as they did."""
     kept = load_all(folders)
-    replays = [one.replay for one in kept]
-    cells, commits = sorted({one.cell for one in kept}), sorted({one.provenance.commit for one in replays})
-    source = f"{len(kept)} replays ({'; '.join(cells)}) on {model.info.device}, {kept[0].date[:10]}, commit {', '.join(commits)}"
-    return model.refit(replays).with_stalls(Stalls.of(replays, source=source))
+    return model.refit([one.replay for one in kept]).with_stalls(stalls_of(kept))
 
 
 def refit(folder: Path) -> LatencyModel:

@@ -381,6 +381,8 @@ def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain_while_n
     )
     record = json.loads(file.read_text())
     assert record["capacity"] > 4 and len(record["rows"]) == 3
+    stalls = wb.LatencyModel.load("h100-llama3-8b").stalls
+    assert record["stalls"] == f"{stalls}; {stalls.source}"
     assert all(0 <= row["attainment"] <= 1 for row in record["rows"])
     for row, attainment, tokens in zip(record["rows"], (0.99, 0.98, 0.4), (100.0, 900.0, 5.0), strict=True):
         row |= {"attainment": attainment, "finetune_tokens_per_s": tokens, "saturated": False}

@@ -10,7 +10,8 @@ from test_latency import INFO, synthetic
 
 import workbench as wb
 from workbench.bench import __main__ as cli
-from workbench.bench import modelling
+from workbench.bench import contest, modelling
+from workbench.bench import kept as bench_kept
 from workbench.bench.kept import Kept
 from workbench.latency import LatencyModel, Stalls
 from workbench.latency.fit import spread_out
@@ -132,13 +133,32 @@ def test_each_trace_is_judged_by_a_fit_to_the_other_ones(tmp_path, capsys, monke
     assert "give both" in capsys.readouterr().err
 
 
-def test_what_the_script_adds_is_the_steps_and_the_stalls_of_kept_replays(tmp_path, monkeypatch, capsys):
-    LatencyModel.fit(synthetic(300), info=INFO).with_stalls(STALLS).save(tmp_path / "model")
-    assert refit_profile.refit(tmp_path / "model").stalls == STALLS, "fitted to its own steps again it stalls as before"
+def delayed_twice():
+    """A kept replay of which two steps lasted 20 ms longer."""
     slow = measured(400)
     slow.steps = slow.steps.assign(predicted_s=slow.steps["duration_s"])
     slow.steps.loc[[50, 250], "duration_s"] += 0.02
-    kept = SimpleNamespace(replay=slow, cell="a trace, 2 req/s", date="2026-01-01T00:00:00Z")
+    return SimpleNamespace(replay=slow, cell="a trace, 2 req/s", date="2026-01-01T00:00:00Z")
+
+
+def test_rivals_are_tuned_for_the_delays_of_kept_replays_and_the_file_says_whose(tmp_path, monkeypatch, capsys):
+    LatencyModel.fit(synthetic(300), info=INFO).with_stalls(STALLS).save(tmp_path / "model")
+    tuned = []
+    monkeypatch.setattr(bench_kept, "load_all", lambda folders: [delayed_twice()] if folders == [Path("x"), Path("y")] else [])
+    monkeypatch.setattr(contest, "tune", lambda model, file: tuned.append((model, file)))
+    command = ["tune", "--profile", str(tmp_path / "model"), "--into", str(tmp_path)]
+    assert cli.main(command) == cli.main([*command, "--stalls", "x", "y"]) == 0
+    (plain, file), (delayed, _) = tuned
+    assert plain.stalls == STALLS and file == tmp_path / contest.FILE
+    assert delayed.stalls.seconds == pytest.approx((0.02, 0.02), rel=0.05)
+    assert delayed.stalls.source == f"1 replays (a trace, 2 req/s) on {INFO.device}, 2026-01-01, commit c0ffee"
+    capsys.readouterr()
+
+
+def test_what_the_script_adds_is_the_steps_and_the_stalls_of_kept_replays(tmp_path, monkeypatch, capsys):
+    LatencyModel.fit(synthetic(300), info=INFO).with_stalls(STALLS).save(tmp_path / "model")
+    assert refit_profile.refit(tmp_path / "model").stalls == STALLS, "fitted to its own steps again it stalls as before"
+    kept = delayed_twice()
     monkeypatch.setattr(refit_profile, "load_all", lambda _: [kept])
     monkeypatch.setattr("sys.argv", ["refit_profile", str(tmp_path / "model"), "--replays", "x", "--into", str(tmp_path / "out")])
     refit_profile.main()

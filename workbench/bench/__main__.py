@@ -5,6 +5,7 @@
     python -m workbench.bench model --from D [D ...]           the same of the replays kept below D, by their models; needs no GPU
     python -m workbench.bench model --from D --profile P --refit    by P refitted to the other traces' replays; P refitted to all is kept
     python -m workbench.bench tune --profile NAME              tune the policies that `contest` measures, on a latency model
+    python -m workbench.bench tune --profile NAME --stalls D   on one whose steps are delayed as those of the replays kept below D
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
     python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
     python -m workbench.bench roofline benchmarks FILE.png     the kernels against the roofline
@@ -158,11 +159,17 @@ def _table(given: Sequence[str]) -> int:
 def _tune(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m workbench.bench tune", description="Tune the rivals of the workload contest.")
     parser.add_argument("--profile", metavar="NAME_OR_DIR", required=True, help="the latency model to tune on")
+    parser.add_argument(
+        "--stalls", type=Path, nargs="+", metavar="DIR", help="delay steps as those of the replays kept below here were, not as the profile"
+    )
     parser.add_argument("--into", type=Path, default=FOLDER, metavar="DIR")
     options = parser.parse_args(given)
-    from workbench.bench import contest
+    from workbench.bench import contest, kept
 
-    print(contest.tune(LatencyModel.load(options.profile), options.into / contest.FILE))
+    model = LatencyModel.load(options.profile)
+    if options.stalls is not None:
+        model = model.with_stalls(kept.stalls_of(kept.load_all(options.stalls)))
+    print(contest.tune(model, options.into / contest.FILE))
     return 0
 
 

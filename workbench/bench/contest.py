@@ -122,7 +122,7 @@ def tune(
     record = {
         "model": model.info.name,
         "device": model.info.device,
-        "stalls": str(model.stalls or "no stalls"),
+        "stalls": f"{model.stalls}; {model.stalls.source}" if model.stalls else "no stalls",
         "slo": {"ttft_s": slo.ttft_s, "itl_s": slo.itl_s, "itl_quantile": slo.itl_quantile},
         "capacity": capacity,
         "capacity_of": f"{serves}, attainment >= {ATTAINED:.0%}",

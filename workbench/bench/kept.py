@@ -11,7 +11,7 @@ from typing import Any
 from workbench import policies
 from workbench.config import FinetuneJob, RandomTokens, require
 from workbench.core import BUCKETS, ExecutorInfo
-from workbench.latency import LatencyModel
+from workbench.latency import LatencyModel, Stalls
 from workbench.latency.fit import check_executor
 from workbench.latency.whole_replays import Prediction, ReplayErrors
 from workbench.replay import replay
@@ -118,6 +118,14 @@ def under(model: LatencyModel, measured: Replay) -> LatencyModel:
     limits = {f.name: getattr(info, f.name) for f in fields(ExecutorInfo) if f.name not in NO_LIMITS}
     adapters = {name: found for poll, name, found in measured.tape.adapters if poll == 0 and found is not None}
     return model.with_limits(**limits).with_adapters(adapters)
+
+
+def stalls_of(kept: Sequence[Kept]) -> Stalls:
+    """How the steps of these replays were delayed, and where that was seen."""
+    cells, commits = sorted({one.cell for one in kept}), sorted({one.replay.provenance.commit for one in kept})
+    devices, days = sorted({one.replay.executor.device for one in kept}), sorted({one.date[:10] for one in kept})
+    source = f"{len(kept)} replays ({'; '.join(cells)}) on {', '.join(devices)}, {', '.join(days)}, commit {', '.join(commits)}"
+    return Stalls.of([one.replay for one in kept], source=source)
 
 
 def cell_name(trace: str, load: float) -> str:
