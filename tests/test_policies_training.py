@@ -27,6 +27,7 @@ from workbench.policies import (
     SLOSlack,
     TemporalSharing,
     TokenCoserving,
+    slo_slack,
 )
 from workbench.policies.common import StepErrors
 from workbench.policy import Plan, StepView
@@ -161,9 +162,9 @@ STRICT = SLO(ttft_s=1.0, itl_s=0.010, itl_quantile=1.0)
 CALM = {"train": 0.0, "prefill": 0.0, "decode": 0.0}  # the largest excesses of a device that never was late
 
 
-def serving(*requests, slo=STRICT, documents=(200, 200), seen_s=0.0, **options):
+def serving(*requests, slo=STRICT, documents=(200, 200), seen_s=0.0, margin=2.0, **options):
     """A desk whose requests decode already, with a job; the policy has seen steps of training exceed their prediction by `seen_s`."""
-    desk = Desk(SLOSlack(margin=2.0), slo=slo, **options)
+    desk = Desk(SLOSlack(margin=2.0, roll_margin=margin), slo=slo, **options)
     desk.arrive(*requests)
     desk.step(duration_s=0.01)
     desk.job(documents)
@@ -245,6 +246,8 @@ def test_slack_rolls_where_no_gap_may_be_late_up_to_the_tightest_target():
 def test_slack_keeps_the_largest_excess_of_late_in_reserve_and_corrects_the_usual_error():
     # 10 - 2 * 1 ms = 8 ms, less 4.2 ms, / 50 us
     assert trained(serving(one("x", output=60), seen_s=0.001)) == 75
+    # 10 - 1.25 * 1 ms
+    assert trained(serving(one("x", output=60), seen_s=0.001, margin=1.25)) == 90
     slow = serving(one("x", output=60))
     slow.policy.errors.ratios["decode+forward"] = 1.25
     assert trained(slow) == 75  # 10 ms / 1.25
@@ -283,13 +286,13 @@ def test_step_errors_forget_an_outlier_and_learn_the_usual_ratio():
     assert errors.excess_s["train"] == pytest.approx(0.045 / 16)
 
 
-def test_slack_trains_beside_who_finds_no_place_until_half_of_the_ttft_target_is_left():
+def test_slack_trains_beside_who_finds_no_place_until_a_tenth_of_the_ttft_target_is_left():
     desk = serving(one("x", output=60), slo=SLO(ttft_s=0.2, itl_s=0.5, itl_quantile=1.0), max_requests=1)
     assert trained(desk) > 200
     desk.arrive(one("y", 0.01, 20, 8))
     # its first token should be there at 0.01 + 0.9 * 0.2 s
-    assert trained(desk, now_s=0.089) > 200
-    assert trained(desk, now_s=0.091) == 0
+    assert trained(desk, now_s=0.169) > 200
+    assert trained(desk, now_s=0.171) == 0
 
 
 def prefilled(desk, **options):
@@ -299,18 +302,25 @@ def prefilled(desk, **options):
 ROLLING = SLO(ttft_s=2.0, itl_s=0.050, itl_quantile=1.0)  # 1,000 prompt tokens take 40 ms
 
 
-def test_slack_gathers_prompts_until_they_fill_a_padded_forward():
-    desk = serving(one("x", output=60), slo=ROLLING, max_batch_tokens=1024, token_buckets=(256, 768, 896, 1024))
-    now_s = desk.view.now_s
-    desk.arrive(one("y", now_s, 500, 8))
+def test_slack_gathers_prompts_until_they_fill_the_padded_forward_of_512_tokens_or_more():
+    for buckets, filled in (((256, 768, 896, 1024), 767), ((256, 512, 768), 511), ((), 511)):
+        desk = serving(one("x", output=60), slo=ROLLING, max_batch_tokens=1024, token_buckets=buckets)
+        now_s = desk.view.now_s
+        desk.arrive(one("y", now_s, 500, 8))
+        assert prefilled(desk) == 0
+        desk.arrive(one("z", now_s, 390, 8))
+        assert prefilled(desk) == filled, "with a decode, and no more: the forward would be padded"
+        desk.policy.gathers_since_s = now_s - 0.2
+        assert prefilled(desk) == 890, "a tenth of the TTFT target is over"
+
+
+def test_slack_prefills_as_many_tokens_beside_many_decodes_as_there_are_decodes(monkeypatch):
+    monkeypatch.setattr(slo_slack, "ROLLING_TOKENS", 8)
+    desk = serving(*(one(f"x{i}", output=60) for i in range(6)), slo=ROLLING)
+    desk.arrive(one("y", desk.view.now_s, 5, 8))
     assert prefilled(desk) == 0
-    desk.arrive(one("z", now_s, 390, 8))
-    assert prefilled(desk) == 0, "with a decode 891 tokens, which would be padded, and 767 fill 768"
-    desk.arrive(one("w", now_s, 5, 8))
-    assert prefilled(desk) == 895, "which fill 896"
-    desk.policy.gathers_since_s = now_s - 0.2
-    desk.arrive(one("v", now_s, 3, 8))
-    assert prefilled(desk) == 898, "a tenth of the TTFT target is over"
+    desk.arrive(one("z", desk.view.now_s, 5, 8))
+    assert prefilled(desk) == 6
 
 
 def test_slack_leaves_time_for_a_first_token_where_that_is_tighter_than_a_gap():

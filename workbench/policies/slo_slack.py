@@ -9,8 +9,10 @@ from workbench.config import SLO
 from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_resident, kind_of, repeat_decodes
 from workbench.policy import JobView, Plan, RequestView, View
 
-REFILL_TOKENS = 768  # prompt tokens that are worth a slower step beside decodes
+REFILL_TOKENS = 768  # prompt tokens that are worth a slower step beside decodes, in a sprint
+ROLLING_TOKENS = 512  # of prompts and decodes together, at least: a forward of so many costs little more than one of half as many
 GATHERS = 0.1  # of the tightest TTFT target: for so long prompts gather until they are that many
+SHORT = 0.1  # of the tightest TTFT target: with less left to wait for a place, serving goes before training
 PREFILLS = 0.55  # of the gap target: prefills beside decodes may last so long, however large the excess of late
 
 
@@ -30,12 +32,13 @@ class SLOSlack:
 
     Where that decodes in more steps a second than training within gaps would (TTFT targets short beside a hundred gaps, or sprints
     that are filled again and again), or where those who wait cannot wait until the sprint is over, it rolls, for twice as long each time:
-    each step decodes and trains up to the tightest gap target, and prompts gather until they fill a padded forward. So places stay full
-    while those without one have half of their TTFT target left; later, it trains no more. A backward that turns out longer than predicted
-    stops by itself on an executor with safepoints. Predictions are corrected by the usual ratio of measured to predicted of their kind
-    of step, and for the rest `margin` times the largest excess over that is kept in reserve; it is forgotten by half every `memory` steps,
-    and so is a quarter of the gap target, where it begins. So a machine whose steps are delayed now and then has its sprints and rests: a
-    decode alone leaves the most room for that.
+    each step decodes, prefills and trains up to the tightest gap target, and prompts gather until they are as many tokens as the decodes.
+    So places stay full while those without one have a tenth of their TTFT target left; later, it trains no more. A backward that turns out
+    longer than predicted stops by itself on an executor with safepoints. Predictions are corrected by the usual ratio of measured to
+    predicted of their kind of step, and for the rest the largest excess over that is kept in reserve, `margin` times in a sprint and
+    `roll_margin` times where it rolls; it is forgotten by half every `memory` steps, and so is a quarter of the gap target, where it
+    begins. So a machine whose steps are delayed for long now and then has its sprints and rests: a decode alone leaves the most room for
+    that.
 
     Requests without a gap target have `token_s` per token, those without one for the first token `first_s`. A job without progress for
     `alive_s` gets one layer or `alive_tokens` tokens at all events. Jobs take turns by committed tokens.
@@ -47,6 +50,7 @@ class SLOSlack:
     reserve: float = 0.1
     pace: bool = True
     margin: float = 2.0
+    roll_margin: float = 1.15
     memory: int = 4096
     alive_s: float = 10.0
     alive_tokens: int = 32
@@ -139,7 +143,8 @@ class SLOSlack:
             if sprints and not self.refills:
                 sprints, self.pace_s = False, 0.0
                 self.roll(view)
-            self.fill(view, plan, gap_s)
+            fill = self.fill if self.sprints else self.fill_rolling
+            fill(view, plan, gap_s)
         if not sprints and not self.is_short_of_places(view, plan):
             # who arrives waits for this step and is prefilled in the next one
             step_s = min(gap_s, (1 - self.reserve) / 2 * self.ttft_s) if view.running else 0.2 * self.ttft_s
@@ -159,14 +164,8 @@ class SLOSlack:
             plan.prefill(order, whole=whole, skip=ELSEWHERE)
             return
         bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), PREFILLS * self.gap_s)
-        num_placed = sum(map(is_resident, order)) + view.free.requests
-        left = min(sum(r.prefill_left for r in order[:num_placed]), plan.left.tokens)
-        if left:
-            self.gathers_since_s = min(self.gathers_since_s, view.now_s)
+        num_placed, left, is_late = self.gathered(view, plan, order)
         tokens: int | None = None
-        # a step without them, and the one that prefills them, may last as long as a gap
-        is_due = min(map(self.begin_by_s, order)) - view.now_s < 2 * self.gap_s
-        is_late = is_due or view.now_s - self.gathers_since_s >= GATHERS * self.ttft_s
         if not (whole or is_late or not view.jobs or (self.refills and len(order) <= num_placed)):
             packed = view.limits.tokens - plan.left.tokens
             tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
@@ -176,16 +175,45 @@ class SLOSlack:
         if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
             self.gathers_since_s = inf
 
+    def fill_rolling(self, view: View, plan: Plan, gap_s: float) -> None:
+        """Prefill beside decodes and training: as many tokens as there are decodes, ROLLING_TOKENS together at least, or what is late."""
+        whole = "chunk" not in view.can
+        order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+        if not view.running:
+            plan.prefill(order, whole=whole, skip=ELSEWHERE)
+            return
+        _, left, is_late = self.gathered(view, plan, order)
+        bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.roll_margin), PREFILLS * self.gap_s)
+        tokens: int | None = None
+        if not (whole or is_late or not view.jobs):
+            packed = view.limits.tokens - plan.left.tokens
+            wanted = max(ROLLING_TOKENS, 2 * packed)
+            tokens = min(next((b for b in view.token_buckets if b >= wanted), wanted) - packed, plan.left.tokens)
+            if left < tokens and plan.copy().prefill(order, left, skip=ELSEWHERE, within_s=bound_s) == left:
+                return  # more would fit: they gather
+        if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
+            self.gathers_since_s = inf
+
+    def gathered(self, view: View, plan: Plan, order: Sequence[RequestView]) -> tuple[int, int, bool]:
+        """How many have a place or find one, the tokens that they lack, and whether they have gathered for long enough."""
+        num_placed = sum(map(is_resident, order)) + view.free.requests
+        left = min(sum(r.prefill_left for r in order[:num_placed]), plan.left.tokens)
+        if left:
+            self.gathers_since_s = min(self.gathers_since_s, view.now_s)
+        # a step without them, and the one that prefills them, may last as long as a gap
+        is_due = min(map(self.begin_by_s, order)) - view.now_s < 2 * self.gap_s
+        return num_placed, left, is_due or view.now_s - self.gathers_since_s >= GATHERS * self.ttft_s
+
     def is_short_of_places(self, view: View, plan: Plan) -> bool:
-        """Whether somebody finds no place and has not half of its TTFT target left to wait for one."""
+        """Whether somebody finds no place and has hardly any of its TTFT target left to wait for one."""
         if plan.queue_why not in ("requests", "blocks") and sum(not is_resident(r) for r in view.waiting) <= view.free.requests:
             return False
-        return min(map(self.begin_by_s, view.waiting)) - view.now_s < 0.5 * self.ttft_s
+        return min(map(self.begin_by_s, view.waiting)) - view.now_s < SHORT * self.ttft_s
 
     def train_within(self, view: View, plan: Plan, job: JobView, step_s: float) -> None:
         """Train until the gap target; a backward stops by itself where it turns out longer, on an executor with safepoints."""
         errors, before_s, is_first = self.errors, plan.predicted_s, not plan.backwards
-        done = plan.train(job, within_s=errors.surely(plan, job.phase, step_s, self.gap_s, self.margin))
+        done = plan.train(job, within_s=errors.surely(plan, job.phase, step_s, self.gap_s, self.roll_margin))
         if done and job.phase == "backward" and "safepoint" in view.can and view.running and is_first:
             layer_s = (plan.predicted_s - before_s) / done
             plan.stop_after(max(step_s - errors.plan_s - 1.5 * layer_s * errors.ratios.get(kind_of(plan), 1.0), 1e-6))
@@ -218,7 +246,7 @@ class SLOSlack:
 
     def rolling_s(self) -> float:
         """How long the steps of rolling last: what stalls any kind of step leaves them less."""
-        return min(self.errors.left_s(name, self.gap_s, self.gap_s, self.margin) for name in ("train", "prefill", "decode"))
+        return min(self.errors.left_s(name, self.gap_s, self.gap_s, self.roll_margin) for name in ("train", "prefill", "decode"))
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
