@@ -143,8 +143,7 @@ class SLOSlack:
             if sprints and not self.refills:
                 sprints, self.pace_s = False, 0.0
                 self.roll(view)
-            fill = self.fill if self.sprints else self.fill_rolling
-            fill(view, plan, gap_s)
+            self.fill(view, plan, gap_s)
         if not sprints and not self.is_short_of_places(view, plan):
             # who arrives waits for this step and is prefilled in the next one
             step_s = min(gap_s, (1 - self.reserve) / 2 * self.ttft_s) if view.running else 0.2 * self.ttft_s
@@ -157,39 +156,28 @@ class SLOSlack:
         repeat_decodes(view, plan)
 
     def fill(self, view: View, plan: Plan, gap_s: float) -> None:
-        """Prefill beside decodes: many tokens at once and no padding, unless they gathered for long or end a sprint's queue."""
+        """Prefill beside decodes: in a sprint many tokens at once and no padding; where it rolls as many as there are decodes, and
+        ROLLING_TOKENS with them at least. All at once what gathered for long, or ends a sprint's queue.
+        """
         whole = "chunk" not in view.can
         order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
         if not view.running:
             plan.prefill(order, whole=whole, skip=ELSEWHERE)
             return
-        bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), PREFILLS * self.gap_s)
+        margin = self.margin if self.sprints else self.roll_margin
+        bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, margin), PREFILLS * self.gap_s)
         num_placed, left, is_late = self.gathered(view, plan, order)
         tokens: int | None = None
         if not (whole or is_late or not view.jobs or (self.refills and len(order) <= num_placed)):
             packed = view.limits.tokens - plan.left.tokens
-            tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
-            are_few = tokens < min(REFILL_TOKENS, plan.left.tokens)
-            if are_few and plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s) == tokens:
-                return  # more would fit: they gather
-        if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
-            self.gathers_since_s = inf
-
-    def fill_rolling(self, view: View, plan: Plan, gap_s: float) -> None:
-        """Prefill beside decodes and training: as many tokens as there are decodes, ROLLING_TOKENS together at least, or what is late."""
-        whole = "chunk" not in view.can
-        order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
-        if not view.running:
-            plan.prefill(order, whole=whole, skip=ELSEWHERE)
-            return
-        _, left, is_late = self.gathered(view, plan, order)
-        bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.roll_margin), PREFILLS * self.gap_s)
-        tokens: int | None = None
-        if not (whole or is_late or not view.jobs):
-            packed = view.limits.tokens - plan.left.tokens
-            wanted = max(ROLLING_TOKENS, 2 * packed)
-            tokens = min(next((b for b in view.token_buckets if b >= wanted), wanted) - packed, plan.left.tokens)
-            if left < tokens and plan.copy().prefill(order, left, skip=ELSEWHERE, within_s=bound_s) == left:
+            if self.sprints:
+                tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
+                enough = min(REFILL_TOKENS, plan.left.tokens)
+            else:
+                wanted = max(ROLLING_TOKENS, 2 * packed)
+                enough = min(next((b for b in view.token_buckets if b >= wanted), wanted) - packed, plan.left.tokens)
+                tokens = min(enough, left)
+            if tokens < enough and plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s) == tokens:
                 return  # more would fit: they gather
         if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
             self.gathers_since_s = inf
