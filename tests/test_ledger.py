@@ -8,6 +8,7 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from joblib import Parallel, delayed
 
 from workbench.config import FinetuneJob, RandomTokens
 from workbench.core import AdapterInfo, Batch, Request, StepResult
@@ -416,3 +417,16 @@ def test_an_error_in_the_middle_of_a_step_leaves_a_usable_partial_replay_and_not
     assert partial.events["step"].max() == 6
     assert "executor failed" in partial.error
     assert executor.num_open == 0
+
+
+def test_a_replay_that_failed_in_another_process_raises_there_and_here_the_same_error_with_what_was_done():
+    def fails(view, plan):
+        if view.step == 7:
+            raise ValueError("my mistake")
+        FCFS()(view, plan)
+
+    requests = [request(f"r{i}", 30, 20, "ab"[i % 2]) for i in range(12)]
+    with pytest.raises(ReplayError, match="my mistake") as caught:
+        Parallel(n_jobs=2)(delayed(replay)(requests, executor=FixedCost(), policy=fails, planning=0.0) for _ in range(2))
+    assert len(caught.value.replay.steps) == 7
+    assert caught.value.replay.error == str(caught.value)

@@ -42,7 +42,7 @@ class PreparedJob:
     epochs: int | None
     evaluate_every: int | None
     first_micro_batch: int = 0
-    _orders: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    _orders: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
     _micro_batches: dict[int, MicroBatch] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -111,9 +111,9 @@ class PreparedJob:
         return [(tuple(len(d) for d in row), sum(d.labelled for d in row)) for row in self.rows]
 
     def _sizes(self, index: int) -> tuple[tuple[int, ...], int]:
-        first = index * self.batch_size
-        chosen = [self._row_sizes[self._position(i)] for i in range(first, min(first + self.batch_size, self.num_rows))]
-        return tuple(length for lengths, _ in chosen for length in lengths), sum(labelled for _, labelled in chosen)
+        sizes, first = self._row_sizes, index * self.batch_size
+        chosen = [sizes[self._position(i)] for i in range(first, min(first + self.batch_size, self.num_rows))]
+        return tuple([length for lengths, _ in chosen for length in lengths]), sum([labelled for _, labelled in chosen])
 
     def _row(self, index: int) -> Row:
         return self.rows[self._position(index)]
@@ -122,8 +122,8 @@ class PreparedJob:
         """Which row stands at place `index` of the stream of epochs."""
         epoch, place = divmod(index, len(self.rows))
         if epoch not in self._orders:
-            self._orders[epoch] = generator("epoch", self.seed, epoch).permutation(len(self.rows))
-        return int(self._orders[epoch][place])
+            self._orders[epoch] = generator("epoch", self.seed, epoch).permutation(len(self.rows)).tolist()
+        return self._orders[epoch][place]
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.num_micro_batches:

@@ -51,6 +51,10 @@ class ReplayError(RuntimeError):
         super().__init__(message)
         self.replay = replay
 
+    def __reduce__(self) -> tuple[type["ReplayError"], tuple[str, Replay]]:
+        """So that it comes through from another process as what it is."""
+        return type(self), (str(self), self.replay)
+
 
 def replay(
     trace: Any,

@@ -69,6 +69,10 @@ class SLOSlack:
     gathers_since_s: float = field(default=inf, repr=False)
     gap_s: float = field(default=inf, repr=False)
     ttft_s: float = field(default=inf, repr=False)
+    has_one_ttft: bool = field(default=True, repr=False)  # whether all who ever came have the same target
+    order: Sequence[RequestView] = field(default=(), repr=False)
+    num_begun: int = field(default=0, repr=False)
+    due_s: float = field(default=inf, repr=False)  # by when the first token of somebody who waits should be there
     step: int = field(default=0, repr=False)
     step_s: float = field(default=0.0, repr=False)
     decoded_s: float = field(default=0.0, repr=False)
@@ -76,6 +80,7 @@ class SLOSlack:
 
     def __call__(self, view: View, plan: Plan) -> None:
         self.learn(view)
+        self.look_at_queue(view)
         jobs = in_turn(view)
         sprints = bool(jobs) and self.chooses_to_sprint(view)
         if not (view.running or view.waiting):
@@ -106,15 +111,14 @@ class SLOSlack:
 
     def rest(self, view: View, plan: Plan, jobs: Sequence[JobView]) -> bool:
         """Train, and prefill at the end; False once the next sprint can begin."""
-        due_s = min(map(self.begin_by_s, view.waiting), default=inf) - self.margin * max(self.errors.excess_s.values(), default=0.0)
+        due_s = self.due_s - self.margin * max(self.errors.excess_s.values(), default=0.0)
         left_s = min(due_s, self.enough_until_s) - self.prefilling_s(view) - 2 * self.step_s - view.now_s
         if left_s > 0 and len(view.waiting) < view.free.requests:
             for job in jobs:
                 plan.train(job, within_s=self.errors.usually(plan, job.phase, left_s))
         if plan.empty and "chunk" in view.can:
             self.enough_until_s = -inf
-            begin = [r for r in view.waiting if r.prefill_left > 1]
-            for request in sorted(begin, key=lambda r: (not is_resident(r), self.begin_by_s(r))):
+            for request in [r for r in self.order if r.prefill_left > 1]:
                 asked = request.prefill_left - 1
                 if plan.prefill(request, asked) < asked and plan.why not in ELSEWHERE:
                     break
@@ -160,13 +164,13 @@ class SLOSlack:
         ROLLING_TOKENS with them at least. All at once what gathered for long, or ends a sprint's queue.
         """
         whole = "chunk" not in view.can
-        order = sorted(view.waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+        order = self.order
         if not view.running:
             plan.prefill(order, whole=whole, skip=ELSEWHERE)
             return
         margin = self.margin if self.sprints else self.roll_margin
         bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, margin), PREFILLS * self.gap_s)
-        num_placed, left, is_late = self.gathered(view, plan, order)
+        num_placed, left, is_late = self.gathered(view, plan)
         tokens: int | None = None
         if not (whole or is_late or not view.jobs or (self.refills and len(order) <= num_placed)):
             packed = view.limits.tokens - plan.left.tokens
@@ -182,21 +186,25 @@ class SLOSlack:
         if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
             self.gathers_since_s = inf
 
-    def gathered(self, view: View, plan: Plan, order: Sequence[RequestView]) -> tuple[int, int, bool]:
-        """How many have a place or find one, the tokens that they lack, and whether they have gathered for long enough."""
-        num_placed = sum(map(is_resident, order)) + view.free.requests
-        left = min(sum(r.prefill_left for r in order[:num_placed]), plan.left.tokens)
+    def gathered(self, view: View, plan: Plan) -> tuple[int, int, bool]:
+        """How many have a place or find one, the tokens that they lack (as far as a step has room), and whether they gathered for long."""
+        num_placed, room, left = self.num_begun + view.free.requests, plan.left.tokens, 0
+        for request in self.order[:num_placed]:
+            left += request.prefill_left
+            if left >= room:
+                left = room
+                break
         if left:
             self.gathers_since_s = min(self.gathers_since_s, view.now_s)
         # a step without them, and the one that prefills them, may last as long as a gap
-        is_due = min(map(self.begin_by_s, order)) - view.now_s < 2 * self.gap_s
+        is_due = self.due_s - view.now_s < 2 * self.gap_s
         return num_placed, left, is_due or view.now_s - self.gathers_since_s >= GATHERS * self.ttft_s
 
     def is_short_of_places(self, view: View, plan: Plan) -> bool:
         """Whether somebody finds no place and has hardly any of its TTFT target left to wait for one."""
-        if plan.queue_why not in ("requests", "blocks") and sum(not is_resident(r) for r in view.waiting) <= view.free.requests:
+        if plan.queue_why not in ("requests", "blocks") and len(self.order) - self.num_begun <= view.free.requests:
             return False
-        return min(map(self.begin_by_s, view.waiting)) - view.now_s < SHORT * self.ttft_s
+        return self.due_s - view.now_s < SHORT * self.ttft_s
 
     def train_within(self, view: View, plan: Plan, job: JobView, step_s: float) -> None:
         """Train until the gap target; a backward stops by itself where it turns out longer, on an executor with safepoints."""
@@ -223,7 +231,7 @@ class SLOSlack:
 
     def chooses_to_sprint(self, view: View) -> bool:
         """Whether to sprint and rest: once it does, until somebody cannot wait; else asked anew once a sprint's steps have gone by."""
-        gathers = len(view.waiting) <= view.free.requests and not any(map(is_resident, view.waiting))
+        gathers = len(view.waiting) <= view.free.requests and not self.num_begun
         if not self.sprints and view.running and gathers and self.steps_left <= 0:
             gaps = max(gaps_per_late(r.slo) for r in view.running)
             cycle_s = min((1 - self.reserve) * self.ttft_s, gaps * self.gap_s if self.pace else inf)
@@ -260,10 +268,9 @@ class SLOSlack:
 
     def can_wait(self, view: View) -> bool:
         """Whether those who wait can do so until the sprint is over."""
-        if is_resident(view.waiting[0]):
+        if self.num_begun:
             return False
-        end_s = view.now_s + max(self.steps_left, 0.0) * self.step_s + self.prefilling_s(view)
-        return min(map(self.begin_by_s, view.waiting)) > end_s
+        return self.due_s > view.now_s + max(self.steps_left, 0.0) * self.step_s + self.prefilling_s(view)
 
     def begin_by_s(self, request: RequestView) -> float:
         """When its first token should be there; at once after a preemption."""
@@ -292,10 +299,28 @@ class SLOSlack:
 
     # learning
 
+    def look_at_queue(self, view: View) -> None:
+        """Those who wait, in the order in which they should begin, and when the first token of the first of them should be there.
+
+        The view has those who have begun first, then who was preempted, then all others by arrival: where one TTFT target holds for all
+        and nobody was preempted, only those who have begun are sorted. Hundreds may wait, and nobody decodes while a policy thinks.
+        """
+        waiting = view.waiting
+        self.num_begun = sum(1 for _ in takewhile(is_resident, waiting))
+        if self.has_one_ttft and not (len(waiting) > self.num_begun and waiting[self.num_begun].preemptions):
+            begun = sorted(waiting[: self.num_begun], key=self.begin_by_s)
+            self.order = [*begun, *waiting[self.num_begun :]]
+            firsts: Sequence[RequestView] = (*begun[:1], *waiting[self.num_begun : self.num_begun + 1])
+        else:
+            firsts = self.order = sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+        self.due_s = min(map(self.begin_by_s, firsts), default=inf)
+
     def learn(self, view: View) -> None:
         """Note the tightest targets, how the last step differed from its prediction, and whose gap was late."""
         if view.arrived:
-            self.ttft_s = min(self.ttft_s, *map(self.ttft_target_s, view.arrived))
+            targets_s = set(map(self.ttft_target_s, view.arrived))
+            self.has_one_ttft = self.has_one_ttft and targets_s <= {self.ttft_s if self.ttft_s < inf else min(targets_s)}
+            self.ttft_s = min(self.ttft_s, *targets_s)
         if self.gap_s == inf:
             self.gap_s = min(map(self.gap_target_s, chain(view.running, view.waiting)), default=inf)
         elif view.arrived:
