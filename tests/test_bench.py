@@ -20,6 +20,7 @@ from workbench.bench import (
     finetune,
     fleet_replaying,
     floors,
+    long_contest,
     machine,
     modelling,
     replaying,
@@ -396,7 +397,27 @@ def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain_while_n
     assert contest.best(record, 0.2) == grid[2], "a queue that grows puts serving off until after the window"
 
 
+def test_the_long_contest_shows_policy_21_the_best_tuned_and_who_nearly_was_with_and_without_stalls(tmp_path):
+    budgets = [{"budget_s": s, "chunk_tokens": 512} for s in (0.02, 0.03, 0.04)]
+    made = [
+        {"share": 0.2, "policy": "LatencyBudget", "parameters": p, "finetune_tokens_per_s": 9.0 + i, "attainment": 1 - 0.02 * i}
+        | {"saturated": i == 1}
+        for i, p in enumerate(budgets)
+    ]
+    (tmp_path / contest.FILE).write_text(json.dumps({"capacity": 20.0, "rows": made}))
+    model = wb.LatencyModel.load("h100-llama3-8b")
+    found = pd.read_csv(long_contest.run(model, tmp_path, shares=(0.2,), seconds=4.0))
+    of_policy = found.groupby(found["policy"].str.split("(").str[0])
+    assert of_policy.size().to_dict() == {"SLOSlack": 4, "LatencyBudget": 8}, "two draws, with and without stalls"
+    assert set(found["policy"].str.extract(r"budget_s=([\d.]+)")[0].dropna()) == {"0.02", "0.03"}, "not who attained 96 %"
+    assert set(found["stalls"]) == {"no stalls", contest.stalls_of(model)}
+    assert set(found["seed"]).isdisjoint({*contest.TUNED_ON, *contest.HELD_OUT})
+    assert found["load"].eq(4.0).all() and found["attainment"].between(0, 1).all() and found["finetune_tokens_per_s"].gt(1000).all()
+
+
 def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):
+    with pytest.raises(FileNotFoundError, match="python -m workbench.bench tune"):
+        long_contest.run(wb.LatencyModel.load("h100-llama3-8b"), tiny.into / "nowhere")
     with pytest.raises(FileNotFoundError, match="python -m workbench.bench tune"):
         contest.run(Session(shape="tiny-llama", into=tiny.into / "nowhere"))
 

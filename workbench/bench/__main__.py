@@ -6,6 +6,7 @@
     python -m workbench.bench model --from D --profile P --refit    by P refitted to the other traces' replays; P refitted to all is kept
     python -m workbench.bench tune --profile NAME              tune the policies that `contest` measures, on a latency model
     python -m workbench.bench tune --profile NAME --stalls D   on one whose steps are delayed as those of the replays kept below D
+    python -m workbench.bench long --profile NAME [--stalls D] those and policy 21 for minutes on that model: `contest_long.csv`
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
     python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
     python -m workbench.bench roofline benchmarks FILE.png     the kernels against the roofline
@@ -49,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _table(given[1:])
     if given[:1] == ["roofline"]:
         return _roofline(given[1:])
-    if given[:1] == ["tune"]:
-        return _tune(given[1:])
+    if given[:1] in (["tune"], ["long"]):
+        return _simulate(given[0], given[1:])
     options = _options(given)
     if options.check is not None:
         verdicts = check.judge(rows.read(options.check), options.workloads)
@@ -156,20 +157,21 @@ def _table(given: Sequence[str]) -> int:
     return 0
 
 
-def _tune(given: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m workbench.bench tune", description="Tune the rivals of the workload contest.")
-    parser.add_argument("--profile", metavar="NAME_OR_DIR", required=True, help="the latency model to tune on")
+def _simulate(what: str, given: Sequence[str]) -> int:
+    texts = {"tune": "Tune the rivals of the workload contest.", "long": "Replay policy 21 and the tuned ones for minutes, on a model."}
+    parser = argparse.ArgumentParser(prog=f"python -m workbench.bench {what}", description=texts[what])
+    parser.add_argument("--profile", metavar="NAME_OR_DIR", required=True, help="the latency model to do it on")
     parser.add_argument(
         "--stalls", type=Path, nargs="+", metavar="DIR", help="delay steps as those of the replays kept below here were, not as the profile"
     )
     parser.add_argument("--into", type=Path, default=FOLDER, metavar="DIR")
     options = parser.parse_args(given)
-    from workbench.bench import contest, kept
+    from workbench.bench import contest, kept, long_contest
 
     model = LatencyModel.load(options.profile)
     if options.stalls is not None:
         model = model.with_stalls(kept.stalls_of(kept.load_all(options.stalls)))
-    print(contest.tune(model, options.into / contest.FILE))
+    print(contest.tune(model, options.into / contest.FILE) if what == "tune" else long_contest.run(model, options.into))
     return 0
 
 

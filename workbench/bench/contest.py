@@ -14,6 +14,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from workbench import policies, traces
 from workbench.bench import correctness, machine, serving
 from workbench.bench.finetune import record_rates, tuning_job
@@ -67,6 +69,35 @@ def arrivals(load: float, seed: int, seconds: float = HORIZON_S) -> Trace:
     return traces.poisson(rate=load, duration_s=seconds, seed=seed).with_lengths(LENGTHS, seed=seed, clip=LONGEST)
 
 
+def adapted_arrivals(load: float, seed: int, seconds: float) -> Trace:
+    """The same, with the adapters in turn."""
+    return arrivals(load, seed, seconds).assign_adapters(len(serving.ADAPTER_RANKS), popularity=traces.round_robin())
+
+
+def tuned_job() -> FinetuneJob:
+    """The job beside them: 2 x 1024 random tokens a micro-batch, four to an optimiser step, rank 8."""
+    data = RandomTokens(examples=16, tokens=1024)
+    shape: dict[str, Any] = {"batch_size": 2, "accumulation": 4, "rank": 8, "max_tokens": 1024}
+    return FinetuneJob.example("tuned", data=data, publish="never", epochs=100, **shape)
+
+
+def simulated_options(model: Any, slo: SLO) -> dict[str, Any]:
+    """How a policy is tried on a latency model, on all cores."""
+    return {"slo": slo, "planning": PLANNING_S, "progress": False, "executor": model, "n_jobs": -1}
+
+
+def stalls_of(model: Any) -> str:
+    """What delays the steps of a latency model, and where that was measured."""
+    return f"{model.stalls}; {model.stalls.source}" if model.stalls else "no stalls"
+
+
+def completed(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of a sweep, all of which got through. Raises ValueError where one did not."""
+    failed = [str(error) for error in runs["error"].dropna()]
+    require(not failed, "every policy must get through its replays", failed[:1])
+    return runs
+
+
 def tune(
     model: Any, file: Path, *, shares: Sequence[float] = SHARES, grid: Sequence[Any] = GRID, seconds: float = TUNE_S, slo: SLO = GOAL
 ) -> Path:
@@ -74,21 +105,11 @@ def tune(
 
     Runs side by side on all cores. `seconds` is the horizon of those replays. Raises ValueError where no load misses the targets.
     """
-    job = FinetuneJob.example(
-        "tuned",
-        data=RandomTokens(examples=16, tokens=1024),
-        batch_size=2,
-        accumulation=4,
-        rank=8,
-        max_tokens=1024,
-        publish="never",
-        epochs=100,
-    )
+    options: dict[str, Any] = simulated_options(model, slo) | {"seeds": TUNED_ON}
 
     def requests(*, load: float, seed: int) -> Trace:
-        return arrivals(load, seed, seconds).assign_adapters(len(serving.ADAPTER_RANKS), popularity=traces.round_robin())
+        return adapted_arrivals(load, seed, seconds)
 
-    options: dict[str, Any] = {"slo": slo, "planning": PLANNING_S, "progress": False, "executor": model, "seeds": TUNED_ON, "n_jobs": -1}
     serves = InferenceOnly(512)
     found = search(serves, trace=requests, low=LOWEST, high=HIGHEST, targets=(ATTAINED,), tolerance=0.05, **options)
     capacity = float(found.table["capacity"].iloc[0])
@@ -100,9 +121,7 @@ def tune(
     for share in shares:
         measure = (min(WARM_S, seconds / 4), seconds)
         axes = {"load": [share * capacity]}
-        runs = sweep(grid, trace=requests, jobs=[job], axes=axes, measure=measure, **options).frame
-        failed = [str(error) for error in runs["error"].dropna()]
-        require(not failed, "every policy must get through its replays", failed[:1])
+        runs = completed(sweep(grid, trace=requests, jobs=[tuned_job()], axes=axes, measure=measure, **options).frame)
         means = runs.groupby("policy")[["attainment", "finetune_tokens_per_s"]].mean()
         grows = runs.groupby("policy")["saturated"].any()
         for policy in grid:
@@ -122,7 +141,7 @@ def tune(
     record = {
         "model": model.info.name,
         "device": model.info.device,
-        "stalls": f"{model.stalls}; {model.stalls.source}" if model.stalls else "no stalls",
+        "stalls": stalls_of(model),
         "slo": {"ttft_s": slo.ttft_s, "itl_s": slo.itl_s, "itl_quantile": slo.itl_quantile},
         "capacity": capacity,
         "capacity_of": f"{serves}, attainment >= {ATTAINED:.0%}",
@@ -133,6 +152,14 @@ def tune(
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def tuned_file(folder: Path) -> Path:
+    """What `tune` wrote there. Raises FileNotFoundError where nobody tuned."""
+    file = folder / FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} must say what was tuned. Run: python -m workbench.bench tune --profile NAME --into {folder}")
     return file
 
 
@@ -152,10 +179,7 @@ def best(record: Mapping[str, Any], share: float, *, only: str | None = None) ->
 
 def run(session: Session) -> bool:
     """Every share that can end in the time left. False if a check fails; raises FileNotFoundError where nobody tuned."""
-    file = session.into / FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} must say what was tuned. Run: python -m workbench.bench tune --profile NAME --into {session.into}")
-    record = json.loads(file.read_text(encoding="utf-8"))
+    record = json.loads(tuned_file(session.into).read_text(encoding="utf-8"))
     if not session.check(correctness.serving_errors(session) | correctness.gradient_errors(session)):
         return False
     with session.adapters(serving.ADAPTER_RANKS) as names:
