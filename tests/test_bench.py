@@ -412,6 +412,7 @@ def test_the_long_contest_shows_policy_21_the_best_tuned_and_who_nearly_was_with
     assert set(found["policy"].str.extract(r"budget_s=([\d.]+)")[0].dropna()) == {"0.02", "0.03"}, "not who attained 96 %"
     assert set(found["stalls"]) == {"no stalls", contest.stalls_of(model)}
     assert set(found["seed"]).isdisjoint({*contest.TUNED_ON, *contest.HELD_OUT})
+    assert found["bound_tokens_per_s"].between(1000.0, 20_000.0).all()
     assert found["load"].eq(4.0).all() and found["attainment"].between(0, 1).all() and found["finetune_tokens_per_s"].gt(1000).all()
 
 

@@ -184,7 +184,11 @@ def test_a_tradeoff_has_a_point_per_setting_and_the_bound_and_the_target(compari
     runs = comparison.runs.assign(
         policy_name="Pace", finetune_tokens_per_s=comparison.runs["policy"].map({LABELS[0]: 50.0, LABELS[1]: 90.0})
     )
-    bound = SimpleNamespace(attainment=0.9, finetune_at=lambda attainment: 200.0 - 100.0 * attainment)
+    bound = SimpleNamespace(
+        attainment=0.9,
+        finetune_at=lambda attainment: 200.0 - 100.0 * attainment,
+        sustained_at=lambda attainment: 150.0 - 100.0 * attainment,
+    )
     ax = plots.tradeoff(runs, bound=bound, target=0.95, caption="made by hand")
     line = next(line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_marker() == "o")
     assert list(line.get_xdata()) == [50.0, 90.0]

@@ -5,8 +5,10 @@ from random import Random
 import pytest
 from policy_cases import one
 
+from workbench.bench.contest import arrivals
 from workbench.config import SLO, FinetuneJob, RandomTokens
-from workbench.policies import CATALOGUE
+from workbench.latency import LatencyModel
+from workbench.policies import CATALOGUE, LatencyBudget, ServeFirst, SLOSlack, TemporalSharing
 from workbench.replay import replay
 from workbench.results.bound import upper_bound
 from workbench.testing import FixedCost, FixedShape, fixed_info
@@ -97,6 +99,58 @@ def test_a_forwards_constant_and_hinges_bound_training_too():
         assert committed / 0.38 <= bound.finetune_tokens_per_s, policy
 
 
+class Padded(FixedCost):
+    """A forward takes 2 ms and 0.1 ms for each of its tokens, padded to a multiple of 64; nothing else takes time."""
+
+    def predict(self, work):
+        tokens = sum(work.values[:4])
+        return (0.002 + 64e-4 * -(-tokens // 64)) * (tokens > 0)
+
+
+def test_what_a_padded_forward_costs_bounds_serving_and_training_beside_it():
+    # at best 256 tokens share a forward, which takes 27.6 ms: 13.8 ms for each of the two, or for 128 trained tokens
+    pair = [one("x", 0.1, 128, 1), one("y", 0.1, 128, 1)]
+    for ttft_s, attained in ((0.0137, 0.0), (0.0139, 0.5), (0.0275, 0.5), (0.0277, 1.0)):
+        assert upper_bound(pair, executor=Padded(), slo=SLO(ttft_s=ttft_s)).attainment == attained
+    # and no forward takes less than one of 64 tokens
+    for ttft_s, attained in ((0.0083, 0.0), (0.0085, 1.0)):
+        assert upper_bound([one("z", 0.1, 10, 1)], executor=Padded(), slo=SLO(ttft_s=ttft_s)).attainment == attained
+    executor = Padded(shapes={"job:t0": FixedShape((30, 30), 40000, 1)})
+    bound = upper_bound([*pair, one("end", 2.0, 1, 1)], executor=executor, slo=SLO(ttft_s=0.1), jobs=jobs(1))
+    assert bound.finetune_tokens_per_s == pytest.approx(256 / 0.0276, rel=1e-6)
+    assert bound.finetune_at(1.0) == pytest.approx(256 / 0.0276 * (2.0 - 0.0276) / 2.0, rel=1e-5)
+
+
+class Shared(FixedCost):
+    """A forward takes 10 ms and 10 us for each of its tokens; nothing else takes time."""
+
+    def predict(self, work):
+        return 0.010 * any(work.values[:4]) + 1e-5 * sum(work.values[:4])
+
+
+def test_beside_decodes_that_fill_all_steps_a_trained_token_costs_no_share_of_the_forward():
+    # 101 steps in which all eight residents have a row, and 248 tokens train: 12.56 ms each
+    served, seconds = [one(f"r{i}", 0.0, 1, 101) for i in range(8)], 101 * 0.01256
+    executor = Shared(shapes={"job:t0": FixedShape((30, 30), 40000, 1)})
+    bound = upper_bound(served, executor=executor, slo=SLO(e2e_s=seconds), jobs=jobs(1), measure=(0.0, seconds + 1e-6))
+    assert bound.attainment == 1.0
+    assert bound.finetune_at(1.0) == pytest.approx(101 * 248 / seconds, rel=1e-3)
+    assert bound.finetune_tokens_per_s == bound.finetune_at(0.0) == pytest.approx(256 / 0.01256, rel=1e-6), "alone it pays for all"
+
+
+def test_who_puts_nothing_off_trains_in_the_time_that_all_of_serving_leaves():
+    # 0.1 s of prefill and 200 gaps of 5 ms, two of which may be late: they may even come after the window. A trained token takes 130 us
+    costs = {**SECONDS, "decode_s": 5e-3, "limits": {"max_model_len": 512}}
+    served = [one("x", 0.0, 100, 201), one("end", 2.0, 1, 1)]
+    slo = SLO(ttft_s=0.3, itl_s=0.01, itl_quantile=0.99)
+    bound = upper_bound(served, executor=executor(1, **costs), slo=slo, jobs=jobs(1))
+    assert bound.finetune_at(1.0) == pytest.approx(1.9 / 130e-6 / 2, rel=1e-3)
+    assert bound.sustained_at(1.0) == pytest.approx(0.899 / 130e-6 / 2, rel=1e-3)
+    assert bound.sustained_at(0.5) == pytest.approx(1.999 / 130e-6 / 2, rel=1e-3), "the one that takes less"
+    with pytest.raises(ValueError, match=r"attainment must lie in \[0, 1\]"):
+        bound.sustained_at(-0.1)
+
+
 def test_no_more_is_trained_than_there_is():
     bound = upper_bound([one("x", 0.0), one("y", 60.0)], executor=executor(1), slo=SLO(ttft_s=1.0), jobs=jobs(1))
     assert bound.finetune_tokens_per_s == pytest.approx(400 * 60 / 60.0)
@@ -145,7 +199,42 @@ def test_no_policy_beats_the_bound(seed):
         best = max(best, attained)
         assert attained <= bound.attainment + 1e-9, policy
         assert committed / window[1] <= bound.finetune_at(attained) * (1 + 1e-6), policy
+        # from the first arrival until nobody is left nothing is put off
+        end_s = max(window[1], done.steps.eval("start_s + plan_s + duration_s").max())
+        whole = upper_bound(requests, executor=executor(1, limits=limits, **costs), slo=slo, jobs=jobs(1), measure=(0.0, end_s), points=4)
+        committed = done.events.query("kind == 'committed' and time_s <= @end_s")["value"].sum()
+        assert committed / end_s <= whole.sustained_at(attained) * (1 + 1e-6), policy
     assert bound.attainment > 0
     assert best > 0
     if seed % 2:
         assert best >= bound.attainment - 4 / len(requests)
+
+
+class Profiled(FixedCost):
+    """The shipped 8B profile's costs, without the residuals and stalls that it draws."""
+
+    def __init__(self, model, **options):
+        super().__init__(info=model.info, **options)
+        self.costs = model.costs
+
+    def predict(self, work):
+        return self.costs.predict(work)
+
+
+@pytest.mark.parametrize(("load", "least"), [(20.0, 0.7), (45.0, 0.6)])
+def test_the_bound_on_what_lasts_is_close_to_what_policies_train_on_the_profile_of_an_h100(load, least):
+    model = LatencyModel.load("h100-llama3-8b")
+    requests = list(arrivals(load, 600, 20.0).requests)
+    job = [FinetuneJob(adapter="t0", data=RandomTokens(), steps=4000)]
+    slo, best = SLO(ttft_s=5.0, itl_s=0.045), 0.0
+    for policy in (SLOSlack(), LatencyBudget(0.028, 512), LatencyBudget(0.04), ServeFirst(), TemporalSharing(every=64)):
+        executor = Profiled(model, shapes={"job:t0": FixedShape((1024, 1024), 4000, 4)})
+        done = replay(requests, executor=executor, policy=policy, jobs=job, slo=slo, planning=0.0, progress=False)
+        end_s = float(done.steps.eval("start_s + plan_s + duration_s").max())
+        bound = upper_bound(requests, executor=executor, slo=slo, jobs=job, measure=(0.0, end_s), points=4)
+        attained = float(done.requests["met"].mean())
+        trained = done.events.query("kind == 'committed' and time_s <= @end_s")["value"].sum() / end_s
+        assert trained <= bound.sustained_at(attained), policy
+        if attained > 0.99:
+            best = max(best, trained / bound.sustained_at(attained))
+    assert best > least

@@ -16,6 +16,7 @@ from workbench.config import SLO
 from workbench.experiments.sweep import sweep
 from workbench.policies import SLOSlack
 from workbench.policy import policy_label
+from workbench.results.bound import upper_bound
 from workbench.traces import Trace
 
 FILE = "contest_long.csv"
@@ -45,6 +46,7 @@ def run(model: Any, folder: Path, *, shares: Sequence[float] = contest.SHARES, s
     frames: list[pd.DataFrame] = []
     for share in shares:
         tried = {policy_label(p): p for p in (SLOSlack(), contest.best(record, share), tempting(record, share))}
+        bounds = {seed: _bound(model, requests(load=share * record["capacity"], seed=seed), seconds, slo) for seed in FRESH}
         for executor in models:
             options: dict[str, Any] = contest.simulated_options(executor, slo)
             options |= {
@@ -54,8 +56,20 @@ def run(model: Any, folder: Path, *, shares: Sequence[float] = contest.SHARES, s
             }
             runs = contest.completed(sweep([*tried.values()], trace=requests, jobs=[contest.tuned_job()], **options).frame)
             frames.append(runs[["policy", "load", "seed", *METRICS]].assign(share=share, stalls=contest.stalls_of(executor)))
-            print(f"\n{share:.0%}, {executor.stalls or 'no stalls'}:\n{runs.groupby('policy')[[*METRICS]].mean().to_string()}", flush=True)
+            frames[-1]["bound_tokens_per_s"] = runs["seed"].map(bounds)
+            print(
+                f"\n{share:.0%}, {executor.stalls or 'no stalls'}:\n{runs.groupby('policy')[[*METRICS]].mean().to_string()}",
+                *bounds.values(),
+                flush=True,
+            )
     found = pd.concat(frames).assign(seconds=seconds, model=model.info.name, commit=machine.commit_of_code(), date=machine.now())
     file = folder / FILE
     found[["share", *(name for name in found if name != "share")]].to_csv(file, index=False)
     return file
+
+
+def _bound(model: Any, trace: Trace, seconds: float, slo: SLO) -> float:
+    """Fine-tune tokens/s that no schedule keeps up beside the attainment that is asked for."""
+    measure = (min(contest.WARM_S, seconds / 4), seconds)
+    bound = upper_bound(trace, executor=model, slo=slo, jobs=[contest.tuned_job()], measure=measure, points=4)
+    return bound.sustained_at(min(contest.ATTAINED, bound.attainment))

@@ -120,9 +120,12 @@ def tradeoff(
         ax.errorbar(mean[x], mean[y], color=style.colour, marker=style.marker, linestyle=line, label=label, clip_on=False, **spread)
     if bound is not None:
         share = np.linspace(0.0, bound.attainment, 9)
-        ax.plot(
-            [bound.finetune_at(float(a)) for a in share], share * 100, color="black", linewidth=1, label="upper bound:\nno schedule beyond"
-        )
+        lines = {
+            "upper bound:\nno schedule beyond": ("-", bound.finetune_at),
+            "in the long run:\nno schedule beyond": (":", bound.sustained_at),
+        }
+        for label, (line, most) in lines.items():
+            ax.plot([most(float(a)) for a in share], share * 100, color="black", linewidth=1, linestyle=line, label=label)
     if target is not None:
         ax.axhline(target * 100, color=SLO_COLOUR, linewidth=1, label=f"asked for:\n{target:.0%} meet the SLO")
     ax.set(xlabel="committed fine-tuning (tokens/s)", ylabel="SLO attainment (% of arrived requests)", ylim=(0, 105))

@@ -1,7 +1,8 @@
 """What no schedule can exceed: attainment and fine-tune throughput bounded by work and capacity alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import ceil, floor, inf
 from typing import Any
 
@@ -29,9 +30,23 @@ class UpperBound:
     _program: "_Program" = field(repr=False)
 
     def finetune_at(self, attainment: float) -> float:
-        """At most so many committed fine-tune tokens/s beside at least this attainment. Raises ValueError above the bound on it."""
+        """At most so many committed fine-tune tokens/s beside at least this attainment. Raises ValueError above the bound on it.
+
+        A target that forgives late gaps lets tokens be put off until after the window, and so does this bound: see `sustained_at`.
+        """
+        self._check(attainment)
+        return min(self._program.finetune_at(attainment * self.requests), self.finetune_tokens_per_s)
+
+    def sustained_at(self, attainment: float) -> float:
+        """The same for schedules that end the window with no more of serving and training begun and put off than they began it with.
+
+        The average of a schedule that goes on like that: what it meets of the requests that arrive has all of its work in the window.
+        """
+        self._check(attainment)
+        return min(self._program.sustained_at(attainment * self.requests), self.finetune_at(attainment))
+
+    def _check(self, attainment: float) -> None:
         require(0 <= attainment <= self.attainment, f"attainment must lie in [0, {self.attainment:.4g}], its own bound", attainment)
-        return self._program.finetune_at(attainment * self.requests)
 
 
 def upper_bound(
@@ -45,19 +60,19 @@ def upper_bound(
 ) -> UpperBound:
     """The relaxation of a replay on `executor` to work and capacity; `measure` as in `replay` (None: up to the last arrival).
 
-    Relaxed: requests may be met in fractions; steps are left out except that each holds at most `max_requests` rows, and a forward of
-    `max_batch_tokens` fine-tune tokens (its constants are counted where that many tokens share them best); adapters, slots,
+    Relaxed: requests may be met in fractions; steps are left out except that each holds at most `max_requests` rows; adapters, slots,
     loads, the arena, prefix sharing (a prompt that could be shared counts one token) and when jobs arrive cost nothing; of the
     intervals, about `points` starts and ends are looked at.
 
-    Why it is a bound: a step lasts its constant plus at least the sum of its rows' own costs, so whatever is met by its deadline has put
-    its own seconds, and 1 / `max_requests` of the constant for each of its tokens, into the time between arrival and deadline, and for
-    every interval these sums are at most its length (its KV blocks times seconds at most the pool times that length). Every
-    schedule therefore is a feasible point of the linear program that maximises the requests met, or the tokens trained, under just these
-    inequalities, and the maximum, rounded down to whole requests, is no less than what it attains.
+    Why it is a bound: a forward of n packed tokens lasts at least a + b n (`_Forward`: a line below the costs of every size) and the sum
+    of what its rows cost beside. So whatever is met by its deadline has put its own seconds, b for each of its tokens and
+    a / `max_requests` for each of its rows into the time between arrival and deadline, and for every interval these sums are at most its
+    length (its KV blocks times seconds at most the pool times that length). Every schedule therefore is a feasible point of the linear
+    program that maximises the requests met, or the tokens trained, under just these inequalities, and the maximum, rounded down to whole
+    requests, is no less than what it attains. Without serving, a trained token takes its share of the forward that is best for it.
 
     It holds for durations that are a non-negative sum of the features, of constants for what is present, of hinges and of costs by
-    padded size: `FixedCost`, and a `LatencyModel` without its residuals (what a padded forward costs counts for training alone).
+    padded size: `FixedCost`, and a `LatencyModel` without its residuals.
     Raises ValueError without a predictor, for closed sessions (arrivals then depend on the schedule), and for requests whose length the
     text decides.
     """
@@ -74,16 +89,18 @@ def upper_bound(
     assert executor.predictor is not None
     shapes = executor.begin(jobs, seed=0)
     try:
-        needs = [_need(r, executor, executor.predictor, slo) for r in requests if start <= r.arrival_s <= end]
-        token_s, tokens = _training(shapes, executor.predictor, executor.info)
+        forward = _Forward.below(executor.predictor, executor.info, [r for r in requests if start <= r.arrival_s <= end])
+        needs = [_need(r, executor, executor.predictor, slo, forward) for r in requests if start <= r.arrival_s <= end]
+        alone_s, beside_s, tokens = _training(shapes, executor.predictor, executor.info, forward)
     finally:
         executor.end()
-    program = _Program.of([n for n in needs if n is not None], executor.info.num_blocks, (start, end), token_s, tokens, points)
+    met_needs = [n for n in needs if n is not None]
+    program = _Program.of(met_needs, executor.info.num_blocks, (start, end), beside_s, tokens, points)
     met = floor(program.most_met() + 1e-6)
     return UpperBound(
         requests=len(needs),
         attainment=met / len(needs) if needs else float("nan"),
-        finetune_tokens_per_s=program.finetune_at(0.0),
+        finetune_tokens_per_s=replace(program, token_s=alone_s).finetune_at(0.0),
         _program=program,
     )
 
@@ -103,13 +120,63 @@ class _Need:
 def _seconds(predictor: Predictor, **features: float) -> float:
     """The part of a step's duration that grows with these features, and with them alone: constants and hinges are left out."""
     scale = 1.0 / (1.0 + sum(features.values()))
-    once, twice = Work(), Work()
-    for name, value in features.items():
-        once.values[INDEX[name]], twice.values[INDEX[name]] = value * scale, 2 * value * scale
+    once, twice = (_work(**{name: value * times * scale for name, value in features.items()}) for times in (1, 2))
     return max(0.0, (predictor.predict(twice) - predictor.predict(once)) / scale)
 
 
-def _need(request: Request, executor: Executor, predictor: Predictor, slo: SLOs) -> _Need | None:
+@dataclass(frozen=True)
+class _Forward:
+    """A line below what forwards cost: one of n packed tokens, n up to `max_batch_tokens`, lasts at least `step_s` + `token_s` * n beside
+    what its rows cost by themselves, and none lasts less than `least_s`.
+    """
+
+    step_s: float
+    token_s: float
+    least_s: float
+
+    @classmethod
+    def below(cls, predictor: Predictor, info: ExecutorInfo, requests: Sequence[Request]) -> "_Forward":
+        """Of all such lines the one by which serving these requests takes most.
+
+        Each kind of row alone shows what a size costs; rows of several kinds in one forward never cost less than the cheapest kind would.
+        """
+        costs = np.full(info.max_batch_tokens, inf)
+        for kind in ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens"):
+            most = min(info.max_requests, info.max_batch_tokens) if kind == "decode_tokens" else info.max_batch_tokens
+            row_s = _seconds(predictor, **{kind: 1})
+            found = np.array([predictor.predict(_work(**{kind: n})) - row_s * n for n in range(1, most + 1)])
+            costs[:most] = np.minimum(costs[:most], found)
+        sizes = np.arange(1, len(costs) + 1)
+        rows = sum(max(r.output_tokens or 1, 1) for r in requests) / min(info.max_requests, info.max_batch_tokens)
+        tokens = sum(r.prompt_tokens + max((r.output_tokens or 1) - 1, 0) for r in requests)
+        # a line's slope is that of two neighbours on the lower convex hull, or the steepest that has nothing below 0 at size 0
+        hull = _lower_hull(costs)
+        slopes = [0.0, float((costs / sizes).min()), *((costs[b] - costs[a]) / (b - a) for a, b in pairwise(hull))]
+        lines = [(max(0.0, float((costs - slope * sizes).min())), float(slope)) for slope in slopes if 0 <= slope <= slopes[1]]
+        step_s, token_s = max(lines, key=lambda line: (line[0] * rows + line[1] * tokens, line))
+        return cls(step_s, token_s, float(costs.min()))
+
+
+def _lower_hull(values: np.ndarray) -> list[int]:
+    """The indices at which the largest convex function below `values` touches them."""
+    hull: list[int] = []
+    for k, value in enumerate(values):
+        while len(hull) > 1 and (values[hull[-1]] - values[hull[-2]]) * (k - hull[-2]) >= (value - values[hull[-2]]) * (
+            hull[-1] - hull[-2]
+        ):
+            hull.pop()
+        hull.append(k)
+    return hull
+
+
+def _work(**features: float) -> Work:
+    work = Work()
+    for name, value in features.items():
+        work.values[INDEX[name]] = value
+    return work
+
+
+def _need(request: Request, executor: Executor, predictor: Predictor, slo: SLOs, forward: _Forward) -> _Need | None:
     """None when the request misses its targets even alone."""
     try:
         r = executor.admissible(request)
@@ -123,41 +190,41 @@ def _need(request: Request, executor: Executor, predictor: Predictor, slo: SLOs)
     contexts = decodes * prompt + decodes * (decodes + 1) // 2
     first_s = _seconds(predictor, prefill_tokens=prompt, prefill_pairs=prompt * (prompt + 1) // 2, requests=1, samples=1)
     decode_s = _seconds(predictor, decode_tokens=decodes, decode_context=contexts, requests=decodes, samples=decodes) if decodes else 0.0
-    step_s = predictor.predict(Work())
-    shortest_ttft_s = first_s + step_s * ceil(prompt / info.max_batch_tokens)
-    shortest_tpot_s = step_s + decode_s / decodes if decodes else 0.0
+    steps = ceil(prompt / info.max_batch_tokens)
+    shortest_ttft_s = first_s + max(forward.least_s * steps, forward.step_s * steps + forward.token_s * prompt)
+    shortest_tpot_s = forward.least_s + decode_s / decodes if decodes else 0.0
     ttft, tpot, itl, e2e = (inf if t is None else t + TOLERANCE_S for t in (target.ttft_s, target.tpot_s, target.itl_s, target.e2e_s))
     if shortest_ttft_s > ttft or shortest_tpot_s > tpot or shortest_ttft_s + decodes * shortest_tpot_s > e2e:
         return None
     # a quantile that leaves no gap out bounds every gap, and the smallest possible one is a step with one decode
     if ceil(target.itl_quantile * decodes - 1e-9) < decodes:
         itl = inf
-    if decodes and step_s + _seconds(predictor, decode_tokens=1, decode_context=prompt + 1, requests=1, samples=1) > itl:
+    if decodes and forward.least_s + _seconds(predictor, decode_tokens=1, decode_context=prompt + 1, requests=1, samples=1) > itl:
         return None
     pace = min(tpot, itl)
     first_due = r.arrival_s + ttft
     last_due = min(r.arrival_s + e2e, first_due + decodes * pace if decodes else first_due)
-    share_s = step_s / min(info.max_requests, info.max_batch_tokens)
+    share_s = forward.step_s / min(info.max_requests, info.max_batch_tokens)
     blocks = 0 if may_share else -(-prompt // info.block_tokens)
-    total_s = first_s + decode_s
     return _Need(
         arrival_s=r.arrival_s,
         first_due_s=min(first_due, last_due),
         last_due_s=last_due,
-        first_s=first_s + share_s,
-        total_s=total_s + share_s * output,
-        block_seconds=blocks * (total_s + step_s * output),
+        first_s=first_s + forward.token_s * prompt + share_s,
+        total_s=first_s + decode_s + forward.token_s * (prompt + decodes) + share_s * output,
+        block_seconds=blocks * (first_s + decode_s + forward.least_s * output),
     )
 
 
-def _training(shapes: Mapping[str, JobShape], predictor: Predictor, info: ExecutorInfo) -> tuple[float, int]:
-    """The fewest seconds that one committed token takes, and how many tokens there are."""
+def _training(shapes: Mapping[str, JobShape], predictor: Predictor, info: ExecutorInfo, forward: _Forward) -> tuple[float, float, int]:
+    """The fewest seconds that one committed token takes without serving and beside it, and how many tokens there are."""
     batches = [s.micro_batch(i).documents for s in shapes.values() for i in range(s.first_micro_batch, s.num_micro_batches)]
     if not batches:
-        return 0.0, 0
-    # what any forward costs is counted here, once a step, and nowhere else; all packed tokens of a step are at least these,
-    # and n tokens cost at least n times what one costs where tokens are cheapest
-    forward_s = min(_beyond_s(predictor, 0.0, finetune_tokens=n) / n for n in range(1, info.max_batch_tokens + 1))
+        return 0.0, 0.0, 0
+    # without serving, all packed tokens of a step are at least these, and n tokens cost at least n times what one costs where tokens are
+    # cheapest; beside it the line below all forwards counts, which serving counts by, too
+    alone_s = min(_beyond_s(predictor, 0.0, finetune_tokens=n) / n for n in range(1, info.max_batch_tokens + 1))
+    beside_s = _seconds(predictor, finetune_tokens=1) + forward.token_s
     are_alike = len({sum(documents) for documents in batches}) == 1
     cheapest, layers = inf, info.num_layers
     # several jobs' layers in one step may be padded together: no token of a layer costs less than where it is cheapest
@@ -166,22 +233,20 @@ def _training(shapes: Mapping[str, JobShape], predictor: Predictor, info: Execut
     for documents in set(batches):
         tokens = sum(documents)
         pairs = causal_pairs(documents, 0, tokens)
-        seconds = tokens * forward_s + _seconds(predictor, finetune_pairs=pairs)
+        seconds = _seconds(predictor, finetune_pairs=pairs) + _seconds(predictor, backward_pair_layers=pairs * layers)
+        seconds += _seconds(predictor, backward_starts=1)
         if are_alike:  # each layer of each backward has as many tokens: what it costs adds up, however layers share steps
             seconds += _beyond_s(predictor, 1e-9, backward_token_layers=tokens * layers, backward_layers=layers)
         else:
             seconds += tokens * layers * token_layers_s
-        seconds += _seconds(predictor, backward_pair_layers=pairs * layers)
         cheapest = min(cheapest, seconds / tokens)
-    return cheapest, sum(map(sum, batches))
+    return alone_s + cheapest, beside_s + cheapest, sum(map(sum, batches))
 
 
 def _beyond_s(predictor: Predictor, least: float, **features: float) -> float:
     """What a step with these features takes longer than with the share `least` of them: above 0, constants for what is there drop out."""
-    most, little = Work(), Work()
-    for name, value in features.items():
-        most.values[INDEX[name]], little.values[INDEX[name]] = value, least * value
-    return max(0.0, predictor.predict(most) - predictor.predict(little))
+    little = _work(**{name: least * value for name, value in features.items()})
+    return max(0.0, predictor.predict(_work(**features)) - predictor.predict(little))
 
 
 @dataclass(frozen=True)
@@ -191,6 +256,7 @@ class _Program:
     rows: np.ndarray
     lengths: np.ndarray
     inside_s: np.ndarray
+    total_s: np.ndarray
     window: tuple[float, float]
     token_s: float
     tokens: int
@@ -212,7 +278,7 @@ class _Program:
                 lengths += [b - a, num_blocks * (b - a)]
         end = window[1]
         inside_s = np.where(last_due <= end, total_s, np.where(first_due <= end, first_s, 0.0))
-        return cls(np.array(rows).reshape(len(rows), len(needs)), np.array(lengths), inside_s, window, token_s, tokens)
+        return cls(np.array(rows).reshape(len(rows), len(needs)), np.array(lengths), inside_s, total_s, window, token_s, tokens)
 
     def most_met(self) -> float:
         """The largest sum of x."""
@@ -234,6 +300,15 @@ class _Program:
         rows = np.vstack([np.hstack([self.rows, np.zeros((len(self.rows), 1))]), window, np.append(-np.ones(num), 0.0)[None]])
         bounds = np.concatenate([self.lengths, [end + TOLERANCE_S, -met + 1e-6]])
         return -self._solve(np.append(np.zeros(num), -1.0), rows, bounds) * most / (end - start)
+
+    def sustained_at(self, met: float) -> float:
+        """The most trained tokens per second of the window beside the whole work of the `met` requests that take least."""
+        length = self.window[1] - self.window[0]
+        if self.tokens == 0 or self.token_s == 0:
+            return self.tokens / length
+        work_s = np.append(0.0, np.cumsum(np.sort(self.total_s)))
+        left_s = length + TOLERANCE_S - np.interp(met - 1e-6, np.arange(len(work_s)), work_s)
+        return min(max(0.0, left_s) / self.token_s, self.tokens) / length
 
     def _solve(self, objective: np.ndarray, rows: np.ndarray, lengths: np.ndarray) -> float:
         from scipy.optimize import linprog
