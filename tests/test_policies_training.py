@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from policy_cases import Desk, began, kinds, one, run
@@ -561,3 +562,28 @@ def test_the_table_of_policies_is_made_from_their_docstrings():
 def test_a_policy_without_a_source_is_refused_by_the_table():
     with pytest.raises(ValueError, match="Unnamed has none"):
         policy_table.row(0, type("Unnamed", (), {"__doc__": "It does something."}))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_queue_is_in_the_order_of_first_tokens_whoever_was_preempted_and_whatever_their_targets(seed):
+    rng = Random(seed)
+    targets = (2.0,) if seed % 2 else (0.5, 2.0, 8.0)
+
+    def waits(blocks, preemptions):
+        first = rng.uniform(0, 9) if preemptions and rng.random() < 0.7 else None
+        slo = SLO(ttft_s=rng.choice(targets))
+        return SimpleNamespace(arrival_s=rng.uniform(0, 9), blocks=blocks, preemptions=preemptions, first_token_s=first, slo=slo)
+
+    groups = [(3, 1, 1), (rng.randint(0, 3) * (seed % 4 > 1), 0, 1), (6, 0, 0)]
+    queues = [sorted((waits(*kind) for _ in range(num)), key=lambda r: r.arrival_s) for num, *kind in groups]
+    rng.shuffle(queues[0])
+    waiting = tuple(r for queue in queues for r in queue)
+    policy = SLOSlack(reserve=0.1)
+    policy.learn(SimpleNamespace(arrived=waiting, running=(), waiting=waiting, finished=(), last=None, step=0))
+    policy.look_at_queue(SimpleNamespace(waiting=waiting))
+
+    def due(r):
+        return r.arrival_s + 0.9 * r.slo.ttft_s if r.first_token_s is None else r.first_token_s
+
+    assert list(policy.order) == sorted(waiting, key=lambda r: (r.blocks == 0, due(r)))
+    assert policy.num_begun == 3 and policy.due_s == min(map(due, waiting))

@@ -38,9 +38,8 @@ class UpperBound:
         return min(self._program.finetune_at(attainment * self.requests), self.finetune_tokens_per_s)
 
     def sustained_at(self, attainment: float) -> float:
-        """The same for schedules that end the window with no more of serving and training begun and put off than they began it with.
-
-        The average of a schedule that goes on like that: what it meets of the requests that arrive has all of its work in the window.
+        """The same for schedules that owe no more work at the end of the window than at its start: of requests that have arrived and will
+        meet their targets, and of micro-batches that have begun. So no schedule keeps up more for long.
         """
         self._check(attainment)
         return min(self._program.sustained_at(attainment * self.requests), self.finetune_at(attainment))
