@@ -29,8 +29,8 @@ def poisson_queue(load: float, seed: int, num: int = 500) -> tuple[pd.DataFrame,
     return queue(arrivals, rng.exponential(load, num)), float(arrivals[-1])
 
 
-def flagged(load: float, repetitions: int = 16) -> float:
-    runs = [poisson_queue(load, seed) for seed in range(repetitions)]
+def flagged(load: float, repetitions: int = 16, num: int = 500) -> float:
+    runs = [poisson_queue(load, seed, num) for seed in range(repetitions)]
     return float(np.mean([metrics.saturation(events, 0.0, end)["saturated"] for events, end in runs]))
 
 
@@ -39,6 +39,27 @@ def test_an_overloaded_queue_is_flagged_and_a_stable_one_is_not():
     assert flagged(1.25) >= 0.9
     assert flagged(0.7) == 0.0
     assert flagged(0.85) <= 0.1
+
+
+def test_a_queue_that_grows_by_a_twentieth_of_its_arrivals_is_flagged_in_a_long_window():
+    assert flagged(1.06, num=8000) >= 0.9
+    assert flagged(0.9, 40, num=8000) <= 0.05
+
+
+@pytest.mark.parametrize("seconds", [30.0, 60.0, 120.0])
+def test_a_server_that_fills_to_its_level_at_the_start_is_not_saturated(seconds):
+    # 50 requests a second which stay for 5 s each: 250 are there from then on
+    def fills(seed):
+        arrivals = np.cumsum(np.random.default_rng(seed).exponential(0.02, int(60 * seconds)))
+        return metrics.is_saturated(events_of(arrivals, arrivals + 5.0), 0.0, seconds)
+
+    assert np.mean([fills(seed) for seed in range(30)]) <= 0.1
+
+
+def test_a_steady_rise_within_the_noise_of_the_arrivals_is_not_saturation():
+    arrivals = np.arange(0.0, 400.0, 1.0)
+    found = metrics.saturation(events_of(arrivals, arrivals + 1.0 + 9.0 * arrivals / 400.0), 0.0, 400.0)
+    assert found["queue_growth_p"] < 1e-6 and not found["saturated"]
 
 
 def test_growth_is_the_excess_of_arrivals_over_departures_per_second():

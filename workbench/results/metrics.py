@@ -511,13 +511,13 @@ def machine(steps: pd.DataFrame, num_blocks: int | None, start: float, end: floa
 def saturation(events: pd.DataFrame, start: float, end: float) -> dict[str, Any]:
     """Whether the queue grows through the window: latencies of a `saturated` run depend on where it was cut.
 
-    Both must hold. (1) An upward trend of the number in the system, p < 0.01: a stable system has none in the long run, the number of an
+    All must hold. (1) An upward trend of the number in the system, p < 0.01: a stable system has none in the long run, the number of an
     unstable one grows linearly (checking stability from arrivals and departures alone: Wieland, Pasupathy & Schmeiser, Winter Simulation
     Conference 2003). `queue_growth_p` is Mann-Kendall's test (Mann, Econometrica 13, 1945) on the number's means over `TREND_BLOCKS`
-    equal stretches, which are far less correlated than the number itself; `queue_growth_per_s` their Theil-Sen slope. (2) The window adds
-    to the system more than a tenth of its arrivals and more than twice their Poisson noise: a stable queue that wanders, or fills to its
-    level at the start of a short window, is not called saturated. `unfinished_at_end_share`: arrivals of the window still there at its
-    end. Numbers are nan where nothing arrived.
+    equal stretches, which are far less correlated than the number itself; `queue_growth_per_s` their Theil-Sen slope. (2) Its second
+    half has such a trend, too (p < 0.05): a queue that fills to its level at the start of a window has not. (3) The window adds to the
+    system more than twice the Poisson noise of its arrivals: a stable queue that wanders is not called saturated.
+    `unfinished_at_end_share`: arrivals of the window still there at its end. Numbers are nan where nothing arrived.
     """
     from scipy import stats
 
@@ -529,11 +529,11 @@ def saturation(events: pd.DataFrame, start: float, end: float) -> dict[str, Any]
         return {"saturated": False, "queue_growth_per_s": np.nan, "queue_growth_p": np.nan, "unfinished_at_end_share": np.nan}
     is_change = is_arrival | is_end
     centres, means = _mean_number(time[is_change], np.where(is_arrival, 1, -1)[is_change], start, end)
-    p = float(np.asarray(stats.kendalltau(centres, means, alternative="greater"))[1]) if np.ptp(means) > 1e-9 else 1.0
+    p, p_late = (_trend_p(centres[first:], means[first:]) for first in (0, TREND_BLOCKS // 2))
     gained = num - int((is_end & inside).sum())
     still_there = ~pd.Index(owner[is_arrival & inside]).isin(owner[is_end & (time <= end)])
     return {
-        "saturated": bool(gained > max(0.1 * num, 2 * sqrt(num)) and p < 0.01),
+        "saturated": bool(p < 0.01 and p_late < 0.05 and gained > 2 * sqrt(num)),
         "queue_growth_per_s": float(np.asarray(stats.theilslopes(means, centres))[0]),
         "queue_growth_p": p,
         "unfinished_at_end_share": float(still_there.mean()),
@@ -543,6 +543,13 @@ def saturation(events: pd.DataFrame, start: float, end: float) -> dict[str, Any]
 def is_saturated(events: pd.DataFrame, start: float, end: float) -> bool:
     """`saturation`'s flag alone."""
     return saturation(events, start, end)["saturated"]
+
+
+def _trend_p(centres: np.ndarray, means: np.ndarray) -> float:
+    """How likely so clear an upward trend is without any, by Mann-Kendall's test."""
+    from scipy import stats
+
+    return float(np.asarray(stats.kendalltau(centres, means, alternative="greater"))[1]) if np.ptp(means) > 1e-9 else 1.0
 
 
 def _mean_number(times: np.ndarray, change: np.ndarray, start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
