@@ -1,6 +1,7 @@
 """What a trace's changes do, worked out on small traces, and as properties over seeds."""
 
 import math
+import pickle
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -390,6 +391,14 @@ def test_a_bad_frame_is_an_error_with_rule_value_row_and_next_step(case):
         Trace.from_frame(frame(**columns))
     assert message in str(caught.value)
     assert str(caught.value).rstrip().endswith((".", ")"))
+
+
+def test_the_error_of_a_bad_frame_comes_through_from_another_process_with_its_rows():
+    with pytest.raises(ValueError) as caught:
+        Trace.from_frame(frame(arrival_s=[0, 2, 1]))
+    there = pickle.loads(pickle.dumps(caught.value))
+    assert type(there) is type(caught.value) and str(there) == str(caught.value)
+    assert vars(there) == vars(caught.value) and list(there.rows) == [2] and there.column == "arrival_s"
 
 
 def test_other_things_than_frames_and_doubled_columns_are_refused():

@@ -92,6 +92,16 @@ class TraceRuleError(ValueError):
         super().__init__(f"{rule}, got {value!r} in row {rows[0]}. {step}")
         self.rule, self.column, self.rows, self.step = rule, column, rows, step
 
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """So that it comes through from another process as what it is."""
+        return _restored, (self.args, vars(self))
+
+
+def _restored(args: tuple[Any, ...], values: dict[str, Any]) -> TraceRuleError:
+    error = TraceRuleError.__new__(TraceRuleError, *args)
+    vars(error).update(values)
+    return error
+
 
 def check_columns(frame: pd.DataFrame) -> None:
     names = list(frame.columns)
