@@ -384,6 +384,9 @@ def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain_while_n
     assert record["capacity"] > 4 and len(record["rows"]) == 3
     stalls = wb.LatencyModel.load("h100-llama3-8b").stalls
     assert record["stalls"] == f"{stalls}; {stalls.source}"
+    calm, other = (wb.LatencyModel.load("h100-llama3-8b").with_stalls(s) for s in (None, wb.Stalls(9.0, (0.5,))))
+    (tmp_path / contest.FILE).write_text(file.read_text())
+    assert contest.as_tuned(calm, tmp_path).stalls == contest.as_tuned(other, tmp_path).stalls == stalls
     assert all(0 <= row["attainment"] <= 1 for row in record["rows"])
     for row, attainment, tokens in zip(record["rows"], (0.99, 0.98, 0.4), (100.0, 900.0, 5.0), strict=True):
         row |= {"attainment": attainment, "finetune_tokens_per_s": tokens, "saturated": False}

@@ -6,7 +6,7 @@
     python -m workbench.bench model --from D --profile P --refit    by P refitted to the other traces' replays; P refitted to all is kept
     python -m workbench.bench tune --profile NAME              tune the policies that `contest` measures, on a latency model
     python -m workbench.bench tune --profile NAME --stalls D   on one whose steps are delayed as those of the replays kept below D
-    python -m workbench.bench long --profile NAME [--stalls D] those and policy 21 for minutes on that model: `contest_long.csv`
+    python -m workbench.bench long --profile NAME              those and policy 21 for minutes on that model: `contest_long.csv`
     python -m workbench.bench --check benchmarks [w1 ...]      every target: measured, must, met or not; exits 1 unless all are met
     python -m workbench.bench table benchmarks                 README's results table, and all rows beside them
     python -m workbench.bench roofline benchmarks FILE.png     the kernels against the roofline
@@ -162,7 +162,11 @@ def _simulate(what: str, given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m workbench.bench {what}", description=texts[what])
     parser.add_argument("--profile", metavar="NAME_OR_DIR", required=True, help="the latency model to do it on")
     parser.add_argument(
-        "--stalls", type=Path, nargs="+", metavar="DIR", help="delay steps as those of the replays kept below here were, not as the profile"
+        "--stalls",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="delay steps as those of the replays kept below here were, not as the profile says (tune) or as they were while tuned (long)",
     )
     parser.add_argument("--into", type=Path, default=FOLDER, metavar="DIR")
     options = parser.parse_args(given)
@@ -171,6 +175,8 @@ def _simulate(what: str, given: Sequence[str]) -> int:
     model = LatencyModel.load(options.profile)
     if options.stalls is not None:
         model = model.with_stalls(kept.stalls_of(kept.load_all(options.stalls)))
+    elif what == "long":
+        model = contest.as_tuned(model, options.into)
     print(contest.tune(model, options.into / contest.FILE) if what == "tune" else long_contest.run(model, options.into))
     return 0
 

@@ -10,7 +10,7 @@ One output in ten is longer than LONGEST and is cut: otherwise half of the devic
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from workbench.bench.session import Session
 from workbench.config import SLO, FinetuneJob, RandomTokens, require
 from workbench.experiments.search import search
 from workbench.experiments.sweep import sweep
+from workbench.latency import Stalls
 from workbench.policies import (
     InferenceOnly,
     LatencyBudget,
@@ -91,6 +92,12 @@ def stalls_of(model: Any) -> str:
     return f"{model.stalls}; {model.stalls.source}" if model.stalls else "no stalls"
 
 
+def as_tuned(model: Any, folder: Path) -> Any:
+    """The model with the stalls with which the policies were tuned."""
+    delays = json.loads(tuned_file(folder).read_text(encoding="utf-8"))["delays"]
+    return model.with_stalls(None if delays is None else Stalls(delays["per_s"], tuple(delays["seconds"]), delays["source"]))
+
+
 def completed(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of a sweep, all of which got through. Raises ValueError where one did not."""
     failed = [str(error) for error in runs["error"].dropna()]
@@ -142,6 +149,7 @@ def tune(
         "model": model.info.name,
         "device": model.info.device,
         "stalls": stalls_of(model),
+        "delays": asdict(model.stalls) if model.stalls else None,
         "slo": {"ttft_s": slo.ttft_s, "itl_s": slo.itl_s, "itl_quantile": slo.itl_quantile},
         "capacity": capacity,
         "capacity_of": f"{serves}, attainment >= {ATTAINED:.0%}",
