@@ -1,7 +1,8 @@
 """A latency model fitted anew to steps of measured replays beside its calibration's, and judged on traces that no fit has seen."""
 
+import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from test_latency import INFO, synthetic
 
 import workbench as wb
 from workbench.bench import __main__ as cli
-from workbench.bench import contest, modelling
+from workbench.bench import contest, long_contest, modelling
 from workbench.bench import kept as bench_kept
 from workbench.bench.kept import Kept
 from workbench.latency import LatencyModel, Stalls
@@ -152,6 +153,19 @@ def test_rivals_are_tuned_for_the_delays_of_kept_replays_and_the_file_says_whose
     assert plain.stalls == STALLS and file == tmp_path / contest.FILE
     assert delayed.stalls.seconds == pytest.approx((0.02, 0.02), rel=0.05)
     assert delayed.stalls.source == f"1 replays (a trace, 2 req/s) on {INFO.device}, 2026-01-01, commit c0ffee"
+    capsys.readouterr()
+
+
+def test_the_long_contest_has_the_delays_of_the_tuning_unless_others_are_named(tmp_path, monkeypatch, capsys):
+    LatencyModel.fit(synthetic(300), info=INFO).with_stalls(STALLS).save(tmp_path / "model")
+    tuned_with = Stalls(0.5, (0.01, 0.02), "ten replays")
+    (tmp_path / contest.FILE).write_text(json.dumps({"delays": asdict(tuned_with)}))
+    replayed = []
+    monkeypatch.setattr(bench_kept, "load_all", lambda _: [delayed_twice()])
+    monkeypatch.setattr(long_contest, "run", lambda model, folder: replayed.append((model.stalls, folder)))
+    command = ["long", "--profile", str(tmp_path / "model"), "--into", str(tmp_path)]
+    assert cli.main(command) == cli.main([*command, "--stalls", "x"]) == 0
+    assert replayed[0] == (tuned_with, tmp_path) and replayed[1][0].seconds == pytest.approx((0.02, 0.02), rel=0.05)
     capsys.readouterr()
 
 

@@ -70,6 +70,11 @@ def arrivals(load: float, seed: int, seconds: float = HORIZON_S) -> Trace:
     return traces.poisson(rate=load, duration_s=seconds, seed=seed).with_lengths(LENGTHS, seed=seed, clip=LONGEST)
 
 
+def measured_window(seconds: float) -> tuple[float, float]:
+    """What counts of so many seconds."""
+    return min(WARM_S, seconds / 4), seconds
+
+
 def adapted_arrivals(load: float, seed: int, seconds: float) -> Trace:
     """The same, with the adapters in turn."""
     return arrivals(load, seed, seconds).assign_adapters(len(serving.ADAPTER_RANKS), popularity=traces.round_robin())
@@ -126,9 +131,8 @@ def tune(
     )
     rows: list[dict[str, Any]] = []
     for share in shares:
-        measure = (min(WARM_S, seconds / 4), seconds)
         axes = {"load": [share * capacity]}
-        runs = completed(sweep(grid, trace=requests, jobs=[tuned_job()], axes=axes, measure=measure, **options).frame)
+        runs = completed(sweep(grid, trace=requests, jobs=[tuned_job()], axes=axes, measure=measured_window(seconds), **options).frame)
         means = runs.groupby("policy")[["attainment", "finetune_tokens_per_s"]].mean()
         grows = runs.groupby("policy")["saturated"].any()
         for policy in grid:
@@ -243,7 +247,7 @@ def _measured(session: Session, cell: str, policy: Any, load: float, seed: int, 
     horizon_s = HORIZON_S if session.on_cuda else session.sizes.horizon_s
     made = arrivals(load, seed, horizon_s)
     job = tuning_job(session, "tuned", 2)
-    measure = (min(WARM_S, horizon_s / 4), horizon_s)
+    measure = measured_window(horizon_s)
     try:
         requests = serving.with_adapters(session.requests(made), names)
         date, stolen_s = machine.now(), machine.stolen_s()

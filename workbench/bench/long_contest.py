@@ -51,15 +51,15 @@ def run(model: Any, folder: Path, *, shares: Sequence[float] = contest.SHARES, s
             options: dict[str, Any] = contest.simulated_options(executor, slo)
             options |= {
                 "seeds": FRESH,
-                "measure": (min(contest.WARM_S, seconds / 4), seconds),
+                "measure": contest.measured_window(seconds),
                 "axes": {"load": [share * record["capacity"]]},
             }
             runs = contest.completed(sweep([*tried.values()], trace=requests, jobs=[contest.tuned_job()], **options).frame)
             frames.append(runs[["policy", "load", "seed", *METRICS]].assign(share=share, stalls=contest.stalls_of(executor)))
             frames[-1]["bound_tokens_per_s"] = runs["seed"].map(bounds)
             print(
-                f"\n{share:.0%}, {executor.stalls or 'no stalls'}:\n{runs.groupby('policy')[[*METRICS]].mean().to_string()}",
-                *bounds.values(),
+                f"\n{share:.0%}, {executor.stalls or 'no stalls'}:\n{runs.groupby('policy')[[*METRICS]].mean().to_string()}\n"
+                f"No schedule keeps up more than {', '.join(f'{b:.0f}' for b in bounds.values())} tokens/s on these draws.",
                 flush=True,
             )
     found = pd.concat(frames).assign(seconds=seconds, model=model.info.name, commit=machine.commit_of_code(), date=machine.now())
@@ -70,6 +70,6 @@ def run(model: Any, folder: Path, *, shares: Sequence[float] = contest.SHARES, s
 
 def _bound(model: Any, trace: Trace, seconds: float, slo: SLO) -> float:
     """Fine-tune tokens/s that no schedule keeps up beside the attainment that is asked for."""
-    measure = (min(contest.WARM_S, seconds / 4), seconds)
-    bound = upper_bound(trace, executor=model, slo=slo, jobs=[contest.tuned_job()], measure=measure, points=4)
+    job, measure = contest.tuned_job(), contest.measured_window(seconds)
+    bound = upper_bound(trace, executor=model, slo=slo, jobs=[job], measure=measure, points=4)
     return bound.sustained_at(min(contest.ATTAINED, bound.attainment))

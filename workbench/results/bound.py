@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from math import ceil, floor, inf
 from typing import Any
 
@@ -93,8 +92,8 @@ def upper_bound(
         alone_s, beside_s, tokens = _training(shapes, executor.predictor, executor.info, forward)
     finally:
         executor.end()
-    met_needs = [n for n in needs if n is not None]
-    program = _Program.of(met_needs, executor.info.num_blocks, (start, end), beside_s, tokens, points)
+    possible = [n for n in needs if n is not None]
+    program = _Program.of(possible, executor.info.num_blocks, (start, end), beside_s, tokens, points)
     met = floor(program.most_met() + 1e-6)
     return UpperBound(
         requests=len(needs),
@@ -139,6 +138,8 @@ class _Forward:
 
         Each kind of row alone shows what a size costs; rows of several kinds in one forward never cost less than the cheapest kind would.
         """
+        from scipy.optimize import linprog
+
         costs = np.full(info.max_batch_tokens, inf)
         for kind in ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens"):
             most = min(info.max_requests, info.max_batch_tokens) if kind == "decode_tokens" else info.max_batch_tokens
@@ -148,24 +149,18 @@ class _Forward:
         sizes = np.arange(1, len(costs) + 1)
         rows = sum(max(r.output_tokens or 1, 1) for r in requests) / min(info.max_requests, info.max_batch_tokens)
         tokens = sum(r.prompt_tokens + max((r.output_tokens or 1) - 1, 0) for r in requests)
-        # a line's slope is that of two neighbours on the lower convex hull, or the steepest that has nothing below 0 at size 0
-        hull = _lower_hull(costs)
-        slopes = [0.0, float((costs / sizes).min()), *((costs[b] - costs[a]) / (b - a) for a, b in pairwise(hull))]
-        lines = [(max(0.0, float((costs - slope * sizes).min())), float(slope)) for slope in slopes if 0 <= slope <= slopes[1]]
-        step_s, token_s = max(lines, key=lambda line: (line[0] * rows + line[1] * tokens, line))
-        return cls(step_s, token_s, float(costs.min()))
-
-
-def _lower_hull(values: np.ndarray) -> list[int]:
-    """The indices at which the largest convex function below `values` touches them."""
-    hull: list[int] = []
-    for k, value in enumerate(values):
-        while len(hull) > 1 and (values[hull[-1]] - values[hull[-2]]) * (k - hull[-2]) >= (value - values[hull[-2]]) * (
-            hull[-1] - hull[-2]
-        ):
-            hull.pop()
-        hull.append(k)
-    return hull
+        # the line that by which serving takes most, in units in which its numbers are about 1; the solver's tolerance is taken off again
+        most_s, most = float(costs.max()) or 1.0, sizes[-1]
+        highest = linprog(
+            [-rows, -tokens / most],
+            A_ub=np.column_stack([np.ones(most), sizes / most]),
+            b_ub=costs / most_s,
+            bounds=(0, None),
+            method="highs",
+        )
+        assert highest.status == 0, highest.message
+        token_s = float(min(highest.x[1] * most_s / most, (costs / sizes).min()))
+        return cls(max(0.0, float((costs - token_s * sizes).min())), token_s, float(costs.min()))
 
 
 def _work(**features: float) -> Work:
