@@ -73,6 +73,18 @@ def tune(session: Session, executor: Any, jobs: Sequence[FinetuneJob]) -> list[f
     return rates
 
 
+def warm_up(session: Session, batch: int) -> None:
+    """Train one accumulation window of a job of that many rows, so that the first backward of a replay compiles nothing."""
+    from workbench.runtime.driver import Driver
+
+    job = tuning_job(session, "tuned", batch)
+    try:
+        with Driver(session.engine, [job], seed=session.seed) as driver:
+            _window(driver, [job])
+    finally:
+        _unload(session.engine, [job])
+
+
 def _window(driver: "Driver", jobs: Sequence[FinetuneJob]) -> float:
     tokens, seconds = 0, 0.0
     for _ in range(ACCUMULATION):

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench import traces
-from workbench.bench import correctness, machine, serving
-from workbench.bench.finetune import tuning_job
+from workbench.bench import correctness, finetune, machine, serving
 from workbench.bench.kept import FITTED, Kept, cell_name, load_all
 from workbench.bench.session import Session
 from workbench.config import SLO, FinetuneJob, require
@@ -50,6 +49,7 @@ POLICIES = (
 )
 LOADS = (14, 22, 30)  # requests per second
 FEWEST = 4  # requests
+ROWS = 2  # of a micro-batch
 LONGEST = (256, 128)  # tokens of prompt and output
 ARRIVING = 0.8  # of the horizon: 24 s
 DRAIN_S = 8.0  # from the last arrival to the last token, at most
@@ -88,6 +88,7 @@ def run(session: Session) -> bool:
             if session.replays is not None:
                 model.save(session.replays / FITTED)
             serving.warm_up(session, names)
+            finetune.warm_up(session, ROWS)
             needs_s = ARRIVING * session.sizes.horizon_s + DRAIN_S
             measured = [
                 _measured(session, cell, policy)
@@ -210,7 +211,7 @@ def in_order(a: Pair, b: Pair, metric: str) -> bool | None:
 
 def _measured(session: Session, cell: Cell, policy: Any) -> Kept:
     """One policy on the engine."""
-    job: FinetuneJob = tuning_job(session, "tuned", 2)
+    job: FinetuneJob = finetune.tuning_job(session, "tuned", ROWS)
     date = machine.now()
     try:
         measured = serving.run(session, cell.requests, policy, [job], slo=SLO_OF_ALL)

@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from workbench import traces
-from workbench.bench import correctness, serving
-from workbench.bench.finetune import tuning_job
+from workbench.bench import correctness, finetune, serving
 from workbench.bench.rows import OURS
 from workbench.bench.session import Session
 from workbench.config import SLO
@@ -30,6 +29,7 @@ SETTINGS = (
     Setting("2 req/s, gaps 20 ms", 2, 0.020),
 )
 POLICY = SLOSlack()
+ROWS = 2  # of a micro-batch
 OTHERS = (LatencyBudget(budget_s=0.024), LoquetierStatic(max_resident=256))
 
 
@@ -46,6 +46,7 @@ def run(session: Session) -> bool:
                 engine.config = replace(before, warm_up=True)
                 session.predict_with(session.sizes.calibrate_s)
                 serving.warm_up(session, names)
+                finetune.warm_up(session, ROWS)
             for policy in (None, *OTHERS):
                 for setting in wanted:
                     if session.wants(setting.cell):
@@ -68,7 +69,7 @@ def _measure(session: Session, setting: Setting, other: Any) -> None:
     horizon_s = session.sizes.horizon_s
     requests = _requests(session, setting.rate)
     assert requests, f"{setting.cell}: no request arrives within {horizon_s} s, so the replay would never end"
-    job = tuning_job(session, "tuned", 2)
+    job = finetune.tuning_job(session, "tuned", ROWS)
     slo = SLO(ttft_s=5.0, itl_s=setting.gap_s)
     try:
         result = serving.run(session, requests, other or POLICY, [job], slo=slo, measure=(0.0, horizon_s))
