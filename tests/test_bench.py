@@ -322,6 +322,40 @@ def test_replays_of_two_calls_are_judged_together_each_by_the_model_of_its_own_c
     capsys.readouterr()
 
 
+def test_a_cell_that_several_runs_measured_is_judged_by_their_mean_and_says_how_much_they_differ(tmp_path, capsys):
+    requests = [wb.Request(request_id=f"r{i}", arrival_s=0.0, prompt_tokens=4, output_tokens=3) for i in range(2)]
+    job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1, epochs=3)
+    policy, slo = wb.policies.ServeFirst(), wb.SLO(ttft_s=1.0)
+    info = fixed_info(simulated=False, name="Engine(fixed)")
+
+    def measured(executor: FixedCost, **options) -> wb.Replay:
+        return wb.replay(requests, executor=executor, policy=policy, jobs=[job], slo=slo, planning=0.0, progress=False, **options)
+
+    quick, slow = FixedCost(info=info), FixedCost(step_s=0.03, info=info)
+    wb.LatencyModel.fit(measured(quick, until="jobs")).save(tmp_path / "model")
+    kept = {"quick": measured(quick), "slow": measured(slow)}
+    for name, one in kept.items():
+        run = Kept(trace="t", load=2, policy=policy, job=job, shape="tiny", date=f"2026-01-01T00:00:00Z {name}", replay=one)
+        run.save(tmp_path / "kept" / name)
+
+    def judged(*names: str) -> dict[str, float]:
+        folders = [str(tmp_path / "kept" / name) for name in names]
+        arguments = ["model", "--profile", str(tmp_path / "model"), "--into", str(tmp_path / "-".join(names)), "--from", *folders]
+        assert cli.main(arguments) == 0
+        predictions = ReplayErrors.read(tmp_path / "-".join(names) / modelling.PREDICTIONS_FILE).predictions
+        assert len(predictions) == len(modelling.METRICS), "one row for each metric"
+        return {p.metric: p.measured for p in predictions}
+
+    first, second, both = judged("quick"), judged("slow"), judged("quick", "slow")
+    assert second["ttft_p50_s"] > 1.5 * first["ttft_p50_s"]
+    assert all(both[metric] == pytest.approx((first[metric] + second[metric]) / 2) for metric in modelling.METRICS)
+    written = rows.read(tmp_path / "quick-slow").set_index("metric")
+    assert written.loc["two runs' ttft_p50_s", "p50"] == pytest.approx(100 * (second["ttft_p50_s"] / first["ttft_p50_s"] - 1))
+    assert "in the mean of 2 runs" in written.loc["error of ttft_p50_s", "note"].iloc[0]
+    assert not any("two runs'" in metric for metric in rows.read(tmp_path / "quick")["metric"]), "one run differs from nothing"
+    capsys.readouterr()
+
+
 def test_no_replay_is_begun_that_cannot_end_in_the_time_left(tmp_path, capsys):
     made = Session(shape="tiny-llama", into=tmp_path, seconds=100.0)
     made.start("model", 60.0)

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import workbench as wb
 from kernels.layout import SegmentLayout
 from workbench.runtime import shapes
 from workbench.runtime.adapters import init_adapter
+from workbench.runtime.backward import top_gradient
+from workbench.runtime.backward_graphs import BackwardGraphs
 from workbench.runtime.block_tables import BlockTables, places_of
 from workbench.runtime.graphs import (
     ROW_BUCKETS,
@@ -29,6 +32,7 @@ from workbench.runtime.graphs import (
 )
 from workbench.runtime.inputs import PackedStep, padded_tiles, token_bucket
 from workbench.runtime.mixed_graphs import MixedGraphs, document_bucket, mixed_fields, sequence_bucket, write_step
+from workbench.runtime.recording import Recorder
 from workbench.runtime.slots import AdapterTable
 from workbench.runtime.staging import Staging
 from workbench.runtime.weights import Dims
@@ -227,3 +231,17 @@ def test_a_padded_mixed_step_equals_the_references_in_the_interpreter():
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "2 passed" in done.stdout
+
+
+def test_what_a_backward_does_above_its_layers_is_compiled_with_their_recordings(monkeypatch):
+    engine = wb.Engine.random("tiny-llama", device="cpu", dtype="bfloat16", config=wb.EngineConfig(activation_tokens=64, max_model_len=64))
+    job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=16), batch_size=2, max_tokens=16)
+    engine.begin([job], seed=0)
+    state, arena = engine._states[job.id], engine.runner.arena
+    graphs = BackwardGraphs(engine.fused, engine._table, engine.runner.cos, engine.runner.sin)
+    compiled = []
+    monkeypatch.setattr(Recorder, "warm_up", lambda self, run: compiled.append((run.func, run())))
+    [record] = graphs.recordings(state, arena)
+    record()
+    [top] = [result for function, result in compiled if function is top_gradient]
+    assert top.shape == (32, engine.fused.dims.hidden), "all rows of the micro-batch"

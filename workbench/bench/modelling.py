@@ -7,11 +7,11 @@ the share of pairs of policies (of one trace and load) that the model puts in th
 error.
 
 Loads, lengths and policies are those of a power analysis: each of the 30 replays (336 to 720 requests) simulated with eight seeds of the
-residuals. Between seeds the standard deviation is at most 1.2 points of attainment, 1.4 % of fine-tuning, 0.4 % of decoding, 3.0 % of TTFT
-p50, 6.5 % of TTFT p99 (median 3.2 %), 0.7 % of TPOT p50 and 5.1 % of TPOT p99 (median 0.7 %); a model 2 % slower or faster moves them by at
-most 3.4 points and 7.0, 0.5, 7.4, 11, 3.2 and 11 %. So one run's TTFT p99 is hardly known to its target's 10 %, and the simulated side is
-the mean over `kept.SIMULATED` seeds. The 15 replays of a trace take about 420 s: a call of ten minutes each (`--only BurstGPT`, `--only
-Azure`).
+residuals. Between seeds the standard deviation is at most 1.2 points of attainment, 1.4 % of fine-tuning, 0.4 % of decoding, 3.0 % of
+TTFT p50, 6.5 % of TTFT p99 (median 3.2 %), 0.7 % of TPOT p50 and 5.1 % of TPOT p99 (median 0.7 %); a model 2 % slower or faster moves
+them by at most 3.4 points and 7.0, 0.5, 7.4, 11, 3.2 and 11 %. So one run's TTFT p99 is hardly known to its target's 10 %: the simulated
+side is the mean over `kept.SIMULATED` seeds, the measured one that of all runs of a cell that are there. How much two of those differ is
+in rows, too. The 15 replays of a trace take about 420 s: a call of ten minutes each (`--only BurstGPT`, `--only Azure`).
 
 `model_replays.csv` beside the rows is the file that a profile ships as `replays.csv`. Measured replays can be kept (`--replays`), with the
 model of their run beside them, and simulated again with it or with any profile on a machine without the device (`--from`).
@@ -34,7 +34,7 @@ from workbench.config import SLO, FinetuneJob, require
 from workbench.core import Request
 from workbench.latency import LatencyModel
 from workbench.latency.fit import check_executor
-from workbench.latency.whole_replays import REPLAYS_FILE, Prediction, ReplayErrors, error
+from workbench.latency.whole_replays import REPLAYS_FILE, Prediction, ReplayErrors, error, mean_of
 from workbench.model_error import METRICS
 from workbench.policies import LatencyBudget, LoquetierStatic, ServeFirst, SLOSlack, TemporalSharing
 
@@ -105,14 +105,15 @@ def run(session: Session) -> bool:
 def run_kept(session: Session, folders: Sequence[Path], *, refits: bool = False) -> None:
     """The replays that runs kept in `folders`, each simulated with its own run's model, or all with the session's profile.
 
-    `refits`: each with that profile refitted to the replays of the other traces (cross-validation over traces: no fit has seen what it is
-    judged on); the profile refitted to all of them, with those errors, is saved beside the rows. No engine is built. Raises
-    FileNotFoundError where there are none, ValueError for a refit without a profile or with replays of one trace.
+    A cell that several runs measured is judged by their mean. `refits`: each with that profile refitted to the replays of the other traces
+    (cross-validation over traces: no fit has seen what it is judged on); the profile refitted to all of them, with those errors, is saved
+    beside the rows. No engine is built. Raises FileNotFoundError where there are none, ValueError for a refit without a profile or with
+    replays of one trace.
     """
     kept = [one for one in load_all(folders) if session.wants(one.name)]
     places = sorted({(one.shape, one.replay.executor.device) for one in kept})
     require(len(places) <= 1, "kept replays must be of one model shape on one device", places, "Put them into a folder each.")
-    twice = sorted(name for name, times in Counter(one.name for one in kept).items() if times > 1)
+    twice = sorted(name for (name, _), times in Counter((one.name, one.date) for one in kept).items() if times > 1)
     require(not twice, "a kept replay must be there once", twice, "Leave out the folder that should not count.")
     load = cache(LatencyModel.load)
     for one in kept:
@@ -137,16 +138,22 @@ def _judge(
     session: Session, measured: Iterable[tuple[Kept, LatencyModel]], *, shape: str | None = None, device: str | None = None
 ) -> ReplayErrors:
     """Simulate each of the replays with its model; rows, and the file that a profile ships."""
+    cells: dict[str, list[tuple[Kept, LatencyModel]]] = {}
+    for one, model in measured:
+        cells.setdefault(one.name, []).append((one, model))
     pairs: list[Pair] = []
     predictions: list[Prediction] = []
-    for one, model in measured:
-        found = one.predictions(model)
-        predictions += found
-        pairs.append(Pair.of(one, found))
-        _record(session, one, pairs[-1], model, shape=shape, device=device)
+    differences: list[Pair] = []
+    for runs in cells.values():
+        singles = [one.predictions(model) for one, model in runs]
+        predictions += (found := mean_of(singles))
+        pairs.append(Pair.of(runs[0][0], found))
+        differences += [Pair.between(runs[0][0], a, b) for a, b in combinations(singles, 2)]
+        _record(session, [one for one, _ in runs], pairs[-1], runs[0][1], shape=shape, device=device)
     errors = ReplayErrors(tuple(predictions))
     if pairs:
         record_worst(session, pairs, shape=shape, device=device)
+        record_differences(session, differences, shape=shape, device=device)
         file = errors.save(session.into / PREDICTIONS_FILE)
         print(f"{len(pairs)} replays in {file}; the folder of a profile ships those by its own model as {REPLAYS_FILE}", flush=True)
     return errors
@@ -176,6 +183,12 @@ class Pair:
         measured, simulated = {p.metric: p.measured for p in found}, {p.metric: p.simulated for p in found}
         return cls(kept.cell, type(kept.policy).__name__, measured, simulated)
 
+    @classmethod
+    def between(cls, kept: Kept, first: Sequence[Prediction], second: Sequence[Prediction]) -> "Pair":
+        """One run on the device in the place of the measured, another one in the place of the simulated."""
+        values = [{p.metric: p.measured for p in found} for found in (first, second)]
+        return cls(kept.cell, type(kept.policy).__name__, *values)
+
     def error(self, metric: str) -> float:
         """As `whole_replays.error`."""
         return error(metric, self.measured[metric], self.simulated[metric])
@@ -202,6 +215,17 @@ def record_worst(session: Session, found: Sequence[Pair], *, shape: str | None =
             )
 
 
+def record_differences(session: Session, found: Sequence[Pair], *, shape: str | None = None, device: str | None = None) -> None:
+    """By how much two runs of one cell on the device differ at most, metric by metric: no model can be nearer than that to a single run."""
+    for metric, unit in METRICS.items():
+        defined = [pair for pair in found if isfinite(pair.error(metric))]
+        if defined:
+            worst = max(defined, key=lambda pair: abs(pair.error(metric)))
+            note = f"{worst.cell}, {worst.policy}: {worst.measured[metric]:.4g} and {worst.simulated[metric]:.4g}, both measured"
+            values = [abs(worst.error(metric))]
+            session.record(WORST, f"two runs' {metric}", values, unit, n=len(defined), note=note, shape=shape, device=device)
+
+
 def in_order(a: Pair, b: Pair, metric: str) -> bool | None:
     """Whether the model puts two policies in the engine's order; None where they differ by no more than the larger of their errors."""
     largest = max(abs(pair.simulated[metric] - pair.measured[metric]) for pair in (a, b))
@@ -223,15 +247,19 @@ def _measured(session: Session, cell: Cell, policy: Any) -> Kept:
     return kept
 
 
-def _record(session: Session, kept: Kept, pair: Pair, model: LatencyModel, *, shape: str | None = None, device: str | None = None) -> None:
-    """A row for each metric's error of one replay."""
+def _record(
+    session: Session, runs: Sequence[Kept], pair: Pair, model: LatencyModel, *, shape: str | None = None, device: str | None = None
+) -> None:
+    """A row for each metric's error of one cell, measured once or several times."""
     by = f"{model.info.name} of {model.provenance['date']}"
+    when = " and ".join(f"{kept.date[:10]} at {kept.replay.provenance.commit}" for kept in runs)
+    times = "" if len(runs) == 1 else f" in the mean of {len(runs)} runs"
     for metric, unit in METRICS.items():
         if not isfinite(pair.error(metric)):
             continue  # nothing was measured of it; the predictions have it
         scale = 100 if unit == "points" else 1
         values = f"simulated {scale * pair.simulated[metric]:.4g}, measured {scale * pair.measured[metric]:.4g}"
         values += f", {pair.error(metric):+.1f} {unit}"
-        note = f"{kept.policy}; {values}; measured {kept.date[:10]} at {kept.replay.provenance.commit}, simulated by {by}"
-        n = len(kept.replay.trace_requests)
-        session.record(kept.name, f"error of {metric}", [abs(pair.error(metric))], unit, n=n, note=note, shape=shape, device=device)
+        note = f"{runs[0].policy}; {values}; measured{times} {when}, simulated by {by}"
+        n = sum(len(kept.replay.trace_requests) for kept in runs)
+        session.record(runs[0].name, f"error of {metric}", [abs(pair.error(metric))], unit, n=n, note=note, shape=shape, device=device)

@@ -1,10 +1,11 @@
 """Whole replays of an engine beside those of its latency model: as a file that a profile ships, and policy by policy as a table."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from math import inf, isfinite, nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -124,6 +125,25 @@ class ReplayErrors:
         )
         require(tuple(frame.columns) == COLUMNS, f"{file} must have the columns {', '.join(COLUMNS)}", tuple(frame.columns))
         return cls(tuple(Prediction(**{str(k): v for k, v in row.items()}) for row in frame.to_dict("records")))
+
+
+def mean_of(runs: Sequence[Sequence[Prediction]]) -> tuple[Prediction, ...]:
+    """The predictions of several runs of one replay as those of one: the means of what was measured and of what was simulated.
+
+    Raises ValueError where they are not of the same trace, load, policy, device and metrics.
+    """
+    what = [[(p.trace, p.load, p.policy, p.device, p.metric) for p in run] for run in runs]
+    differing = sorted({str(pair) for one in what for pair in set(one) ^ set(what[0])})
+    require(not differing, "runs of one replay must be of the same trace, load, policy, device and metrics", differing[:2])
+    return tuple(
+        replace(
+            of[-1],
+            measured=fmean(p.measured for p in of),
+            simulated=fmean(p.simulated for p in of),
+            commit=", ".join(dict.fromkeys(p.commit for p in of)),
+        )
+        for of in zip(*runs, strict=True)
+    )
 
 
 def replay_errors(measured: Any, simulated: Any) -> pd.DataFrame:

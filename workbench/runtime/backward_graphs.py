@@ -160,6 +160,8 @@ class BackwardGraphs:
         if place not in self._gradients:
             self._gradients[place] = [torch.empty_like(t) for t in state.params]
         gradients = self._gradients[place]
+        # the gradient above the layers is in no graph: compiled here, it delays no step
+        self.recorder.warm_up(partial(top_gradient, self.fused, arena, span))
         for index in (self.fused.dims.num_layers - 1, 0):
             self.recorder.warm_up(partial(run, index))
         for index in range(self.fused.dims.num_layers):
