@@ -11,6 +11,7 @@ from workbench.config import SLO, FinetuneJob, RandomTokens
 from workbench.core import Event, Request
 from workbench.features import NAMES
 from workbench.results import metrics
+from workbench.results.saturation import saturation
 
 SLOS = SLO(ttft_s=1.0, itl_s=0.5, itl_quantile=1.0)
 
@@ -248,8 +249,8 @@ def test_saturated_is_flagged_when_arrivals_outrun_departures_and_not_in_steady_
     arrivals = [(float(t), 0, "arrived", f"r{t}") for t in range(200)]
     steady = frame(arrivals + [(t + 20.0, 0, "finished", f"r{t}") for t in range(200)])
     slow = frame(arrivals + [(2.0 * t, 0, "finished", f"r{t}") for t in range(200)])
-    assert not metrics.is_saturated(steady, 0.0, 200.0)
-    assert metrics.is_saturated(slow, 0.0, 200.0)
+    assert not saturation(steady, 0.0, 200.0)["saturated"]
+    assert saturation(slow, 0.0, 200.0)["saturated"]
 
 
 def test_jain_is_one_for_equal_shares_and_one_over_n_for_a_monopoly():

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from workbench.results import metrics
+from workbench.results.saturation import TREND_BLOCKS, _mean_number, saturation
 
 COLUMNS = ["time_s", "step", "kind", "owner", "adapter", "value", "note"]
 
@@ -31,7 +31,7 @@ def poisson_queue(load: float, seed: int, num: int = 500) -> tuple[pd.DataFrame,
 
 def flagged(load: float, repetitions: int = 16, num: int = 500) -> float:
     runs = [poisson_queue(load, seed, num) for seed in range(repetitions)]
-    return float(np.mean([metrics.saturation(events, 0.0, end)["saturated"] for events, end in runs]))
+    return float(np.mean([saturation(events, 0.0, end)["saturated"] for events, end in runs]))
 
 
 def test_an_overloaded_queue_is_flagged_and_a_stable_one_is_not():
@@ -51,20 +51,20 @@ def test_a_server_that_fills_to_its_level_at_the_start_is_not_saturated(seconds)
     # 50 requests a second which stay for 5 s each: 250 are there from then on
     def fills(seed):
         arrivals = np.cumsum(np.random.default_rng(seed).exponential(0.02, int(60 * seconds)))
-        return metrics.is_saturated(events_of(arrivals, arrivals + 5.0), 0.0, seconds)
+        return saturation(events_of(arrivals, arrivals + 5.0), 0.0, seconds)["saturated"]
 
     assert np.mean([fills(seed) for seed in range(30)]) <= 0.1
 
 
 def test_a_steady_rise_within_the_noise_of_the_arrivals_is_not_saturation():
     arrivals = np.arange(0.0, 400.0, 1.0)
-    found = metrics.saturation(events_of(arrivals, arrivals + 1.0 + 9.0 * arrivals / 400.0), 0.0, 400.0)
+    found = saturation(events_of(arrivals, arrivals + 1.0 + 9.0 * arrivals / 400.0), 0.0, 400.0)
     assert found["queue_growth_p"] < 1e-6 and not found["saturated"]
 
 
 def test_growth_is_the_excess_of_arrivals_over_departures_per_second():
     arrivals = np.arange(200.0)
-    found = metrics.saturation(events_of(arrivals, 2.0 * arrivals), 0.0, 199.0)
+    found = saturation(events_of(arrivals, 2.0 * arrivals), 0.0, 199.0)
     assert found["queue_growth_per_s"] == pytest.approx(0.5, rel=0.02)
     assert found["queue_growth_p"] < 1e-6
     assert found["unfinished_at_end_share"] == pytest.approx(0.5, abs=0.01)
@@ -72,19 +72,19 @@ def test_growth_is_the_excess_of_arrivals_over_departures_per_second():
 
 def test_a_burst_in_the_middle_that_drains_is_not_saturation():
     arrivals = np.sort(np.concatenate([np.arange(0.0, 200.0, 2.0), np.linspace(80.0, 90.0, 40)]))
-    found = metrics.saturation(queue(arrivals, np.full(len(arrivals), 0.8)), 0.0, 200.0)
+    found = saturation(queue(arrivals, np.full(len(arrivals), 0.8)), 0.0, 200.0)
     assert not found["saturated"] and found["unfinished_at_end_share"] < 0.02
 
 
 def test_a_burst_that_the_end_of_the_window_cuts_is_no_trend():
     arrivals = np.concatenate([np.arange(0.0, 195.0, 1.0), np.linspace(196.0, 200.0, 60)])
-    found = metrics.saturation(events_of(arrivals, np.where(arrivals < 195, arrivals + 0.5, arrivals + 30.0)), 0.0, 200.0)
+    found = saturation(events_of(arrivals, np.where(arrivals < 195, arrivals + 0.5, arrivals + 30.0)), 0.0, 200.0)
     assert not found["saturated"] and found["unfinished_at_end_share"] > 0.1
 
 
 def test_filling_up_to_a_constant_level_at_the_start_is_not_saturation():
     arrivals = np.arange(0.0, 200.0, 1.0)
-    assert not metrics.saturation(events_of(arrivals, arrivals + 15.0), 0.0, 200.0)["saturated"]
+    assert not saturation(events_of(arrivals, arrivals + 15.0), 0.0, 200.0)["saturated"]
 
 
 def test_the_window_decides_what_is_looked_at():
@@ -92,17 +92,17 @@ def test_the_window_decides_what_is_looked_at():
     arrivals = np.arange(0.0, 200.0, 1.0)
     ends = np.where(arrivals < 100, arrivals + 0.5, 100 + 3 * (arrivals - 100) + 0.5)
     events = events_of(arrivals, ends)
-    assert not metrics.saturation(events, 0.0, 100.0)["saturated"]
-    assert metrics.saturation(events, 100.0, 200.0)["saturated"]
+    assert not saturation(events, 0.0, 100.0)["saturated"]
+    assert saturation(events, 100.0, 200.0)["saturated"]
 
 
 def test_mean_number_over_stretches_is_worked_out_by_hand():
     times, change = np.array([0.0, 5.0, 10.0]), np.array([1, 1, -2])
-    centres, means = metrics._mean_number(times, change, 0.0, 20.0)
-    assert len(centres) == metrics.TREND_BLOCKS and centres[0] == 0.5
+    centres, means = _mean_number(times, change, 0.0, 20.0)
+    assert len(centres) == TREND_BLOCKS and centres[0] == 0.5
     assert means.tolist() == pytest.approx([1.0] * 5 + [2.0] * 5 + [0.0] * 10)
 
 
 def test_without_arrivals_there_is_nothing_to_say():
-    found = metrics.saturation(events_of(np.array([1.0]), np.array([2.0])), 5.0, 9.0)
+    found = saturation(events_of(np.array([1.0]), np.array([2.0])), 5.0, 9.0)
     assert not found["saturated"] and np.isnan(found["queue_growth_per_s"])

@@ -14,6 +14,7 @@ from workbench.config import FinetuneJob, did_you_mean
 from workbench.core import JobShape, Predictor
 from workbench.features import Work, causal_pairs
 from workbench.results import metrics
+from workbench.results.saturation import ENDS
 
 By = Literal["slo_class", "tenant", "priority", "adapter"]
 GROUPINGS = ("slo_class", "tenant", "priority", "adapter")
@@ -92,7 +93,7 @@ def _row(requests: pd.DataFrame, gaps: np.ndarray, slo: metrics.SLOs, span_s: fl
         name: any(getattr(metrics.slo_of(slo, c), f"{name}_s") is not None for c in set(requests["slo_class"])) for name in metrics.TARGETS
     }
     row: dict[str, Any] = {"requests": len(requests)}
-    row |= {name: int((requests["outcome"] == name).sum()) for name in (*metrics.ENDS, "unfinished")}
+    row |= {name: int((requests["outcome"] == name).sum()) for name in (*ENDS, "unfinished")}
     row["attainment"] = float(requests["met"].mean()) if any(asked.values()) else np.nan
     row |= {f"attainment_{n}": float(requests[f"met_{n}"].mean()) if asked[n] else np.nan for n in metrics.TARGETS}
     row["goodput_per_s"] = float(requests["met"].sum()) / span_s if span_s > 0 else np.nan
