@@ -8,7 +8,7 @@ import pytest
 
 import workbench as wb
 from tests.test_latency import INFO, synthetic
-from workbench.latency.whole_replays import Prediction, ReplayErrors
+from workbench.latency.whole_replays import Prediction, ReplayErrors, mean_of
 from workbench.model_error import METRICS, ModelError, with_error
 from workbench.recorded import Recorded
 from workbench.testing import FixedCost, fixed_info
@@ -264,3 +264,12 @@ def test_the_explorer_shows_the_error_below_each_number(model):
 def test_an_executor_that_nobody_judged_is_not_measured():
     run = wb.replay(trace(), executor=FixedCost(), policy=serve, **SETTING)
     assert repr(run).endswith("model error on attainment: not measured") and ModelError().on("attainment").is_measured is False
+
+
+def test_runs_of_one_replay_become_their_mean_and_runs_of_different_ones_are_refused():
+    first, second = predicted("ttft_p99_s", 0.04, 0.05), predicted("ttft_p99_s", 0.06, 0.07, commit="89abcde")
+    [found] = mean_of([[first], [second]])
+    assert (found.measured, found.simulated) == pytest.approx((0.05, 0.06)) and found.commit == "0123456, 89abcde"
+    for other in ({"policy": "FCFS(other)"}, {"load": 7.0}, {"device": "another"}, {"trace": "another"}, {"metric": "ttft_p50_s"}):
+        with pytest.raises(ValueError, match="runs of one replay must be of the same trace, load, policy"):
+            mean_of([[first], [dataclasses.replace(second, **other)]])

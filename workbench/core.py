@@ -236,6 +236,9 @@ NOTHING = StepResult(duration_s=0.0)
 """What a step reported that reported nothing but how long it took."""
 
 
+ENDS = ("finished", "rejected", "aborted")  # the kinds of event of which each request has one at its end
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One row of a replay's record. `kind` names what happened; `owner` is a request or job id; `value` depends on the kind."""

@@ -2,7 +2,7 @@
 
     python -m workbench.bench w1 w4 --into benchmarks          workloads (w1 to w6 by default; `replay` needs no GPU)
     python -m workbench.bench model --replays D                how well a model predicts whole replays; all is kept in D, the model too
-    python -m workbench.bench model --from D [D ...]           the same of the replays kept below D, by their models; needs no GPU
+    python -m workbench.bench model --from D [D ...]           the same of the replays kept below D, runs of a cell by their mean; no GPU
     python -m workbench.bench model --from D --profile P --refit    by P refitted to the other traces' replays; P refitted to all is kept
     python -m workbench.bench tune --profile NAME              tune the policies that `contest` measures, on a latency model
     python -m workbench.bench tune --profile NAME --stalls D   on one whose steps are delayed as those of the replays kept below D

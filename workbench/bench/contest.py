@@ -18,7 +18,7 @@ import pandas as pd
 
 from workbench import policies, traces
 from workbench.bench import correctness, machine, serving
-from workbench.bench.finetune import record_rates, tuning_job
+from workbench.bench.finetune import beside_requests, record_rates
 from workbench.bench.finetune import tune as tune_alone
 from workbench.bench.kept import FITTED, Kept
 from workbench.bench.rows import OURS
@@ -200,7 +200,7 @@ def run(session: Session) -> bool:
             model.save(session.replays / FITTED)
         session.engine.allocate_arena()
         serving.warm_up(session, names)
-        alone = tune_alone(session, session.engine, [tuning_job(session, "tuned", 2)])
+        alone = tune_alone(session, session.engine, [beside_requests(session)])
         record_rates(session, "fine-tuning alone", alone)
         for share in SHARES:
             cell = f"{share:.0%} of capacity"
@@ -246,7 +246,7 @@ def _measured(session: Session, cell: str, policy: Any, load: float, seed: int, 
     """The summary of one replay on the engine, and its rows."""
     horizon_s = HORIZON_S if session.on_cuda else session.sizes.horizon_s
     made = arrivals(load, seed, horizon_s)
-    job = tuning_job(session, "tuned", 2)
+    job = beside_requests(session)
     measure = measured_window(horizon_s)
     try:
         requests = serving.with_adapters(session.requests(made), names)

@@ -58,31 +58,33 @@ def tuning_job(session: Session, adapter: str, batch: int, accumulation: int = A
     )
 
 
-def tune(session: Session, executor: Any, jobs: Sequence[FinetuneJob]) -> list[float]:
-    """Tokens per second of each accumulation window (optimiser step included) after a first one that compiles; jobs go side by side."""
+def beside_requests(session: Session) -> FinetuneJob:
+    """The job of W6, `contest` and `model`."""
+    return tuning_job(session, "tuned", 2)
+
+
+def warm_up(session: Session) -> None:
+    """Train a window of the job beside requests, so that the first backward of a replay compiles nothing."""
+    tune(session, session.engine, [beside_requests(session)], windows=0)
+
+
+def tune(session: Session, executor: Any, jobs: Sequence[FinetuneJob], windows: int | None = None) -> list[float]:
+    """Tokens per second of each accumulation window (optimiser step included) after a first one that compiles; jobs go side by side.
+
+    `windows`: after that one, while there is time; those of the sizes unless given.
+    """
     from workbench.runtime.driver import Driver
 
+    most = session.sizes.windows if windows is None else windows
     rates: list[float] = []
     try:
         with Driver(executor, jobs, seed=session.seed) as driver:
             _window(driver, jobs)
-            while len(rates) < session.sizes.windows and (not rates or session.left_s > 0):
+            while len(rates) < most and (not rates or session.left_s > 0):
                 rates.append(_window(driver, jobs))
     finally:
         _unload(executor, jobs)
     return rates
-
-
-def warm_up(session: Session, batch: int) -> None:
-    """Train one accumulation window of a job of that many rows, so that the first backward of a replay compiles nothing."""
-    from workbench.runtime.driver import Driver
-
-    job = tuning_job(session, "tuned", batch)
-    try:
-        with Driver(session.engine, [job], seed=session.seed) as driver:
-            _window(driver, [job])
-    finally:
-        _unload(session.engine, [job])
 
 
 def _window(driver: "Driver", jobs: Sequence[FinetuneJob]) -> float:

@@ -49,7 +49,6 @@ POLICIES = (
 )
 LOADS = (14, 22, 30)  # requests per second
 FEWEST = 4  # requests
-ROWS = 2  # of a micro-batch
 LONGEST = (256, 128)  # tokens of prompt and output
 ARRIVING = 0.8  # of the horizon: 24 s
 DRAIN_S = 8.0  # from the last arrival to the last token, at most
@@ -88,7 +87,7 @@ def run(session: Session) -> bool:
             if session.replays is not None:
                 model.save(session.replays / FITTED)
             serving.warm_up(session, names)
-            finetune.warm_up(session, ROWS)
+            finetune.warm_up(session)
             needs_s = ARRIVING * session.sizes.horizon_s + DRAIN_S
             measured = [
                 _measured(session, cell, policy)
@@ -149,7 +148,7 @@ def _judge(
         predictions += (found := mean_of(singles))
         pairs.append(Pair.of(runs[0][0], found))
         differences += [Pair.between(runs[0][0], a, b) for a, b in combinations(singles, 2)]
-        _record(session, [one for one, _ in runs], pairs[-1], runs[0][1], shape=shape, device=device)
+        _record(session, runs, pairs[-1], shape=shape, device=device)
     errors = ReplayErrors(tuple(predictions))
     if pairs:
         record_worst(session, pairs, shape=shape, device=device)
@@ -235,7 +234,7 @@ def in_order(a: Pair, b: Pair, metric: str) -> bool | None:
 
 def _measured(session: Session, cell: Cell, policy: Any) -> Kept:
     """One policy on the engine."""
-    job: FinetuneJob = finetune.tuning_job(session, "tuned", ROWS)
+    job: FinetuneJob = finetune.beside_requests(session)
     date = machine.now()
     try:
         measured = serving.run(session, cell.requests, policy, [job], slo=SLO_OF_ALL)
@@ -248,11 +247,11 @@ def _measured(session: Session, cell: Cell, policy: Any) -> Kept:
 
 
 def _record(
-    session: Session, runs: Sequence[Kept], pair: Pair, model: LatencyModel, *, shape: str | None = None, device: str | None = None
+    session: Session, runs: Sequence[tuple[Kept, LatencyModel]], pair: Pair, *, shape: str | None = None, device: str | None = None
 ) -> None:
     """A row for each metric's error of one cell, measured once or several times."""
-    by = f"{model.info.name} of {model.provenance['date']}"
-    when = " and ".join(f"{kept.date[:10]} at {kept.replay.provenance.commit}" for kept in runs)
+    by = " and ".join(dict.fromkeys(f"{model.info.name} of {model.provenance['date']}" for _, model in runs))
+    when = " and ".join(f"{kept.date[:10]} at {kept.replay.provenance.commit}" for kept, _ in runs)
     times = "" if len(runs) == 1 else f" in the mean of {len(runs)} runs"
     for metric, unit in METRICS.items():
         if not isfinite(pair.error(metric)):
@@ -260,6 +259,6 @@ def _record(
         scale = 100 if unit == "points" else 1
         values = f"simulated {scale * pair.simulated[metric]:.4g}, measured {scale * pair.measured[metric]:.4g}"
         values += f", {pair.error(metric):+.1f} {unit}"
-        note = f"{runs[0].policy}; {values}; measured{times} {when}, simulated by {by}"
-        n = sum(len(kept.replay.trace_requests) for kept in runs)
-        session.record(runs[0].name, f"error of {metric}", [abs(pair.error(metric))], unit, n=n, note=note, shape=shape, device=device)
+        note = f"{runs[0][0].policy}; {values}; measured{times} {when}, simulated by {by}"
+        n = sum(len(kept.replay.trace_requests) for kept, _ in runs)
+        session.record(runs[0][0].name, f"error of {metric}", [abs(pair.error(metric))], unit, n=n, note=note, shape=shape, device=device)

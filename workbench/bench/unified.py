@@ -29,7 +29,6 @@ SETTINGS = (
     Setting("2 req/s, gaps 20 ms", 2, 0.020),
 )
 POLICY = SLOSlack()
-ROWS = 2  # of a micro-batch
 OTHERS = (LatencyBudget(budget_s=0.024), LoquetierStatic(max_resident=256))
 
 
@@ -46,7 +45,7 @@ def run(session: Session) -> bool:
                 engine.config = replace(before, warm_up=True)
                 session.predict_with(session.sizes.calibrate_s)
                 serving.warm_up(session, names)
-                finetune.warm_up(session, ROWS)
+                finetune.warm_up(session)
             for policy in (None, *OTHERS):
                 for setting in wanted:
                     if session.wants(setting.cell):
@@ -69,7 +68,7 @@ def _measure(session: Session, setting: Setting, other: Any) -> None:
     horizon_s = session.sizes.horizon_s
     requests = _requests(session, setting.rate)
     assert requests, f"{setting.cell}: no request arrives within {horizon_s} s, so the replay would never end"
-    job = finetune.tuning_job(session, "tuned", ROWS)
+    job = finetune.beside_requests(session)
     slo = SLO(ttft_s=5.0, itl_s=setting.gap_s)
     try:
         result = serving.run(session, requests, other or POLICY, [job], slo=slo, measure=(0.0, horizon_s))

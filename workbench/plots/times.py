@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
 from workbench.config import require
+from workbench.core import ENDS
 from workbench.plots.style import SLO_COLOUR, NotebookFigure, finish, log_ticks, new_axes, styles
 
 FEW_REQUESTS = 1000  # below it a p99 rests on fewer than ten requests
@@ -144,12 +145,11 @@ def request_timeline(
     figure_axes = axes if axes is not None else NotebookFigure(figsize=(9, 4), layout="constrained").subplots(2, 1, height_ratios=(1, 2))
     life, below = figure_axes
     changes = {"arrived": "waiting", "scheduled": "prefill", "token": "decode", "preempted": "preempted"}
-    ends = {"finished", "rejected", "aborted"}
     state, since, last = "waiting", float(mine["time_s"].iloc[0]), float(mine["time_s"].max())
     seen: set[str] = set()
     for kind, time in zip([*mine["kind"], "finished"], [*mine["time_s"], last], strict=True):
-        after = state if kind in ends else changes.get(kind, state)
-        if (after != state or kind in ends) and time > since:
+        after = state if kind in ENDS else changes.get(kind, state)
+        if (after != state or kind in ENDS) and time > since:
             colour = PHASE_COLOURS[state]
             life.broken_barh([(since, time - since)], (-0.4, 0.8), facecolors=colour, label=state if state not in seen else None)
             seen.add(state)

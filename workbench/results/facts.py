@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from workbench.core import ENDS
 from workbench.features import INDEX
 from workbench.loop.history import RUN_COLUMNS, History
-from workbench.results.saturation import ENDS
 
 TOKEN_KINDS = ("finetune", "evaluate", "prefill", "decode")
 _FEATURES = tuple(f"{kind}_tokens" for kind in TOKEN_KINDS)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.config import SLO, FinetuneJob, did_you_mean, require
-from workbench.core import Request
+from workbench.core import ENDS, Request
 from workbench.results.saturation import saturation
 
 ADMISSION_WAIT_S = 6.0  # the released Loquetier's own measure: admitted within 6 s, or dropped
@@ -340,7 +340,7 @@ def summary(replay: Any, slo: SLOs = None, measure: tuple[float, float] | None =
     row |= _fairness(requests)
     row |= _job_numbers(replay, start, end)
     outcomes = requests["outcome"].value_counts()
-    row |= {name: int(outcomes.get(name, 0)) for name in ("finished", "rejected", "aborted", "unfinished")}
+    row |= {name: int(outcomes.get(name, 0)) for name in (*ENDS, "unfinished")}
     row["preemptions"] = int((inside["kind"] == "preempted").sum())
     row |= adapter_traffic(inside)
     row["optimizer_steps"] = int((inside["kind"] == "optimizer_step").sum())

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-ENDS = ("finished", "rejected", "aborted")
+from workbench.core import ENDS
+
 TREND_BLOCKS = 20
 
 

@@ -11,10 +11,9 @@ import numpy as np
 import pandas as pd
 
 from workbench.config import FinetuneJob, did_you_mean
-from workbench.core import JobShape, Predictor
+from workbench.core import ENDS, JobShape, Predictor
 from workbench.features import Work, causal_pairs
 from workbench.results import metrics
-from workbench.results.saturation import ENDS
 
 By = Literal["slo_class", "tenant", "priority", "adapter"]
 GROUPINGS = ("slo_class", "tenant", "priority", "adapter")

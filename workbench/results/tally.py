@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from workbench.core import ENDS
 from workbench.results.facts import TOKEN_KINDS, Facts, Rows
-from workbench.results.saturation import ENDS
 
 CLOCK_S = 1e-6  # sums of a day's floating-point seconds agree far better than this
 SEEN = ("token", "prefill", "preempted")
