@@ -403,11 +403,18 @@ def test_slack_counts_the_gaps_of_those_who_join_a_sprint():
 
 def test_slack_rolls_after_a_sprint_that_was_filled_again_where_rolling_decodes_in_fewer_steps():
     slo = SLO(ttft_s=1.0, itl_s=0.020, itl_quantile=0.9)
-    for took_s, refilled, sprints in ((0.5, True, True), (0.1, True, False), (0.1, False, True)):
+    # rolling decodes 50 times a second; 100 times in a cycle of 1 s and in two of 4 s, with 0.9 s of rest where a decode takes 10 ms
+    for took_s, refills, rest_s, sprints in (
+        (4.0, True, 0.0, True),
+        (1.0, True, 0.0, False),
+        (1.0, False, 0.0, True),
+        (1.0, True, 0.9, True),
+        (1.0, True, 0.4, False),
+    ):
         desk = serving(one("x", output=60), slo=slo)
         policy = desk.policy
-        # rolling would decode 10 times in 0.2 s
-        policy.sprints, policy.gap_s, policy.cycle = True, 0.020, (desk.view.now_s - took_s, 10, refilled)
+        policy.sprints, policy.gap_s, policy.step_s = True, 0.020, 0.010
+        policy.cycle = slo_slack.Cycle(desk.view.now_s - took_s, refills, 0.0, 100, rest_s)
         policy.begin_sprint(desk.view, Plan(desk.ledger))
         assert policy.sprints is sprints
         assert (policy.rolls_until_s > desk.view.now_s) is not sprints
@@ -572,7 +579,14 @@ def test_the_queue_is_in_the_order_of_first_tokens_whoever_was_preempted_and_wha
     def waits(blocks, preemptions):
         first = rng.uniform(0, 9) if preemptions and rng.random() < 0.7 else None
         slo = SLO(ttft_s=rng.choice(targets))
-        return SimpleNamespace(arrival_s=rng.uniform(0, 9), blocks=blocks, preemptions=preemptions, first_token_s=first, slo=slo)
+        return SimpleNamespace(
+            arrival_s=rng.uniform(0, 9),
+            blocks=blocks,
+            preemptions=preemptions,
+            first_token_s=first,
+            slo=slo,
+            prefill_left=rng.randint(1, 99),
+        )
 
     groups = [(3, 1, 1), (rng.randint(0, 3) * (seed % 4 > 1), 0, 1), (6, 0, 0)]
     queues = [sorted((waits(*kind) for _ in range(num)), key=lambda r: r.arrival_s) for num, *kind in groups]
@@ -587,3 +601,13 @@ def test_the_queue_is_in_the_order_of_first_tokens_whoever_was_preempted_and_wha
 
     assert list(policy.order) == sorted(waiting, key=lambda r: (r.blocks == 0, due(r)))
     assert policy.num_begun == 3 and policy.due_s == min(map(due, waiting))
+    assert policy.lacks == [r.prefill_left for r in policy.order]
+    assert policy.came_s == min(r.arrival_s for r in waiting)
+    more = tuple(sorted((waits(0, 0) for _ in range(2)), key=lambda r: r.arrival_s))
+    more = tuple(SimpleNamespace(**vars(r) | {"arrival_s": r.arrival_s + 9}) for r in more)
+    policy.learn(SimpleNamespace(arrived=more, running=(), waiting=waiting + more, finished=(), last=None, step=1))
+    policy.look_at_queue(SimpleNamespace(waiting=waiting + more))
+    assert list(policy.order) == sorted(waiting + more, key=lambda r: (r.blocks == 0, due(r))), (
+        "who comes later comes last, or by its target"
+    )
+    assert policy.due_s == min(map(due, waiting + more)) and policy.lacks == [r.prefill_left for r in policy.order]

@@ -13,7 +13,20 @@ REFILL_TOKENS = 768  # prompt tokens that are worth a slower step beside decodes
 ROLLING_TOKENS = 512  # of prompts and decodes together, at least: a forward of so many costs little more than one of half as many
 GATHERS = 0.1  # of the tightest TTFT target: for so long prompts gather until they are that many
 SHORT = 0.1  # of the tightest TTFT target: with less left to wait for a place, serving goes before training
+PIECES = 1 / 3  # of what trains in rests: by so much steps that also decode and prefill have to be cheaper, before it rolls
+CYCLE_MEMORY = 0.9  # what a cycle counts for beside the next one
 PREFILLS = 0.55  # of the gap target: prefills beside decodes may last so long, however large the excess of late
+
+
+@dataclass
+class Cycle:
+    """A sprint and its rest: since when, whether places were filled again in it, seconds, decodes, seconds of rest; or a sum of several."""
+
+    since_s: float = 0.0
+    refills: bool = False
+    seconds: float = 0.0
+    decodes: float = 0.0
+    rest_s: float = 0.0
 
 
 @dataclass
@@ -64,13 +77,17 @@ class SLOSlack:
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
     recounts: bool = field(default=False, repr=False)  # whether the one that `steps_left` was for may be over
-    cycle: tuple[float, int, bool] = field(default=(0.0, 0, False), repr=False)
-    pace_s: float = field(default=inf, repr=False)  # of a decode in the last sprint that was filled again
+    cycle: Cycle = field(default_factory=Cycle, repr=False)
+    lately: Cycle = field(default_factory=Cycle, repr=False)  # those whose sprints were filled again, older ones for less
+    worth_s: float = field(default=inf, repr=False)  # rolling whose steps last longer than that trains more
     gathers_since_s: float = field(default=inf, repr=False)
     gap_s: float = field(default=inf, repr=False)
     ttft_s: float = field(default=inf, repr=False)
     has_one_ttft: bool = field(default=True, repr=False)  # whether all who ever came have the same target
+    queue: Sequence[RequestView] | None = field(default=None, repr=False)  # who waited when the next fields were made
     order: Sequence[RequestView] = field(default=(), repr=False)
+    lacks: list[int] = field(default_factory=list, repr=False)  # prompt tokens that each of them needs
+    came_s: float = field(default=inf, repr=False)  # when the first of them arrived
     num_begun: int = field(default=0, repr=False)
     due_s: float = field(default=inf, repr=False)  # by when the first token of somebody who waits should be there
     step: int = field(default=0, repr=False)
@@ -113,16 +130,24 @@ class SLOSlack:
         """Train, and prefill at the end; False once the next sprint can begin."""
         due_s = self.due_s - self.margin * max(self.errors.excess_s.values(), default=0.0)
         left_s = min(due_s, self.enough_until_s) - self.prefilling_s(view) - 2 * self.step_s - view.now_s
-        if left_s > 0 and len(view.waiting) < view.free.requests:
+        if left_s > 0 and len(view.waiting) - self.num_begun < view.free.requests:
             for job in jobs:
                 plan.train(job, within_s=self.errors.usually(plan, job.phase, left_s))
         if plan.empty and "chunk" in view.can:
             self.enough_until_s = -inf
-            for request in [r for r in self.order if r.prefill_left > 1]:
-                asked = request.prefill_left - 1
-                if plan.prefill(request, asked) < asked and plan.why not in ELSEWHERE:
-                    break
+            self.prefill_ahead(plan, plan.left.tokens)
         return not plan.empty
+
+    def prefill_ahead(self, plan: Plan, tokens: int, within_s: float = inf) -> int:
+        """Prefill those who wait, but for a last token each: at most so many tokens; those taken."""
+        left = tokens
+        for request in [r for r in self.order if r.prefill_left > 1]:
+            asked = min(request.prefill_left - 1, left)
+            taken = plan.prefill(request, asked, within_s=within_s) if asked else 0
+            left -= taken
+            if taken < asked and plan.why not in ELSEWHERE or not left:
+                break
+        return tokens - left
 
     def begin_sprint(self, view: View, plan: Plan) -> None:
         """The first tokens of all who were prefilled, beside the first decodes; an executor without chunks prefills them here."""
@@ -130,13 +155,12 @@ class SLOSlack:
         chunks = "chunk" in view.can
         begun = [r for r in view.waiting if not chunks or (is_resident(r) and r.prefill_left == 1)]
         plan.prefill(begun, whole=not chunks, skip=ELSEWHERE)
-        since_s, steps, refilled = self.cycle
-        self.pace_s = (view.now_s - since_s) / steps if refilled and steps else inf
-        if self.rolling_s() > self.pace_s:
+        self.end_cycle(view)
+        if self.rolling_s() > self.worth_s:
             self.roll(view)
         self.refills = len(view.waiting) - len(begun) > view.free.requests
         self.steps_left = 1.0
-        self.cycle = view.now_s, 0, self.refills
+        self.cycle = Cycle(view.now_s, self.refills)
 
     def serve(self, view: View, plan: Plan, jobs: Sequence[JobView], sprints: bool) -> None:
         """One step of a sprint, or of rolling."""
@@ -145,9 +169,11 @@ class SLOSlack:
         self.refills = self.refills and sprints and bool(view.waiting)
         if view.waiting and not (sprints and not self.refills and self.can_wait(view)):
             if sprints and not self.refills:
-                sprints, self.pace_s = False, 0.0
+                sprints, self.worth_s = False, 0.0
                 self.roll(view)
             self.fill(view, plan, gap_s)
+        elif view.waiting and "chunk" in view.can:
+            self.fill_ahead(view, plan, gap_s)
         if not sprints and not self.is_short_of_places(view, plan):
             # who arrives waits for this step and is prefilled in the next one
             step_s = min(gap_s, (1 - self.reserve) / 2 * self.ttft_s) if view.running else 0.2 * self.ttft_s
@@ -186,14 +212,21 @@ class SLOSlack:
         if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
             self.gathers_since_s = inf
 
+    def fill_ahead(self, view: View, plan: Plan, gap_s: float) -> None:
+        packed = view.limits.tokens - plan.left.tokens
+        wanted = max(ROLLING_TOKENS, 2 * packed)
+        enough = min(next((b for b in view.token_buckets if b >= wanted), wanted) - packed, plan.left.tokens)
+        if sum(self.lacks) - len(self.lacks) < enough:
+            return
+        lacks = self.lacks[: self.num_begun + view.free.requests]
+        if sum(lacks) - len(lacks) >= enough:
+            bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), PREFILLS * self.gap_s)
+            self.prefill_ahead(plan, enough, bound_s)
+
     def gathered(self, view: View, plan: Plan) -> tuple[int, int, bool]:
         """How many have a place or find one, the tokens that they lack (as far as a step has room), and whether they gathered for long."""
-        num_placed, room, left = self.num_begun + view.free.requests, plan.left.tokens, 0
-        for request in self.order[:num_placed]:
-            left += request.prefill_left
-            if left >= room:
-                left = room
-                break
+        num_placed = self.num_begun + view.free.requests
+        left = min(sum(self.lacks[:num_placed]), plan.left.tokens)
         if left:
             self.gathers_since_s = min(self.gathers_since_s, view.now_s)
         # a step without them, and the one that prefills them, may last as long as a gap
@@ -216,7 +249,7 @@ class SLOSlack:
 
     def roll(self, view: View) -> None:
         """Sprint no more, for a while, or as long as training within gaps is worth it."""
-        self.sprints = False
+        self.sprints, self.cycle = False, Cycle()
         self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, 5.0))
         self.rolls_until_s = view.now_s + self.rolls_s
 
@@ -231,14 +264,29 @@ class SLOSlack:
 
     def chooses_to_sprint(self, view: View) -> bool:
         """Whether to sprint and rest: once it does, until somebody cannot wait; else asked anew once a sprint's steps have gone by."""
-        gathers = len(view.waiting) <= view.free.requests and not self.num_begun
-        if not self.sprints and view.running and gathers and self.steps_left <= 0:
+        is_asked = not self.sprints and view.running and not self.num_begun and self.steps_left <= 0
+        if is_asked and len(view.waiting) <= view.free.requests:
             gaps = max(gaps_per_late(r.slo) for r in view.running)
             cycle_s = min((1 - self.reserve) * self.ttft_s, gaps * self.gap_s if self.pace else inf)
             rolling_s = self.rolling_s()
-            self.sprints = gaps * rolling_s < cycle_s and (view.now_s >= self.rolls_until_s or rolling_s <= self.pace_s)
+            self.sprints = gaps * rolling_s < cycle_s and (view.now_s >= self.rolls_until_s or rolling_s <= self.worth_s)
             self.steps_left = 0.0 if self.sprints else gaps
         return self.sprints
+
+    def end_cycle(self, view: View) -> None:
+        """Learn from a cycle whose sprint was filled again how long the steps of rolling have to be to train more.
+
+        Rolling for L seconds a step saves 1 / pace - 1 / L decodes a second, each by what it costs whatever its rows, about half of it.
+        That has to make up for `PIECES` of the share of time that trains now: training in pieces is slower, and keeps nearer to the targets.
+        """
+        cycle, lately = self.cycle, self.lately
+        if cycle.refills and cycle.decodes:
+            for name, now in (("seconds", view.now_s - cycle.since_s), ("decodes", cycle.decodes), ("rest_s", cycle.rest_s)):
+                setattr(lately, name, CYCLE_MEMORY * getattr(lately, name) + now)
+        self.worth_s = inf
+        if view.running and lately.decodes >= 2 * max(gaps_per_late(r.slo) for r in view.running):
+            fewest = (lately.decodes - PIECES * lately.rest_s / (self.step_s / 2)) / lately.seconds
+            self.worth_s = 1 / fewest if fewest > 0 else inf
 
     def rolling_s(self) -> float:
         """How long the steps of rolling last: what stalls any kind of step leaves them less."""
@@ -268,8 +316,6 @@ class SLOSlack:
 
     def can_wait(self, view: View) -> bool:
         """Whether those who wait can do so until the sprint is over."""
-        if self.num_begun:
-            return False
         return self.due_s > view.now_s + max(self.steps_left, 0.0) * self.step_s + self.prefilling_s(view)
 
     def begin_by_s(self, request: RequestView) -> float:
@@ -287,9 +333,8 @@ class SLOSlack:
         if not tokens:
             longest = max(view.waiting, key=lambda r: r.prefill_left)
             seconds, tokens = view.prefill_s(longest), max(1, longest.prefill_left)
-        seconds *= 1.1 * sum(r.prefill_left for r in view.waiting) / tokens
-        came_in_s = view.now_s - min(r.arrival_s for r in view.waiting)
-        return seconds / (1.0 - min(0.5, seconds / max(came_in_s, 1e-9)))
+        seconds *= 1.1 * sum(self.lacks) / tokens
+        return seconds / (1.0 - min(0.5, seconds / max(view.now_s - self.came_s, 1e-9)))
 
     def ttft_target_s(self, request: RequestView) -> float:
         return self.first_s if request.slo is None or request.slo.ttft_s is None else request.slo.ttft_s
@@ -303,9 +348,19 @@ class SLOSlack:
         """Those who wait, in the order in which they should begin, and when the first token of the first of them should be there.
 
         The view has those who have begun first, then who was preempted, then all others by arrival: where one TTFT target holds for all
-        and nobody was preempted, only those who have begun are sorted. Hundreds may wait, and nobody decodes while a policy thinks.
+        and nobody was preempted, only those who have begun are sorted, and who arrives comes last. Hundreds may wait, and nobody decodes
+        while a policy thinks.
         """
-        waiting = view.waiting
+        waiting, before = view.waiting, self.queue
+        if waiting is before:
+            return
+        self.queue = waiting
+        if before and self.has_one_ttft and waiting[: len(before)] == before:
+            came = waiting[len(before) :]
+            self.order = [*self.order, *came]
+            self.lacks += [r.prefill_left for r in came]
+            self.due_s = min([self.due_s, *map(self.begin_by_s, came[:1])])
+            return
         self.num_begun = sum(1 for _ in takewhile(is_resident, waiting))
         if self.has_one_ttft and not (len(waiting) > self.num_begun and waiting[self.num_begun].preemptions):
             begun = sorted(waiting[: self.num_begun], key=self.begin_by_s)
@@ -314,6 +369,8 @@ class SLOSlack:
         else:
             firsts = self.order = sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
         self.due_s = min(map(self.begin_by_s, firsts), default=inf)
+        self.lacks = [r.prefill_left for r in self.order]
+        self.came_s = min([r.arrival_s for r in waiting], default=inf)
 
     def learn(self, view: View) -> None:
         """Note the tightest targets, how the last step differed from its prediction, and whose gap was late."""
@@ -334,6 +391,10 @@ class SLOSlack:
         if last is None:
             return
         kind = self.errors.learn(last, min(self.gap_s, self.token_s), self.memory)
+        if "prefill" in kind:
+            self.queue = None
+        elif "ward" in kind and "decode" not in kind:
+            self.cycle.rest_s += last.duration_s
         if kind == "prefill":
             seconds, tokens = self.prefilled
             self.prefilled = 0.9 * seconds + last.duration_s, 0.9 * tokens + sum(n for _, what, n in last.work if what == "prefill")
@@ -352,9 +413,7 @@ class SLOSlack:
                 for request in view.running:
                     if request.generated > 1 and gap_s > self.gap_target_s(request):
                         self.late[request.id] = self.late.get(request.id, 0) + 1
-        if decoded:
-            since_s, steps, refilled = self.cycle
-            self.cycle = since_s, steps + 1, refilled
+        self.cycle.decodes += decoded
         if decoded or all(r.generated == 1 for r in view.running):
             self.decoded_s = view.now_s
 
