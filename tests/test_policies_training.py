@@ -403,18 +403,19 @@ def test_slack_counts_the_gaps_of_those_who_join_a_sprint():
 
 def test_slack_rolls_after_a_sprint_that_was_filled_again_where_rolling_decodes_in_fewer_steps():
     slo = SLO(ttft_s=1.0, itl_s=0.020, itl_quantile=0.9)
-    # rolling decodes 50 times a second; 100 times in a cycle of 1 s and in two of 4 s, with 0.9 s of rest where a decode takes 10 ms
-    for took_s, refills, rest_s, sprints in (
-        (4.0, True, 0.0, True),
-        (1.0, True, 0.0, False),
-        (1.0, False, 0.0, True),
-        (1.0, True, 0.9, True),
-        (1.0, True, 0.4, False),
+    # rolling decodes 50 times a second; a decode takes 10 ms, half of it whatever its rows
+    for took_s, decodes, refills, rest_s, sprints in (
+        (16.0, 400, True, 0.0, True),  # 25 times a second
+        (4.0, 400, True, 0.0, False),  # 100 times: rolling saves a quarter of the time
+        (4.0, 400, True, 3.6, True),  # where nine tenths of it train already
+        (4.0, 400, True, 1.6, False),
+        (4.0, 400, False, 0.0, True),  # the sprint was not filled again
+        (2.0, 200, True, 0.0, True),  # not seen for long
     ):
         desk = serving(one("x", output=60), slo=slo)
         policy = desk.policy
-        policy.sprints, policy.gap_s, policy.step_s = True, 0.020, 0.010
-        policy.cycle = slo_slack.Cycle(desk.view.now_s - took_s, refills, 0.0, 100, rest_s)
+        policy.sprints, policy.gap_s, policy.step_s, policy.ttft_s = True, 0.020, 0.010, 1.0
+        policy.cycle = slo_slack.Cycle(desk.view.now_s - took_s, refills, 0.0, decodes, rest_s)
         policy.begin_sprint(desk.view, Plan(desk.ledger))
         assert policy.sprints is sprints
         assert (policy.rolls_until_s > desk.view.now_s) is not sprints

@@ -13,8 +13,10 @@ REFILL_TOKENS = 768  # prompt tokens that are worth a slower step beside decodes
 ROLLING_TOKENS = 512  # of prompts and decodes together, at least: a forward of so many costs little more than one of half as many
 GATHERS = 0.1  # of the tightest TTFT target: for so long prompts gather until they are that many
 SHORT = 0.1  # of the tightest TTFT target: with less left to wait for a place, serving goes before training
-PIECES = 1 / 3  # of what trains in rests: by so much steps that also decode and prefill have to be cheaper, before it rolls
-CYCLE_MEMORY = 0.9  # what a cycle counts for beside the next one
+QUEUE = 0.25  # of all places: so many who find none may wait when a rest goes on, for the sprint to begin with
+PIECES = 0.4  # of what trains in rests: by so much steps that also decode and prefill have to be cheaper, before it rolls
+CYCLE_MEMORY = 0.7  # what a cycle counts for beside the next one
+LONG_S = 5.0  # longer TTFT targets are no measure of how long to try something
 PREFILLS = 0.55  # of the gap target: prefills beside decodes may last so long, however large the excess of late
 
 
@@ -76,7 +78,7 @@ class SLOSlack:
     rolls_s: float = field(default=0.0, repr=False)
     rolls_until_s: float = field(default=0.0, repr=False)
     steps_left: float = field(default=0.0, repr=False)
-    recounts: bool = field(default=False, repr=False)  # whether the one that `steps_left` was for may be over
+    num_longest: int = field(default=0, repr=False)  # of those that `steps_left` was for, at least
     cycle: Cycle = field(default_factory=Cycle, repr=False)
     lately: Cycle = field(default_factory=Cycle, repr=False)  # those whose sprints were filled again, older ones for less
     worth_s: float = field(default=inf, repr=False)  # rolling whose steps last longer than that trains more
@@ -85,7 +87,7 @@ class SLOSlack:
     ttft_s: float = field(default=inf, repr=False)
     has_one_ttft: bool = field(default=True, repr=False)  # whether all who ever came have the same target
     queue: Sequence[RequestView] | None = field(default=None, repr=False)  # who waited when the next fields were made
-    order: Sequence[RequestView] = field(default=(), repr=False)
+    order: tuple[RequestView, ...] = field(default=(), repr=False)
     lacks: list[int] = field(default_factory=list, repr=False)  # prompt tokens that each of them needs
     came_s: float = field(default=inf, repr=False)  # when the first of them arrived
     num_begun: int = field(default=0, repr=False)
@@ -130,7 +132,7 @@ class SLOSlack:
         """Train, and prefill at the end; False once the next sprint can begin."""
         due_s = self.due_s - self.margin * max(self.errors.excess_s.values(), default=0.0)
         left_s = min(due_s, self.enough_until_s) - self.prefilling_s(view) - 2 * self.step_s - view.now_s
-        if left_s > 0 and len(view.waiting) - self.num_begun < view.free.requests:
+        if left_s > 0 and len(view.waiting) - self.num_begun < view.free.requests + QUEUE * view.limits.requests:
             for job in jobs:
                 plan.train(job, within_s=self.errors.usually(plan, job.phase, left_s))
         if plan.empty and "chunk" in view.can:
@@ -138,16 +140,25 @@ class SLOSlack:
             self.prefill_ahead(plan, plan.left.tokens)
         return not plan.empty
 
-    def prefill_ahead(self, plan: Plan, tokens: int, within_s: float = inf) -> int:
-        """Prefill those who wait, but for a last token each: at most so many tokens; those taken."""
-        left = tokens
-        for request in [r for r in self.order if r.prefill_left > 1]:
-            asked = min(request.prefill_left - 1, left)
-            taken = plan.prefill(request, asked, within_s=within_s) if asked else 0
+    def prefill_ahead(self, plan: Plan, tokens: int, within_s: float = inf) -> None:
+        """Prefill those who wait, but for a last token each: at most so many tokens. What is known of the queue is kept up to date."""
+        left, lacks = tokens, self.lacks
+        for place, request in enumerate(self.order):
+            asked = min(lacks[place] - 1, left)
+            if asked <= 0:
+                continue
+            taken = plan.prefill(request, asked, within_s=within_s)
             left -= taken
-            if taken < asked and plan.why not in ELSEWHERE or not left:
+            if taken:
+                lacks[place] -= taken
+                if place == self.num_begun:
+                    self.num_begun += 1
+                elif place > self.num_begun:
+                    self.queue = None  # somebody was passed over
+            if taken < asked and plan.why not in ELSEWHERE:
                 break
-        return tokens - left
+            if not left:
+                break
 
     def begin_sprint(self, view: View, plan: Plan) -> None:
         """The first tokens of all who were prefilled, beside the first decodes; an executor without chunks prefills them here."""
@@ -155,6 +166,7 @@ class SLOSlack:
         chunks = "chunk" in view.can
         begun = [r for r in view.waiting if not chunks or (is_resident(r) and r.prefill_left == 1)]
         plan.prefill(begun, whole=not chunks, skip=ELSEWHERE)
+        self.queue = None
         self.end_cycle(view)
         if self.rolling_s() > self.worth_s:
             self.roll(view)
@@ -193,6 +205,7 @@ class SLOSlack:
         order = self.order
         if not view.running:
             plan.prefill(order, whole=whole, skip=ELSEWHERE)
+            self.queue = None
             return
         margin = self.margin if self.sprints else self.roll_margin
         bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, margin), PREFILLS * self.gap_s)
@@ -210,7 +223,7 @@ class SLOSlack:
             if tokens < enough and plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s) == tokens:
                 return  # more would fit: they gather
         if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
-            self.gathers_since_s = inf
+            self.gathers_since_s, self.queue = inf, None
 
     def fill_ahead(self, view: View, plan: Plan, gap_s: float) -> None:
         packed = view.limits.tokens - plan.left.tokens
@@ -250,7 +263,7 @@ class SLOSlack:
     def roll(self, view: View) -> None:
         """Sprint no more, for a while, or as long as training within gaps is worth it."""
         self.sprints, self.cycle = False, Cycle()
-        self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, 5.0))
+        self.rolls_s = 2 * max(self.rolls_s, min(self.ttft_s, LONG_S))
         self.rolls_until_s = view.now_s + self.rolls_s
 
     def keep_alive(self, plan: Plan, job: JobView) -> int:
@@ -277,14 +290,14 @@ class SLOSlack:
         """Learn from a cycle whose sprint was filled again how long the steps of rolling have to be to train more.
 
         Rolling for L seconds a step saves 1 / pace - 1 / L decodes a second, each by what it costs whatever its rows, about half of it.
-        That has to make up for `PIECES` of the share of time that trains now: training in pieces is slower, and keeps nearer to the targets.
+        That has to make up for `PIECES` of the share of time that trains now: training in pieces is slower, and nearer to the targets.
         """
         cycle, lately = self.cycle, self.lately
         if cycle.refills and cycle.decodes:
             for name, now in (("seconds", view.now_s - cycle.since_s), ("decodes", cycle.decodes), ("rest_s", cycle.rest_s)):
                 setattr(lately, name, CYCLE_MEMORY * getattr(lately, name) + now)
         self.worth_s = inf
-        if view.running and lately.decodes >= 2 * max(gaps_per_late(r.slo) for r in view.running):
+        if lately.seconds >= 3 * min(self.ttft_s, LONG_S):
             fewest = (lately.decodes - PIECES * lately.rest_s / (self.step_s / 2)) / lately.seconds
             self.worth_s = 1 / fewest if fewest > 0 else inf
 
@@ -294,8 +307,10 @@ class SLOSlack:
 
     def can_rest(self, view: View) -> bool:
         """Whether nobody who runs misses its gap target by one more late gap."""
-        if self.steps_left <= 0 or self.recounts:
-            self.steps_left, self.recounts = max(map(self.gaps_to_spare, view.running), default=0.0), False
+        if self.steps_left <= 0 or self.num_longest <= 0:
+            spare = [self.gaps_to_spare(r) for r in view.running]
+            self.steps_left = max(spare, default=0.0)
+            self.num_longest = sum([gaps >= self.steps_left for gaps in spare])
         return self.steps_left <= 0
 
     def gaps_to_spare(self, request: RequestView) -> float:
@@ -351,23 +366,24 @@ class SLOSlack:
         and nobody was preempted, only those who have begun are sorted, and who arrives comes last. Hundreds may wait, and nobody decodes
         while a policy thinks.
         """
-        waiting, before = view.waiting, self.queue
-        if waiting is before:
+        waiting, order = view.waiting, self.order
+        if waiting is self.queue:
             return
+        num, is_known = len(order), self.queue is not None
         self.queue = waiting
-        if before and self.has_one_ttft and waiting[: len(before)] == before:
-            came = waiting[len(before) :]
-            self.order = [*self.order, *came]
+        if is_known and num and self.has_one_ttft and waiting[:num] == order:
+            came = waiting[num:]
+            self.order = waiting
             self.lacks += [r.prefill_left for r in came]
             self.due_s = min([self.due_s, *map(self.begin_by_s, came[:1])])
             return
         self.num_begun = sum(1 for _ in takewhile(is_resident, waiting))
         if self.has_one_ttft and not (len(waiting) > self.num_begun and waiting[self.num_begun].preemptions):
             begun = sorted(waiting[: self.num_begun], key=self.begin_by_s)
-            self.order = [*begun, *waiting[self.num_begun :]]
-            firsts: Sequence[RequestView] = (*begun[:1], *waiting[self.num_begun : self.num_begun + 1])
+            self.order = (*begun, *waiting[self.num_begun :])
+            firsts = (*begun[:1], *waiting[self.num_begun : self.num_begun + 1])
         else:
-            firsts = self.order = sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+            firsts = self.order = tuple(sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r))))
         self.due_s = min(map(self.begin_by_s, firsts), default=inf)
         self.lacks = [r.prefill_left for r in self.order]
         self.came_s = min([r.arrival_s for r in waiting], default=inf)
@@ -385,22 +401,21 @@ class SLOSlack:
         if view.finished and not any(self.gap_target_s(r) <= self.gap_s for r in chain(view.running, view.waiting)):
             self.gap_s = min(map(self.gap_target_s, chain(view.running, view.waiting)), default=inf)
         for request in view.finished:
-            self.recounts = self.recounts or self.gaps_to_spare(request) >= self.steps_left - 1
+            self.num_longest -= self.gaps_to_spare(request) >= self.steps_left - 1
             self.late.pop(request.id, None)
         last, repeated, self.step = view.last, view.step - self.step > 1, view.step
         if last is None:
             return
         kind = self.errors.learn(last, min(self.gap_s, self.token_s), self.memory)
-        if "prefill" in kind:
-            self.queue = None
-        elif "ward" in kind and "decode" not in kind:
+        if "ward" in kind and "decode" not in kind:
             self.cycle.rest_s += last.duration_s
         if kind == "prefill":
             seconds, tokens = self.prefilled
             self.prefilled = 0.9 * seconds + last.duration_s, 0.9 * tokens + sum(n for _, what, n in last.work if what == "prefill")
         if self.sprints and "prefill" in kind and "decode" in kind:
-            joined = takewhile(lambda r: r.generated == 1, reversed(view.running))
-            self.steps_left = max([self.steps_left, *map(self.gaps_to_spare, joined)])
+            joined = [self.gaps_to_spare(r) for r in takewhile(lambda r: r.generated == 1, reversed(view.running))]
+            if joined and max(joined) >= self.steps_left:
+                self.steps_left, self.num_longest = max(joined), len(joined)
         if "decode" in kind or "prefill" in kind:
             self.note_gaps(view, repeated, "decode" in kind)
 
