@@ -225,6 +225,65 @@ def test_slack_fills_places_again_in_a_sprint_that_not_all_found_one_for():
     assert sprinting(refills=False, max_requests=3) == 0, "it can wait until the sprint is over"
 
 
+def test_slack_prefills_who_waits_for_the_next_sprint_but_for_a_last_token_where_that_fills_a_forward(monkeypatch):
+    for forward, tokens in ((32, 30), (61, 59), (62, 0)):
+        monkeypatch.setattr(slo_slack, "ROLLING_TOKENS", forward)
+        assert sprinting(refills=False, max_requests=3) == tokens, "60 tokens wait beside two decodes"
+    monkeypatch.setattr(slo_slack, "ROLLING_TOKENS", 32)
+    assert sprinting(refills=False, max_requests=2) == 0, "no place"
+    whole = frozenset({"mixed", "cut_backward"})
+    assert sprinting(refills=False, max_requests=3, can=whole, documents=(100,)) == 0, "its first token would come with it"
+
+
+def test_slack_joins_nobody_to_a_sprint_whom_it_prefilled_ahead(monkeypatch):
+    monkeypatch.setattr(slo_slack, "ROLLING_TOKENS", 32)
+    desk = serving(one("x", output=60), slo=SLO(ttft_s=2.0, itl_s=0.020, itl_quantile=0.9))
+    desk.policy.sprints, desk.policy.steps_left, desk.policy.num_longest = True, 6.0, 1
+    desk.arrive(one("y", 0.01, 60, 30))
+    job, left, due = desk.view.jobs[0], [], []
+    while len(desk.view.running) < 2:
+        desk.step(duration_s=0.005)
+        left.append(desk.of("y").prefill_left)
+        due.append((job.next_tokens, job.layers_left))
+    # 31 tokens beside a decode; 28 are too few for another forward, and the rest after the sprint of six prefills them, before both decode
+    assert left[:6] == [29] * 6 and len(set(due[:6])) == 1
+    assert len(set(due[6:])) > 1 and left[-3:] == [29, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_slack_knows_of_its_queue_is_what_it_would_find_by_looking_at_all_of_it(seed, monkeypatch):
+    monkeypatch.setattr(slo_slack, "ROLLING_TOKENS", 48)
+    rng, looks = Random(seed), []
+    look = SLOSlack.look_at_queue
+
+    def compared(self, view):
+        look(self, view)
+        anew = SLOSlack(has_one_ttft=self.has_one_ttft, first_s=self.first_s)
+        look(anew, view)
+        names = ("order", "lacks", "num_begun", "due_s", "came_s")
+        assert [getattr(self, name) for name in names] == [getattr(anew, name) for name in names]
+        looks.append(self.num_begun)
+
+    monkeypatch.setattr(SLOSlack, "look_at_queue", compared)
+    slo = SLO(ttft_s=1.0, itl_s=0.020, itl_quantile=0.9)
+    requests = [one(f"r{i}", rng.uniform(0, 2.0), rng.randint(5, 90), rng.randint(2, 60)) for i in range(60)]
+    run(SLOSlack(), requests, jobs=1, slo=slo, limits={"max_requests": 12})
+    assert max(looks) > 1
+
+
+def test_slack_rests_on_while_no_more_than_a_quarter_of_the_places_is_waited_for_in_vain():
+    slo = SLO(ttft_s=10.0, itl_s=0.020, itl_quantile=0.9)
+    for waiting, trains in ((3, True), (4, False)):
+        desk = serving(one("x", output=60), slo=slo, max_requests=4)
+        desk.arrive(*(one(f"r{i}", 0.01, 20, 30) for i in range(waiting)))
+        policy, plan = desk.policy, Plan(desk.ledger)
+        policy.learn(desk.view)
+        policy.look_at_queue(desk.view)
+        # three places are free, and a quarter of all four is one
+        assert policy.rest(desk.view, plan, desk.view.jobs)
+        assert (bool(plan.finetunes), bool(plan.prefills)) == (trains, not trains)
+
+
 def test_slack_knows_at_the_beginning_of_a_sprint_whether_all_found_a_place():
     slo = SLO(ttft_s=1.0, itl_s=0.020, itl_quantile=0.9)
     for places, refills in ((4, False), (3, True)):
