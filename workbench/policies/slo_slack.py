@@ -48,13 +48,13 @@ class SLOSlack:
 
     Where gaps are too few for that (TTFT targets short beside a hundred of them), where sprints that are filled again and again leave so
     little rest that fewer decodes, of longer steps, would train more (`end_cycle`), or where those who wait cannot wait until the sprint
-    is over, it rolls, for twice as long each time: each step decodes, prefills and trains up to the tightest gap target, and prompts gather until they are as many tokens as the decodes.
-    So places stay full while those without one have a tenth of their TTFT target left; later, it trains no more. A backward that turns out
-    longer than predicted stops by itself on an executor with safepoints. Predictions are corrected by the usual ratio of measured to
-    predicted of their kind of step, and for the rest the largest excess over that is kept in reserve, `margin` times in a sprint and
-    `roll_margin` times where it rolls; it is forgotten by half every `memory` steps, and so is a quarter of the gap target, where it
-    begins. So a machine whose steps are delayed for long now and then has its sprints and rests: a decode alone leaves the most room for
-    that.
+    is over, it rolls, for twice as long each time: each step decodes, prefills and trains up to the tightest gap target, and prompts
+    gather until they are as many tokens as the decodes. So places stay full while those without one have a tenth of their TTFT target
+    left; later, it trains no more. A backward that turns out longer than predicted stops by itself on an executor with safepoints.
+    Predictions are corrected by the usual ratio of measured to predicted of their kind of step, and for the rest the largest excess over
+    that is kept in reserve, `margin` times in a sprint and `roll_margin` times where it rolls; it is forgotten by half every `memory`
+    steps, and so is a quarter of the gap target, where it begins. So a machine whose steps are delayed for long now and then has its
+    sprints and rests: a decode alone leaves the most room for that.
 
     Requests without a gap target have `token_s` per token, those without one for the first token `first_s`. A job without progress for
     `alive_s` gets one layer or `alive_tokens` tokens at all events. Jobs take turns by committed tokens.
