@@ -250,6 +250,18 @@ def test_slack_joins_nobody_to_a_sprint_whom_it_prefilled_ahead(monkeypatch):
     assert len(set(due[6:])) > 1 and left[-3:] == [29, 1, 0]
 
 
+def test_slack_prefills_nobody_whole_of_whom_the_prefix_cache_has_more_than_when_it_looked(monkeypatch):
+    monkeypatch.setattr(slo_slack, "ROLLING_TOKENS", 600)
+    slo = SLO(ttft_s=5.0, itl_s=0.060, itl_quantile=0.9)
+    desk = serving(one("x", output=60), slo=slo, max_batch_tokens=1024, num_blocks=999, max_model_len=2048, prefix_cache=True)
+    desk.policy.sprints, desk.policy.steps_left, desk.policy.num_longest = True, 6.0, 1
+    desk.arrive(*(one(name, 0.01, 600, 30, prefix_ids=(7,)) for name in "yz"))
+    desk.step(duration_s=0.005)
+    assert (desk.of("y").prefill_left, desk.of("z").prefill_left) == (1, 88), "512 tokens of z are there now"
+    desk.step(duration_s=0.005)
+    assert desk.of("z").prefill_left == 1 and len(desk.view.running) == 1
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_slack_knows_of_its_queue_is_what_it_would_find_by_looking_at_all_of_it(seed, monkeypatch):
     monkeypatch.setattr(slo_slack, "ROLLING_TOKENS", 48)

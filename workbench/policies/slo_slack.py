@@ -35,7 +35,7 @@ class Cycle:
 class SLOSlack:
     """Sprints of decodes without training, and rests of training without decodes, as far as the targets of all who are there allow.
 
-    A gap target at quantile q forgives a request one late gap in 1 / (1 - q): one in a hundred at 0.99. A sprint decodes, and nothing else,
+    A gap target at quantile q forgives a request one late gap in 1 / (1 - q): one in a hundred at 0.99. A sprint decodes without training
     until everybody who runs has such a gap to spend. In the rest that follows, one late gap for each, jobs train in whole pieces. It ends
     when somebody falls behind the pace of its targets (first token + i * target: who reads at that pace hardly waits; `pace=False` leaves
     that out for gap targets), when a quarter more than the places wait for one, or when the first of them is due, less `reserve` of its
@@ -145,8 +145,11 @@ class SLOSlack:
         """Prefill those who wait, but for a last token each: at most so many tokens. What is known of the queue is kept up to date."""
         left, lacks = tokens, self.lacks
         for place, request in enumerate(self.order):
+            if lacks[place] <= 1:
+                continue
+            lacks[place] = request.prefill_left  # the prefix cache may have more of it, or less, by now
             asked = min(lacks[place] - 1, left)
-            if asked <= 0:
+            if not asked:
                 continue
             taken = plan.prefill(request, asked, within_s=within_s)
             left -= taken
@@ -303,7 +306,7 @@ class SLOSlack:
                 setattr(lately, name, CYCLE_MEMORY * getattr(lately, name) + now)
         self.worth_s = inf
         if lately.seconds >= 3 * min(self.ttft_s, LONG_S):
-            fewest = (lately.decodes - PIECES * lately.rest_s / (self.step_s / 2)) / lately.seconds
+            fewest = (lately.decodes - PIECES * lately.rest_s / max(self.step_s / 2, 1e-9)) / lately.seconds
             self.worth_s = 1 / fewest if fewest > 0 else inf
 
     def rolling_s(self) -> float:
