@@ -44,7 +44,7 @@ class SLOSlack:
 
     Where not all of them find a place, those that become free in the sprint are filled again, many at a time and within the gap target,
     until nobody waits: the device decodes full batches, and the rest after it is the longer. Who arrives then waits for the next sprint,
-    prefilled but for a last token beside the decodes of this one: prompts that fill a forward cost a fifth less there than alone.
+    prefilled but for a last token beside the decodes of this one, where prompts fill a forward: the decodes read the weights anyway.
 
     Where gaps are too few for that (TTFT targets short beside a hundred of them), where sprints that are filled again and again leave so
     little rest that fewer decodes, of longer steps, would train more (`end_cycle`), or where those who wait cannot wait until the sprint
@@ -149,9 +149,7 @@ class SLOSlack:
                 continue
             lacks[place] = request.prefill_left  # the prefix cache may have more of it, or less, by now
             asked = min(lacks[place] - 1, left)
-            if not asked:
-                continue
-            taken = plan.prefill(request, asked, within_s=within_s)
+            taken = plan.prefill(request, asked, within_s=within_s) if asked else 0
             left -= taken
             if taken:
                 lacks[place] -= taken
@@ -159,9 +157,7 @@ class SLOSlack:
                     self.num_begun += 1
                 elif place > self.num_begun:
                     self.queue = None  # somebody was passed over
-            if taken < asked and plan.why not in ELSEWHERE:
-                break
-            if not left:
+            if not left or (taken < asked and plan.why not in ELSEWHERE):
                 break
 
     def begin_sprint(self, view: View, plan: Plan) -> None:
@@ -211,8 +207,7 @@ class SLOSlack:
             plan.prefill(order, whole=whole, skip=ELSEWHERE)
             self.queue = None
             return
-        margin = self.margin if self.sprints else self.roll_margin
-        bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, margin), PREFILLS * self.gap_s)
+        bound_s = self.prefill_within_s(plan, gap_s)
         num_placed, left, is_late = self.gathered(view, plan)
         tokens: int | None = None
         if not (whole or is_late or not view.jobs or (self.refills and len(order) <= num_placed)):
@@ -230,12 +225,17 @@ class SLOSlack:
 
     def fill_ahead(self, view: View, plan: Plan, gap_s: float) -> None:
         """In a sprint: prefill those who wait for the next one, where their prompts fill a forward beside the decodes."""
-        enough = self.filling(view, plan)
-        if sum(self.lacks) - len(self.lacks) >= enough:
-            lacks = self.lacks[: self.num_begun + view.free.requests]
-            if sum(lacks) - len(lacks) >= enough:
-                bound_s = max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, self.margin), PREFILLS * self.gap_s)
-                self.prefill_ahead(plan, enough, bound_s)
+        enough, lacks = self.filling(view, plan), self.lacks
+        if sum(lacks) - len(lacks) < enough:
+            return  # whoever has a place
+        placed = lacks[: self.num_begun + view.free.requests]
+        if sum(placed) - len(placed) >= enough:
+            self.prefill_ahead(plan, enough, self.prefill_within_s(plan, gap_s))
+
+    def prefill_within_s(self, plan: Plan, gap_s: float) -> float:
+        """How long a step with prefills beside decodes may be predicted to last."""
+        margin = self.margin if self.sprints else self.roll_margin
+        return max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, margin), PREFILLS * self.gap_s)
 
     def filling(self, view: View, plan: Plan) -> int:
         """Prompt tokens beside the decodes that fill a forward, as many as those at least."""
@@ -299,11 +299,13 @@ class SLOSlack:
 
         Rolling for L seconds a step saves 1 / pace - 1 / L decodes a second, each by what it costs whatever its rows, about half of it.
         That has to make up for `PIECES` of the share of time that trains now: training in pieces is slower, and nearer to the targets.
+        Nothing is worth it before cycles of three TTFT targets were seen.
         """
-        cycle, lately = self.cycle, self.lately
+        cycle, lately, memory = self.cycle, self.lately, CYCLE_MEMORY
         if cycle.refills and cycle.decodes:
-            for name, now in (("seconds", view.now_s - cycle.since_s), ("decodes", cycle.decodes), ("rest_s", cycle.rest_s)):
-                setattr(lately, name, CYCLE_MEMORY * getattr(lately, name) + now)
+            lately.seconds = memory * lately.seconds + view.now_s - cycle.since_s
+            lately.decodes = memory * lately.decodes + cycle.decodes
+            lately.rest_s = memory * lately.rest_s + cycle.rest_s
         self.worth_s = inf
         if lately.seconds >= 3 * min(self.ttft_s, LONG_S):
             fewest = (lately.decodes - PIECES * lately.rest_s / max(self.step_s / 2, 1e-9)) / lately.seconds
