@@ -95,6 +95,7 @@ class Ledger:
             activation_tokens=info.activation_tokens,
         )
         self.applied: Reservation | None = None  # between `apply` and what ends it
+        self._view_of: dict[str, RequestView] = {}  # of each that runs
         self._running_views: tuple[RequestView, ...] | None = ()
         self._waiting_views: tuple[RequestView, ...] | None = ()
         self._job_views: tuple[JobView, ...] = ()
@@ -137,7 +138,7 @@ class Ledger:
     @property
     def running_views(self) -> tuple[RequestView, ...]:
         if self._running_views is None:
-            self._running_views = tuple([s.view for s in self.running.values()])
+            self._running_views = tuple(self._view_of.values())
         return self._running_views
 
     @property
@@ -240,7 +241,8 @@ class Ledger:
             state.expected_output = float(self.expected_output(request, max_tokens))
         self.requests[state.id] = self.fresh[state.id] = state
         self._arrived.append(state.view)
-        self._waiting_views = None
+        if self._waiting_views is not None:
+            self._waiting_views += (state.view,)
         return True
 
     def refuse(self, request: Request, now_s: float, reason: str) -> None:
@@ -380,6 +382,7 @@ class Ledger:
 
     def leave_queues(self, s: RequestState) -> None:
         if self.running.pop(s.id, None) is not None:
+            del self._view_of[s.id]
             self._running_views = None
         else:
             for queue in (self.fresh, self.begun, self.preempted):
@@ -393,6 +396,7 @@ class Ledger:
         self.leave_queues(s)
         queue[s.id] = s
         if queue is self.running:
+            self._view_of[s.id] = s.view
             self._running_views = None
             self.decoding.join(s)
         else:
@@ -410,6 +414,7 @@ class Ledger:
             self.drop_job(job)
         for queue in (self.requests, self.running, self.begun, self.preempted, self.fresh):
             queue.clear()
+        self._view_of.clear()
         if self.cache is not None:
             self.cache.forget(list(self.cache.keys))
         self._running_views = self._waiting_views = ()

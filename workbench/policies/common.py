@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import compress, product
 from math import inf
 
+from workbench.features import INDEX
 from workbench.policy import JobView, Plan, RequestView, StepView, View, Why
 
 ELSEWHERE: tuple[Why, ...] = ("slots", "batch_adapters", "adapter_loading")
@@ -64,7 +66,7 @@ def repeat_decodes(view: View, plan: Plan) -> None:
 def in_turn(view: View) -> list[JobView]:
     """The jobs that may train: the one furthest behind by committed tokens per weight first."""
     jobs = [job for job in view.jobs if job.phase != "paused"]
-    return sorted(jobs, key=lambda j: (j.committed_tokens / j.weight, j.arrival_s, j.id))
+    return jobs if len(jobs) < 2 else sorted(jobs, key=lambda j: (j.committed_tokens / j.weight, j.arrival_s, j.id))
 
 
 def train_in_turn(view: View, plan: Plan, *, within_s: float = inf) -> None:
@@ -104,8 +106,9 @@ class StepErrors:
     def learn(self, step: StepView, target_s: float, memory: int) -> str:
         """Learn from the step that was planned last, forgetting excesses by half in `memory` steps; its kind."""
         self.plan_s += 0.1 * (step.plan_s - self.plan_s)
+        kept = 0.5 ** (1 / memory)
         for name in self.excess_s:
-            self.excess_s[name] *= 0.5 ** (1 / memory)
+            self.excess_s[name] *= kept
         if self.kind and self.predicted_s > 0 and not step.stopped_early:
             ratio = step.duration_s / self.predicted_s
             usual = self.ratios.setdefault(self.kind, ratio)
@@ -132,11 +135,17 @@ class StepErrors:
 
 def kind_of(plan: Plan, phase: str = "") -> str:
     """What a step holds, with work of this phase of a job, or a prefill, added."""
-    held = plan.work
-    parts = {"backward": held["backward_layers"], "decode": held["decode_tokens"]}
-    parts |= {"forward": held["finetune_tokens"] + held["evaluate_tokens"], "prefill": held["prefill_tokens"]}
-    added = "forward" if phase == "evaluate" else phase
-    return "+".join(name for name, amount in parts.items() if amount or name == added)
+    held = plan.work.values
+    forward = held[FINETUNE] or held[EVALUATE] or phase in ("forward", "evaluate")
+    parts = (held[BACKWARD] or phase == "backward", held[DECODE] or phase == "decode", forward, held[PREFILL] or phase == "prefill")
+    return _KINDS[tuple(map(bool, parts))]
+
+
+FINETUNE, EVALUATE, PREFILL, DECODE, BACKWARD = (
+    INDEX[name] for name in ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens", "backward_layers")
+)
+_PARTS = ("backward", "decode", "forward", "prefill")
+_KINDS = {has: "+".join(compress(_PARTS, has)) for has in product((False, True), repeat=len(_PARTS))}
 
 
 def _class_of(kind: str) -> str:

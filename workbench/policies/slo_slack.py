@@ -7,7 +7,7 @@ from math import inf
 
 from workbench.config import SLO
 from workbench.policies.common import ELSEWHERE, StepErrors, in_turn, is_resident, kind_of, repeat_decodes
-from workbench.policy import JobView, Plan, RequestView, View
+from workbench.policy import JobView, Plan, RequestView, Room, View
 
 REFILL_TOKENS = 768  # prompt tokens that are worth a slower step beside decodes, in a sprint
 ROLLING_TOKENS = 512  # of prompts and decodes together, at least: a forward of so many costs little more than one of half as many
@@ -92,6 +92,7 @@ class SLOSlack:
     lacks: list[int] = field(default_factory=list, repr=False)  # prompt tokens that each of them needs
     came_s: float = field(default=inf, repr=False)  # when the first of them arrived
     num_begun: int = field(default=0, repr=False)
+    is_plain: bool = field(default=False, repr=False)  # whether they are in the order of their arrivals, those who have begun first
     due_s: float = field(default=inf, repr=False)  # by when the first token of somebody who waits should be there
     step: int = field(default=0, repr=False)
     step_s: float = field(default=0.0, repr=False)
@@ -208,27 +209,31 @@ class SLOSlack:
             self.queue = None
             return
         bound_s = self.prefill_within_s(plan, gap_s)
-        num_placed, left, is_late = self.gathered(view, plan)
+        room = plan.left
+        num_placed, left, is_late = self.gathered(view, room)
         tokens: int | None = None
         if not (whole or is_late or not view.jobs or (self.refills and len(order) <= num_placed)):
             if self.sprints:
-                packed = view.limits.tokens - plan.left.tokens
+                packed = view.limits.tokens - room.tokens
                 tokens = max((b for b in view.token_buckets if packed < b <= packed + left), default=packed + left) - packed
-                enough = min(REFILL_TOKENS, plan.left.tokens)
+                enough = min(REFILL_TOKENS, room.tokens)
             else:
-                enough = self.filling(view, plan)
+                enough = self.filling(view, room)
                 tokens = min(enough, left)
             if tokens < enough and plan.copy().prefill(order, tokens, skip=ELSEWHERE, within_s=bound_s) == tokens:
                 return  # more would fit: they gather
-        if plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s):
-            self.gathers_since_s, self.queue = inf, None
+        taken = plan.prefill(order, tokens, whole=whole, skip=ELSEWHERE, within_s=bound_s)
+        if taken:
+            self.gathers_since_s = inf
+            self.took(taken)
 
     def fill_ahead(self, view: View, plan: Plan, gap_s: float) -> None:
         """In a sprint: prefill those who wait for the next one, where their prompts fill a forward beside the decodes."""
-        enough, lacks = self.filling(view, plan), self.lacks
+        room, lacks = plan.left, self.lacks
+        enough = self.filling(view, room)
         if sum(lacks) - len(lacks) < enough:
             return  # whoever has a place
-        placed = lacks[: self.num_begun + view.free.requests]
+        placed = lacks[: self.num_begun + room.requests]
         if sum(placed) - len(placed) >= enough:
             self.prefill_ahead(plan, enough, self.prefill_within_s(plan, gap_s))
 
@@ -237,17 +242,17 @@ class SLOSlack:
         margin = self.margin if self.sprints else self.roll_margin
         return max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, margin), PREFILLS * self.gap_s)
 
-    def filling(self, view: View, plan: Plan) -> int:
-        """Prompt tokens beside the decodes that fill a forward, as many as those at least."""
-        left = plan.left.tokens
+    def filling(self, view: View, room: Room) -> int:
+        """Prompt tokens beside the decodes that fill a forward, as many as those at least; what the decodes leave is `room`."""
+        left = room.tokens
         packed = view.limits.tokens - left
         wanted = max(ROLLING_TOKENS, 2 * packed)
         return min(next((b for b in view.token_buckets if b >= wanted), wanted) - packed, left)
 
-    def gathered(self, view: View, plan: Plan) -> tuple[int, int, bool]:
+    def gathered(self, view: View, room: Room) -> tuple[int, int, bool]:
         """How many have a place or find one, the tokens that they lack (as far as a step has room), and whether they gathered for long."""
-        num_placed = self.num_begun + view.free.requests
-        left = min(sum(self.lacks[:num_placed]), plan.left.tokens)
+        num_placed = self.num_begun + room.requests
+        left = min(sum(self.lacks[:num_placed]), room.tokens)
         if left:
             self.gathers_since_s = min(self.gathers_since_s, view.now_s)
         # a step without them, and the one that prefills them, may last as long as a gap
@@ -373,44 +378,57 @@ class SLOSlack:
         """Those who wait, in the order in which they should begin, and when the first token of the first of them should be there.
 
         The view has those who have begun first, then who was preempted, then all others by arrival: where one TTFT target holds for all
-        and nobody was preempted, only those who have begun are sorted, and who arrives comes last. Hundreds may wait, and nobody decodes
-        while a policy thinks.
+        and nobody was preempted, only those who have begun are sorted, and who arrives comes last. What this policy prefilled it knows.
+        Hundreds may wait, and nobody decodes while a policy thinks: only who arrived is looked at, unless something else happened.
         """
         waiting, order = view.waiting, self.order
         if waiting is self.queue:
             return
-        num, is_known = len(order), self.queue is not None
-        self.queue = waiting
-        if is_known and num and self.has_one_ttft and waiting[:num] == order:
-            came = waiting[num:]
-            self.order = waiting
+        num, num_begun, is_known = len(order), self.num_begun, self.queue is not None and self.is_plain and self.has_one_ttft
+        self.queue, came = waiting, waiting[num:]
+        are_same = is_known and num and waiting[num_begun:num] == order[num_begun:] and not (came and came[0].preemptions)
+        if are_same and num_begun:
+            are_same = set(map(id, waiting[:num_begun])) == set(map(id, order[:num_begun])) and is_resident(order[num_begun - 1])
+        if are_same:
+            self.order += came
+            self.lacks[0] = order[0].prefill_left
             self.lacks += [r.prefill_left for r in came]
-            self.due_s = min([self.due_s, *map(self.begin_by_s, came[:1])])
-            return
-        self.num_begun = sum(1 for _ in takewhile(is_resident, waiting))
-        if self.has_one_ttft and not (len(waiting) > self.num_begun and waiting[self.num_begun].preemptions):
-            begun = sorted(waiting[: self.num_begun], key=self.begin_by_s)
-            self.order = (*begun, *waiting[self.num_begun :])
-            firsts = (*begun[:1], *waiting[self.num_begun : self.num_begun + 1])
         else:
-            firsts = self.order = tuple(sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r))))
+            num_begun = self.num_begun = sum(1 for _ in takewhile(is_resident, waiting))
+            self.is_plain = self.has_one_ttft and not any(r.preemptions for r in waiting[: num_begun + 1])
+            if self.is_plain:
+                self.order = (*sorted(waiting[:num_begun], key=self.begin_by_s), *waiting[num_begun:])
+            else:
+                self.order = tuple(sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r))))
+            self.lacks = [r.prefill_left for r in self.order]
+        order = self.order
+        firsts = (*order[:1], *order[num_begun : num_begun + 1]) if self.is_plain else order
         self.due_s = min(map(self.begin_by_s, firsts), default=inf)
-        self.lacks = [r.prefill_left for r in self.order]
-        self.came_s = min([r.arrival_s for r in waiting], default=inf)
+        self.came_s = min([r.arrival_s for r in firsts], default=inf)
+
+    def took(self, tokens: int) -> None:
+        """So many tokens of those who wait are prefilled by this plan, in their order: who needs no more waits no more, if it runs."""
+        num = 0
+        while num < len(self.lacks) and self.lacks[num] <= tokens:
+            tokens -= self.lacks[num]
+            num += 1
+        self.order, self.lacks = self.order[num:], self.lacks[num:]
+        if tokens and self.lacks:
+            self.lacks[0] -= tokens
+        self.num_begun = max(self.num_begun - num, tokens > 0)
+        self.queue = [] if self.queue is not None else None
 
     def learn(self, view: View) -> None:
         """Note the tightest targets, how the last step differed from its prediction, and whose gap was late."""
-        if view.arrived:
-            targets_s = set(map(self.ttft_target_s, view.arrived))
-            self.has_one_ttft = self.has_one_ttft and targets_s <= {self.ttft_s if self.ttft_s < inf else min(targets_s)}
-            self.ttft_s = min(self.ttft_s, *targets_s)
-        if self.gap_s == inf:
+        finished = view.finished
+        for request in view.arrived:
+            ttft_s = self.ttft_target_s(request)
+            self.has_one_ttft = self.has_one_ttft and (ttft_s == self.ttft_s or self.ttft_s == inf)
+            self.ttft_s = min(self.ttft_s, ttft_s)
+            self.gap_s = min(self.gap_s, self.gap_target_s(request))
+        if finished and not any(self.gap_target_s(r) <= self.gap_s for r in chain(view.running, view.waiting)):
             self.gap_s = min(map(self.gap_target_s, chain(view.running, view.waiting)), default=inf)
-        elif view.arrived:
-            self.gap_s = min(self.gap_s, *map(self.gap_target_s, view.arrived))
-        if view.finished and not any(self.gap_target_s(r) <= self.gap_s for r in chain(view.running, view.waiting)):
-            self.gap_s = min(map(self.gap_target_s, chain(view.running, view.waiting)), default=inf)
-        for request in view.finished:
+        for request in finished:
             self.num_longest -= self.gaps_to_spare(request) >= self.steps_left - 1
             self.late.pop(request.id, None)
         last, repeated, self.step = view.last, view.step - self.step > 1, view.step
