@@ -455,7 +455,7 @@ def test_the_queue_is_in_the_order_of_first_tokens_whoever_was_preempted_and_wha
     waiting = tuple(r for queue in queues for r in queue)
     policy = SLOSlack(reserve=0.1)
     policy.learn(SimpleNamespace(arrived=waiting, running=(), waiting=waiting, finished=(), last=None, step=0))
-    policy.look_at_queue(SimpleNamespace(waiting=waiting))
+    policy.look_at_queue(SimpleNamespace(waiting=waiting, arrived=waiting))
 
     def due(r):
         return r.arrival_s + 0.9 * r.slo.ttft_s if r.first_token_s is None else r.first_token_s
@@ -467,7 +467,7 @@ def test_the_queue_is_in_the_order_of_first_tokens_whoever_was_preempted_and_wha
     more = tuple(sorted((waits(0, 0) for _ in range(2)), key=lambda r: r.arrival_s))
     more = tuple(SimpleNamespace(**vars(r) | {"arrival_s": r.arrival_s + 9}) for r in more)
     policy.learn(SimpleNamespace(arrived=more, running=(), waiting=waiting + more, finished=(), last=None, step=1))
-    policy.look_at_queue(SimpleNamespace(waiting=waiting + more))
+    policy.look_at_queue(SimpleNamespace(waiting=waiting + more, arrived=more))
     assert list(policy.order) == sorted(waiting + more, key=lambda r: (r.blocks == 0, due(r))), (
         "who comes later comes last, or by its target"
     )

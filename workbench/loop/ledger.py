@@ -28,7 +28,7 @@ from workbench.loop.plan import Plan
 from workbench.loop.pools import Arena, BlockPool, SlotTable, Version
 from workbench.loop.prefix_cache import PrefixCache, prompt_keys
 from workbench.loop.reserve import Reservation
-from workbench.loop.states import JobState, RequestState, check_job
+from workbench.loop.states import JobState, Queue, RequestState, check_job
 from workbench.loop.tiers import HostMemory, Rule
 from workbench.loop.views import JobView, RequestView, Room, StepView, View
 
@@ -66,13 +66,11 @@ class Ledger:
         self.view = View(self, Random(0))  # what an eviction rule is shown
         self.arena = Arena(info.activation_tokens)
         self.requests: dict[str, RequestState] = {}
-        self.running: dict[str, RequestState] = {}
+        self.running = Queue()
         self.decoding = Decoding(info.block_tokens)
         self.needs_rows = True
         self.segment: Callable[..., Segment] = Segment
-        self.begun: dict[str, RequestState] = {}
-        self.preempted: dict[str, RequestState] = {}
-        self.fresh: dict[str, RequestState] = {}
+        self.begun, self.preempted, self.fresh = Queue(), Queue(), Queue()
         self.jobs: dict[str, JobState] = {}
         self.uses: dict[str, tuple[int, float]] = {}
         self.away: dict[str, float] = {}
@@ -95,7 +93,6 @@ class Ledger:
             activation_tokens=info.activation_tokens,
         )
         self.applied: Reservation | None = None  # between `apply` and what ends it
-        self._view_of: dict[str, RequestView] = {}  # of each that runs
         self._running_views: tuple[RequestView, ...] | None = ()
         self._waiting_views: tuple[RequestView, ...] | None = ()
         self._job_views: tuple[JobView, ...] = ()
@@ -138,14 +135,14 @@ class Ledger:
     @property
     def running_views(self) -> tuple[RequestView, ...]:
         if self._running_views is None:
-            self._running_views = tuple(self._view_of.values())
+            self._running_views = tuple(self.running.views.values())
         return self._running_views
 
     @property
     def waiting_views(self) -> tuple[RequestView, ...]:
         if self._waiting_views is None:
-            queues = (self.begun, self.preempted, self.fresh)
-            self._waiting_views = tuple([s.view for queue in queues for s in queue.values()]) if any(queues) else ()
+            begun, preempted, fresh = self.begun.views, self.preempted.views, self.fresh.views
+            self._waiting_views = (*begun.values(), *preempted.values(), *fresh.values())
         return self._waiting_views
 
     @property
@@ -239,7 +236,8 @@ class Ledger:
             return self._turn_away(state, now_s, reason)
         if self.expected_output is not None:
             state.expected_output = float(self.expected_output(request, max_tokens))
-        self.requests[state.id] = self.fresh[state.id] = state
+        self.requests[state.id] = state
+        self.fresh.enter(state)
         self._arrived.append(state.view)
         if self._waiting_views is not None:
             self._waiting_views += (state.view,)
@@ -381,22 +379,17 @@ class Ledger:
             s.blocks, s.table, s.capacity, s.prefilled = [], (), 0, 0
 
     def leave_queues(self, s: RequestState) -> None:
-        if self.running.pop(s.id, None) is not None:
-            del self._view_of[s.id]
+        if self.running.leave(s.id):
             self._running_views = None
-        else:
-            for queue in (self.fresh, self.begun, self.preempted):
-                if queue.pop(s.id, None) is not None:
-                    self._waiting_views = None
-                    break
+        elif self.fresh.leave(s.id) or self.begun.leave(s.id) or self.preempted.leave(s.id):
+            self._waiting_views = None
         if s.stint is not None:
             self.decoding.leave(s)
 
-    def enter_queue(self, s: RequestState, queue: dict[str, RequestState]) -> None:
+    def enter_queue(self, s: RequestState, queue: Queue) -> None:
         self.leave_queues(s)
-        queue[s.id] = s
+        queue.enter(s)
         if queue is self.running:
-            self._view_of[s.id] = s.view
             self._running_views = None
             self.decoding.join(s)
         else:
@@ -412,9 +405,9 @@ class Ledger:
             s.phase = "aborted"
         for job in list(self.jobs.values()):
             self.drop_job(job)
-        for queue in (self.requests, self.running, self.begun, self.preempted, self.fresh):
+        self.requests.clear()
+        for queue in (self.running, self.begun, self.preempted, self.fresh):
             queue.clear()
-        self._view_of.clear()
         if self.cache is not None:
             self.cache.forget(list(self.cache.keys))
         self._running_views = self._waiting_views = ()
@@ -512,7 +505,7 @@ class Ledger:
             s.preemptions += 1
             self.enter_queue(s, self.preempted)
         if plan.preempted and len(self.preempted) > 1:
-            self.preempted = dict(sorted(self.preempted.items(), key=lambda item: item[1].seq))
+            self.preempted.sort()
         for owner, paused in plan.held.items():
             self.set_paused(self.jobs[owner], paused, start_s)
         if plan.refused or self.refused:

@@ -108,6 +108,38 @@ class RequestState:
             self.first_token_s = time_s
 
 
+class Queue(dict[str, RequestState]):
+    """Requests by id, in their order, with their `views` beside them: who lists the views touches none of the records."""
+
+    __slots__ = ("views",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: dict[str, Any] = {}
+
+    def enter(self, s: RequestState) -> None:
+        self[s.id] = s
+        self.views[s.id] = s.view
+
+    def leave(self, name: str) -> bool:
+        """Whether it was there."""
+        if self.pop(name, None) is None:
+            return False
+        del self.views[name]
+        return True
+
+    def sort(self) -> None:
+        """By arrival."""
+        states = sorted(self.values(), key=lambda s: s.seq)
+        self.clear()
+        for s in states:
+            self.enter(s)
+
+    def clear(self) -> None:
+        super().clear()
+        self.views.clear()
+
+
 class JobState:
     """One fine-tune job: forward (offset) -> backward (layers left) -> committed -> perhaps evaluate -> next micro-batch."""
 

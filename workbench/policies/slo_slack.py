@@ -88,7 +88,7 @@ class SLOSlack:
     ttft_s: float = field(default=inf, repr=False)
     has_one_ttft: bool = field(default=True, repr=False)  # whether all who ever came have the same target
     queue: Sequence[RequestView] | None = field(default=None, repr=False)  # who waited when the next fields were made
-    order: tuple[RequestView, ...] = field(default=(), repr=False)
+    order: list[RequestView] = field(default_factory=list, repr=False)
     lacks: list[int] = field(default_factory=list, repr=False)  # prompt tokens that each of them needs
     came_s: float = field(default=inf, repr=False)  # when the first of them arrived
     num_begun: int = field(default=0, repr=False)
@@ -381,27 +381,28 @@ class SLOSlack:
         and nobody was preempted, only those who have begun are sorted, and who arrives comes last. What this policy prefilled it knows.
         Hundreds may wait, and nobody decodes while a policy thinks: only who arrived is looked at, unless something else happened.
         """
-        waiting, order = view.waiting, self.order
+        waiting, order, num_begun = view.waiting, self.order, self.num_begun
         if waiting is self.queue:
             return
-        num, num_begun, is_known = len(order), self.num_begun, self.queue is not None and self.is_plain and self.has_one_ttft
+        num, is_known = len(order), self.queue is not None and self.is_plain and self.has_one_ttft
         self.queue, came = waiting, waiting[num:]
-        are_same = is_known and num and waiting[num_begun:num] == order[num_begun:] and not (came and came[0].preemptions)
-        if are_same and num_begun:
-            are_same = set(map(id, waiting[:num_begun])) == set(map(id, order[:num_begun])) and is_resident(order[num_begun - 1])
-        if are_same:
-            self.order += came
+        is_known = is_known and 0 < num == len(waiting) - len(view.arrived) and not (came and came[0].preemptions)
+        if is_known and num_begun < num:
+            is_known = waiting[num_begun] is order[num_begun] and waiting[num - 1] is order[-1]
+        if is_known and num_begun:
+            is_known = is_resident(waiting[num_begun - 1])
+        if is_known:
+            order += came
             self.lacks[0] = order[0].prefill_left
             self.lacks += [r.prefill_left for r in came]
         else:
             num_begun = self.num_begun = sum(1 for _ in takewhile(is_resident, waiting))
             self.is_plain = self.has_one_ttft and not any(r.preemptions for r in waiting[: num_begun + 1])
             if self.is_plain:
-                self.order = (*sorted(waiting[:num_begun], key=self.begin_by_s), *waiting[num_begun:])
+                order = self.order = [*sorted(waiting[:num_begun], key=self.begin_by_s), *waiting[num_begun:]]
             else:
-                self.order = tuple(sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r))))
-            self.lacks = [r.prefill_left for r in self.order]
-        order = self.order
+                order = self.order = sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+            self.lacks = [r.prefill_left for r in order]
         firsts = (*order[:1], *order[num_begun : num_begun + 1]) if self.is_plain else order
         self.due_s = min(map(self.begin_by_s, firsts), default=inf)
         self.came_s = min([r.arrival_s for r in firsts], default=inf)
@@ -412,7 +413,7 @@ class SLOSlack:
         while num < len(self.lacks) and self.lacks[num] <= tokens:
             tokens -= self.lacks[num]
             num += 1
-        self.order, self.lacks = self.order[num:], self.lacks[num:]
+        del self.order[:num], self.lacks[:num]
         if tokens and self.lacks:
             self.lacks[0] -= tokens
         self.num_begun = max(self.num_begun - num, tokens > 0)
