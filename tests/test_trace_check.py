@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from workbench import traces
@@ -139,8 +139,9 @@ def test_rows_are_those_of_the_file_even_where_it_is_sorted_by_time(tmp_path):
 
 
 def test_a_table_without_what_a_trace_needs_says_so_beside_its_rows():
-    report = traces.validate(pd.DataFrame({"request_id": ["a", "a"], "prompt_tokens": [0, 1]}))
+    report = traces.validate(pd.DataFrame({"request_id": ["a", "a"], "prompt_tokens": [0, 1], "deadline_s": [1.0, "soon"]}))
     assert (None, "") in problems(report) and (1, "request_id") in problems(report) and (0, "prompt_tokens") in problems(report)
+    assert (1, "deadline_s") in problems(report)
     assert "arrival_s" in report.problems["rule"].iloc[0]
 
 
@@ -148,6 +149,7 @@ BAD = {"arrival_s": [-1.0, np.inf, "noon"], "prompt_tokens": [0, 1.5, "many", -3
 
 
 @settings(max_examples=15, deadline=None)
+@example([(0, "arrival_s", 2), (0, "priority", 0)])
 @given(st.lists(st.tuples(st.integers(0, 29), st.sampled_from(sorted(BAD)), st.integers(0, 3)), max_size=12))
 def test_exactly_the_cells_that_were_spoiled_are_found(spoils):
     n = 30

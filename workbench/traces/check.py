@@ -95,15 +95,12 @@ class _Problems:
         ]
         checks += [(name, partial(trace_frame.check_counts, name=name)) for name in trace_frame.COUNTS]
         checks += [(name, partial(trace_frame.check_id_sequences, name=name)) for name in ("prompt_token_ids", "prefix_ids")]
-        needed = ["arrival_s", *(n for n in ("prompt", "prompt_token_ids") if n in frame)]
         for name, check in checks:
             if name in frame:
                 self._until_it_passes(check, np.arange(len(frame)))
         for name in trace_frame.NUMBERS:
-            if name in frame and "arrival_s" in frame:
-                only = list(dict.fromkeys([*needed, name]))
-                arrivals = pd.to_numeric(frame["arrival_s"], errors="coerce").notna().to_numpy()
-                self._until_it_passes(lambda rows, only=only: trace_frame.check_numbers(rows[only]), np.flatnonzero(arrivals))
+            if name in frame:
+                self._until_it_passes(partial(_check_numbers, name=name), np.arange(len(frame)))
         # what one column alone cannot say, on rows that are sound by themselves
         if self.is_complete:
             self._until_it_passes(trace_frame.canonical, np.flatnonzero(~self.is_broken))
@@ -137,3 +134,9 @@ class _Problems:
                 self.rows += [(int(self.places[r]), error.column, v, error.rule, error.step) for r, v in zip(broken, values, strict=True)]
                 self.is_broken[broken] = True
                 rows = np.delete(rows, np.asarray(error.rows))
+
+
+def _check_numbers(rows: pd.DataFrame, name: str) -> None:
+    """`check_numbers` of one column; no deadline lies before an arrival that is none."""
+    arrivals = pd.to_numeric(rows["arrival_s"], errors="coerce") if "arrival_s" in rows else np.nan
+    trace_frame.check_numbers(rows[[name]].assign(arrival_s=arrivals))
