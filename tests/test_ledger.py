@@ -50,6 +50,8 @@ def request(name: str, prompt: int = 20, output: int = 5, adapter: str | None = 
 
 def check_by_recount(ledger: Ledger) -> None:
     """Every counter equals what a brute-force count over requests and jobs gives."""
+    shown = {"running": list(ledger.running_views), "waiting": list(ledger.waiting_views)}
+    assert shown == {"running": [s.view for s in ledger.running.values()], "waiting": [s.view for s in ledger.waiting_states()]}
     info, states = ledger.info, list(ledger.requests.values())
     held = Counter(b for s in states for b in s.blocks)
     if ledger.cache is None:
