@@ -472,3 +472,17 @@ def test_the_queue_is_in_the_order_of_first_tokens_whoever_was_preempted_and_wha
         "who comes later comes last, or by its target"
     )
     assert policy.due_s == min(map(due, waiting + more)) and policy.lacks == [r.prefill_left for r in policy.order]
+
+
+def test_who_was_preempted_is_looked_at_again_even_where_the_queue_looks_the_same():
+    def waits(arrival_s, blocks, prefill_left):
+        return SimpleNamespace(arrival_s=arrival_s, blocks=blocks, preemptions=0, first_token_s=None, slo=None, prefill_left=prefill_left)
+
+    begun, other, fresh = waits(0.0, 2, 1), waits(0.1, 3, 5), waits(0.2, 0, 40)
+    policy = SLOSlack()
+    policy.learn(SimpleNamespace(arrived=(begun, other, fresh), running=(), waiting=(), finished=(), last=None, step=0))
+    policy.look_at_queue(SimpleNamespace(waiting=(begun, other, fresh), arrived=(begun, other, fresh)))
+    assert (policy.lacks, policy.num_begun) == ([1, 5, 40], 2)
+    other.blocks, other.preemptions, other.prefill_left = 0, 1, 30
+    policy.look_at_queue(SimpleNamespace(waiting=tuple([begun, other, fresh]), arrived=()))
+    assert (policy.lacks, policy.num_begun) == ([1, 30, 40], 1)
