@@ -12,6 +12,13 @@ ELSEWHERE: tuple[Why, ...] = ("slots", "batch_adapters", "adapter_loading")
 """Reasons that hold for one adapter only: a request for another one may still fit."""
 
 
+FINETUNE, EVALUATE, PREFILL, DECODE, BACKWARD = (
+    INDEX[name] for name in ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens", "backward_layers")
+)
+PARTS = ("backward", "decode", "forward", "prefill")  # of a step
+KINDS = {has: "+".join(compress(PARTS, has)) for has in product((False, True), repeat=len(PARTS))}
+
+
 def is_resident(request: RequestView) -> bool:
     """Whether it holds KV blocks: it runs, or its prefill has begun."""
     return request.blocks > 0
@@ -138,14 +145,7 @@ def kind_of(plan: Plan, phase: str = "") -> str:
     held = plan.work.values
     forward = held[FINETUNE] or held[EVALUATE] or phase in ("forward", "evaluate")
     parts = (held[BACKWARD] or phase == "backward", held[DECODE] or phase == "decode", forward, held[PREFILL] or phase == "prefill")
-    return _KINDS[tuple(map(bool, parts))]
-
-
-FINETUNE, EVALUATE, PREFILL, DECODE, BACKWARD = (
-    INDEX[name] for name in ("finetune_tokens", "evaluate_tokens", "prefill_tokens", "decode_tokens", "backward_layers")
-)
-_PARTS = ("backward", "decode", "forward", "prefill")
-_KINDS = {has: "+".join(compress(_PARTS, has)) for has in product((False, True), repeat=len(_PARTS))}
+    return KINDS[tuple(map(bool, parts))]
 
 
 def _class_of(kind: str) -> str:

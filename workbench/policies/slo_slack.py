@@ -417,7 +417,7 @@ class SLOSlack:
         if tokens and self.lacks:
             self.lacks[0] -= tokens
         self.num_begun = max(self.num_begun - num, tokens > 0)
-        self.queue = [] if self.queue is not None else None
+        self.queue = []  # to be looked at again
 
     def learn(self, view: View) -> None:
         """Note the tightest targets, how the last step differed from its prediction, and whose gap was late."""
