@@ -40,7 +40,7 @@ from workbench.policies import (
 from workbench.policy import policy_label
 from workbench.traces import Trace
 
-SECONDS = 1200.0
+SECONDS = 1800.0  # 13 replays and what comes before them
 FILE = "tuned_policies.json"
 SHARES = (0.5, 0.7, 0.9)
 BESIDE_TEMPORAL = 0.7

@@ -381,31 +381,36 @@ class SLOSlack:
         and nobody was preempted, only those who have begun are sorted, and who arrives comes last. What this policy prefilled it knows.
         Hundreds may wait, and nobody decodes while a policy thinks: only who arrived is looked at, unless something else happened.
         """
-        waiting, order, num_begun = view.waiting, self.order, self.num_begun
+        waiting = view.waiting
         if waiting is self.queue:
             return
-        num, is_known = len(order), self.queue is not None and self.is_plain and self.has_one_ttft
-        self.queue, came = waiting, waiting[num:]
-        is_known = is_known and 0 < num == len(waiting) - len(view.arrived) and not (came and came[0].preemptions)
-        if is_known and num_begun < num:
-            is_known = waiting[num_begun] is order[num_begun] and waiting[num - 1] is order[-1]
-        if is_known and num_begun:
-            is_known = is_resident(waiting[num_begun - 1])
-        if is_known:
-            order += came
-            self.lacks[0] = order[0].prefill_left
+        if self.knows(waiting, len(view.arrived)):
+            came = waiting[len(self.order) :]
+            self.order += came
+            self.lacks[0] = self.order[0].prefill_left
             self.lacks += [r.prefill_left for r in came]
         else:
-            num_begun = self.num_begun = sum(1 for _ in takewhile(is_resident, waiting))
-            self.is_plain = self.has_one_ttft and not any(r.preemptions for r in waiting[: num_begun + 1])
+            begun = self.num_begun = sum(1 for _ in takewhile(is_resident, waiting))
+            self.is_plain = self.has_one_ttft and not any(r.preemptions for r in waiting[: begun + 1])
             if self.is_plain:
-                order = self.order = [*sorted(waiting[:num_begun], key=self.begin_by_s), *waiting[num_begun:]]
+                self.order = [*sorted(waiting[:begun], key=self.begin_by_s), *waiting[begun:]]
             else:
-                order = self.order = sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
-            self.lacks = [r.prefill_left for r in order]
+                self.order = sorted(waiting, key=lambda r: (not is_resident(r), self.begin_by_s(r)))
+            self.lacks = [r.prefill_left for r in self.order]
+        self.queue, order, num_begun = waiting, self.order, self.num_begun
         firsts = (*order[:1], *order[num_begun : num_begun + 1]) if self.is_plain else order
         self.due_s = min(map(self.begin_by_s, firsts), default=inf)
         self.came_s = min([r.arrival_s for r in firsts], default=inf)
+
+    def knows(self, waiting: Sequence[RequestView], num_came: int) -> bool:
+        """Whether those who wait are those of `order`, and behind them who came: told by their number and both ends."""
+        order, num, num_begun = self.order, len(self.order), self.num_begun
+        if self.queue is None or not (self.is_plain and self.has_one_ttft) or not 0 < num == len(waiting) - num_came:
+            return False
+        if num_begun < num and not (waiting[num_begun] is order[num_begun] and waiting[num - 1] is order[-1]):
+            return False
+        is_preempted = num_begun and not is_resident(waiting[num_begun - 1])
+        return not is_preempted and not (num_came and waiting[num].preemptions)
 
     def took(self, tokens: int) -> None:
         """So many tokens of those who wait are prefilled by this plan, in their order: who needs no more waits no more, if it runs."""
