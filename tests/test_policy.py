@@ -571,4 +571,4 @@ def test_the_public_interface_is_the_designed_one():
     verbs = "decode prefill finetune backward evaluate train preempt reject load evict merge hold stop_on_arrival wait repeat copy"
     assert set(verbs.split()) | {"left", "predicted_s", "empty", "stop_after"} <= public(Plan)
     assert "why" in Plan.__mro__[1].__slots__
-    assert set(Room.__slots__) == set("tokens requests blocks batch_adapters slots activation_tokens".split())
+    assert set(Room._fields) == set("tokens requests blocks batch_adapters slots activation_tokens".split())

@@ -45,9 +45,10 @@ def trained(desk, **options):
 
 def test_slack_sprints_until_one_gap_may_be_late_and_trains_in_that_gap():
     result = run(SLOSlack(), [one("x", 0.0, 20, 30)], jobs=1, slo=FORGIVING)
-    # a forward beside the first prefill, 3 gaps of 4.2 ms, then a rest until two decodes before the fifth token is due, by pace at
-    # 7.8 + 40 ms: a backward of 8.8 and a forward of 7 ms of 19; and so on, 4 gaps a sprint
-    assert kinds(result)[:14] == ["fp", "d", "d", "d", "b", "f", "d", "d", "d", "d", "b", "f", "b", "d"]
+    # a forward beside the first prefill, a layer beside each of 3 decodes, then a rest until two decodes before the fifth token is due, by
+    # pace at 7.8 + 40 ms: the fourth layer and a forward of 7 ms, of 13 ms; and so on, 4 gaps a sprint, with no training in the first
+    assert kinds(result)[:14] == ["fp", "bd", "bd", "bd", "b", "f", "d", "bd", "bd", "bd", "b", "f", "b", "d"]
+    assert result.steps["duration_s"][1:4].tolist() == pytest.approx([0.0054] * 3, abs=1e-6), "0.55 of the gap target is 5.5 ms"
     row = result.requests.loc["x"]
     assert (row["met"], row["met_pace"]) == (True, True)
     assert row["itl_max_s"] > 0.025
@@ -79,7 +80,7 @@ def sprinting(*, refills, **limits):
     desk.policy.sprints, desk.policy.refills, desk.policy.steps_left = True, refills, 5.0
     desk.arrive(one("z", 0.01, 60, 30))
     plan = desk.decide()
-    assert (plan.work["decode_tokens"], plan.finetunes) == (2, [])
+    assert plan.work["decode_tokens"] == 2 and not (plan.finetunes and (refills or plan.prefills))
     return plan.work["prefill_tokens"]
 
 
@@ -109,9 +110,45 @@ def test_slack_joins_nobody_to_a_sprint_whom_it_prefilled_ahead(monkeypatch):
         desk.step(duration_s=0.005)
         left.append(desk.of("y").prefill_left)
         due.append((job.next_tokens, job.layers_left))
-    # 31 tokens beside a decode; 28 are too few for another forward, and the rest after the sprint of six prefills them, before both decode
-    assert left[:6] == [29] * 6 and len(set(due[:6])) == 1
+    # 31 tokens beside a decode; 28 are too few for another forward, so the job has the next ones, and the rest after the sprint of six
+    # prefills them, before both decode
+    assert left[:6] == [29] * 6 and [sum(tokens) for tokens, _ in due[:6]] == [400 - 31 * k for k in range(6)]
     assert len(set(due[6:])) > 1 and left[-3:] == [29, 1, 0]
+
+
+def in_sprint(*, itl_s=0.020, due_in_s=inf, **limits):
+    """A desk in a sprint of one, five decodes before it ends; somebody who waits is due in so many seconds."""
+    desk = serving(one("x", output=60), slo=SLO(ttft_s=2.0, itl_s=itl_s, itl_quantile=0.9), documents=(100,), **limits)
+    desk.policy.sprints, desk.policy.steps_left, desk.policy.num_longest = True, 5.0, 1
+    if due_in_s < inf:
+        desk.arrive(one("y", desk.ledger.now_s + due_in_s - (1 - desk.policy.reserve) * 2.0, 20))
+    return desk
+
+
+def test_slack_trains_what_fills_a_forward_beside_the_decodes_of_a_sprint_or_nothing(monkeypatch):
+    # a decode and 100 tokens are 9.2 ms, and may be 0.55 of the gap target
+    for itl_s, forward, tokens in ((0.020, 512, [100]), (0.0165, 512, []), (0.0165, 41, [40]), (0.0105, 41, [])):
+        monkeypatch.setattr(slo_slack, "ROLLING_TOKENS", forward)
+        assert [n for _, n in in_sprint(itl_s=itl_s).decide().finetunes] == tokens
+
+
+def test_slack_runs_layers_beside_the_decodes_of_a_sprint_that_stop_before_the_gap_target():
+    desk = in_sprint()
+    desk.step()
+    desk.policy.errors.ratios = {}
+    plan = desk.decide()
+    assert plan.work["backward_layers"] == 3, "(0.55 x 20 - 4.2 ms) / 2 ms a layer"
+    assert plan.stop_after_s == pytest.approx(0.020 - 1.5 * 0.002, abs=1e-5)
+
+
+def test_slack_trains_beside_no_decode_while_places_are_filled_again_or_who_waits_is_due_too_soon():
+    assert in_sprint().decide().finetunes
+    refilled = in_sprint(due_in_s=1.0, max_requests=1)
+    refilled.policy.refills = True
+    assert not refilled.decide().finetunes
+    # five steps of 11 ms, and a prefill of 5 ms
+    assert in_sprint(due_in_s=0.070).decide().finetunes
+    assert not in_sprint(due_in_s=0.055).decide().finetunes
 
 
 def test_slack_prefills_nobody_whole_of_whom_the_prefix_cache_has_more_than_when_it_looked(monkeypatch):

@@ -4,11 +4,10 @@ Seconds on the replay clock; sizes in tokens unless named otherwise. A view neve
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from math import inf
 from operator import attrgetter
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from workbench.features import Work
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
     from workbench.loop.states import JobState, RequestState
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(NamedTuple):
     """Amounts of every limit. `view.limits`: totals; `view.free`: now; `plan.left`: after the verbs so far.
 
     `requests` are resident requests, `slots` those that a new adapter version could take, `batch_adapters` distinct serving
@@ -35,20 +33,21 @@ class Room:
     activation_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepView:
-    """The previous step. `work`: (owner id, kind, tokens; layers for "backward") really done."""
+class StepView(NamedTuple):
+    """The previous step. `work`: (owner id, kind, tokens; layers for "backward") really done; few policies ask, and a step may have
+    hundreds of rows, so it is made by `tell_work` when one does.
+    """
 
     start_s: float
     duration_s: float
     predicted_s: float
     plan_s: float
     stopped_early: bool
-    _work: Callable[[], tuple[tuple[str, str, int], ...]] = field(repr=False, compare=False)
+    tell_work: Callable[[], tuple[tuple[str, str, int], ...]]
 
     @property
     def work(self) -> tuple[tuple[str, str, int], ...]:
-        return self._work()  # few policies ask, and a step may have hundreds of rows
+        return self.tell_work()
 
 
 def _read(path: str) -> Any:

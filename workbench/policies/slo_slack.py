@@ -17,7 +17,7 @@ QUEUE = 0.25  # of all places: so many who find none may wait when a rest goes o
 PIECES = 0.4  # of what trains in rests: by so much steps that also decode and prefill have to be cheaper, before it rolls
 CYCLE_MEMORY = 0.7  # what a cycle counts for beside the next one
 LONG_S = 5.0  # longer TTFT targets are no measure of how long to try something
-PREFILLS = 0.55  # of the gap target: prefills beside decodes may last so long, however large the excess of late
+PREFILLS = 0.55  # of the gap target: a sprint's steps with prefills or training may last so long, however large the excess of late
 
 
 @dataclass
@@ -33,18 +33,20 @@ class Cycle:
 
 @dataclass
 class SLOSlack:
-    """Sprints of decodes without training, and rests of training without decodes, as far as the targets of all who are there allow.
+    """Sprints of decodes with little training, and rests of training without decodes, as far as the targets of all who are there allow.
 
-    A gap target at quantile q forgives a request one late gap in 1 / (1 - q): one in a hundred at 0.99. A sprint decodes without training
-    until everybody who runs has such a gap to spend. In the rest that follows, one late gap for each, jobs train in whole pieces. It ends
-    when somebody falls behind the pace of its targets (first token + i * target: who reads at that pace hardly waits; `pace=False` leaves
-    that out for gap targets), when a quarter more than the places wait for one, or when the first of them is due, less `reserve` of its
-    TTFT target and the time to prefill them all. They are prefilled then, all but a last token each, so that their first tokens come
-    together in the first step of the next sprint: training is in no gap, and errors of its prediction make none late.
+    A gap target at quantile q forgives a request one late gap in 1 / (1 - q): one in a hundred at 0.99. A sprint decodes until everybody
+    who runs has such a gap to spend. In the rest that follows, one late gap for each, jobs train in whole pieces. It ends when somebody
+    falls behind the pace of its targets (first token + i * target: who reads at that pace hardly waits; `pace=False` leaves that out for
+    gap targets), when a quarter more than the places wait for one, or when the first of them is due, less `reserve` of its TTFT target and
+    the time to prefill them all. They are prefilled then, all but a last token each, so that their first tokens come together in the first
+    step of the next sprint.
 
     Where not all of them find a place, those that become free in the sprint are filled again, many at a time and within the gap target,
     until nobody waits: the device decodes full batches, and the rest after it is the longer. Who arrives then waits for the next sprint,
-    prefilled but for a last token beside the decodes of this one, where prompts fill a forward: the decodes read the weights anyway.
+    prefilled but for a last token beside the decodes of this one, where prompts fill a forward: the decodes read the weights anyway. Jobs
+    train beside the other decodes, no longer than prompts may: a forward costs less there than in a rest, and so do the prompts of those
+    who arrive in a sprint that is longer for it. Half of the gap target is left then, so errors of predictions make hardly a gap late.
 
     Where gaps are too few for that (TTFT targets short beside a hundred of them), where sprints that are filled again and again leave so
     little rest that fewer decodes, of longer steps, would train more (`end_cycle`), or where those who wait cannot wait until the sprint
@@ -187,11 +189,14 @@ class SLOSlack:
             self.fill(view, plan, gap_s)
         elif view.waiting and "chunk" in view.can:
             self.fill_ahead(view, plan, gap_s)
+        if sprints and not self.refills and not plan.prefills:
+            self.train_beside(view, plan, jobs, gap_s)
         if not sprints and not self.is_short_of_places(view, plan):
             # who arrives waits for this step and is prefilled in the next one
             step_s = min(gap_s, (1 - self.reserve) / 2 * self.ttft_s) if view.running else 0.2 * self.ttft_s
             for job in jobs:
-                self.train_within(view, plan, job, step_s)
+                bound_s = self.errors.surely(plan, job.phase, step_s, self.gap_s, self.roll_margin)
+                self.train_within(view, plan, job, bound_s, step_s)
         for job in jobs:
             if not plan.is_named(job.id) and view.now_s - job.last_progress_s >= self.alive_s:
                 self.keep_alive(plan, job)
@@ -243,7 +248,7 @@ class SLOSlack:
         return max(self.errors.surely(plan, "prefill", gap_s, self.gap_s, margin), PREFILLS * self.gap_s)
 
     def filling(self, view: View, room: Room) -> int:
-        """Prompt tokens beside the decodes that fill a forward, as many as those at least; what the decodes leave is `room`."""
+        """Tokens beside the decodes that fill a forward, as many as those at least; what the decodes leave is `room`."""
         left = room.tokens
         packed = view.limits.tokens - left
         wanted = max(ROLLING_TOKENS, 2 * packed)
@@ -265,10 +270,28 @@ class SLOSlack:
             return False
         return self.due_s - view.now_s < SHORT * self.ttft_s
 
-    def train_within(self, view: View, plan: Plan, job: JobView, step_s: float) -> None:
-        """Train until the gap target; a backward stops by itself where it turns out longer, on an executor with safepoints."""
+    def train_beside(self, view: View, plan: Plan, jobs: Sequence[JobView], gap_s: float) -> None:
+        """In a sprint: layers beside the decodes, or what fills a forward with them, if that takes no longer than prefills may whatever
+        happened of late, and those who wait can wait until a sprint of such steps is over.
+        """
+        within_s = min(PREFILLS * self.gap_s, gap_s)
+        if not view.running or self.due_s <= view.now_s + self.steps_left * within_s + self.prefilling_s(view):
+            return
+        for job in jobs:
+            bound_s = self.errors.usually(plan, job.phase, within_s)
+            if job.phase == "backward":
+                self.train_within(view, plan, job, bound_s, gap_s)
+            elif job.phase == "forward":
+                tokens = min(self.filling(view, plan.left), sum(job.next_tokens))
+                if plan.copy().finetune(job, tokens, within_s=bound_s) == tokens:
+                    plan.finetune(job, tokens)
+
+    def train_within(self, view: View, plan: Plan, job: JobView, bound_s: float, step_s: float) -> None:
+        """Train as long as is predicted to last `bound_s`; a backward beside decodes that turns out longer stops by itself before `step_s`,
+        on an executor with safepoints.
+        """
         errors, before_s, is_first = self.errors, plan.predicted_s, not plan.backwards
-        done = plan.train(job, within_s=errors.surely(plan, job.phase, step_s, self.gap_s, self.roll_margin))
+        done = plan.train(job, within_s=bound_s)
         if done and job.phase == "backward" and "safepoint" in view.can and view.running and is_first:
             layer_s = (plan.predicted_s - before_s) / done
             plan.stop_after(max(step_s - errors.plan_s - 1.5 * layer_s * errors.ratios.get(kind_of(plan), 1.0), 1e-6))
