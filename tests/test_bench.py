@@ -290,6 +290,31 @@ def test_every_policy_of_the_bench_comes_back_from_a_kept_replay(tmp_path):
         load_all([tmp_path, tmp_path / "nowhere"])
 
 
+def test_a_kept_replay_whose_policy_was_written_otherwise_is_judged_with_a_word_of_it(tmp_path, capsys):
+    request = wb.Request(request_id="r", arrival_s=0.0, prompt_tokens=4, output_tokens=3)
+    job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1, epochs=3)
+    policy, engine = wb.policies.ServeFirst(), FixedCost(info=fixed_info(simulated=False, name="Engine(fixed)"))
+    measured = wb.replay([request], executor=engine, policy=policy, jobs=[job], until="jobs", planning=0.0, progress=False)
+    wb.LatencyModel.fit(measured).save(tmp_path / "model")
+    place = Kept(trace="t", load=2, policy=policy, job=job, shape="tiny", date="2026-01-01", replay=measured).save(tmp_path / "kept")
+
+    def notes(name: str) -> set[bool]:
+        into = tmp_path / name
+        assert cli.main(["model", "--profile", str(tmp_path / "model"), "--into", str(into), "--from", str(tmp_path / "kept")]) == 0
+        rows = pd.read_csv(into / "model.csv")
+        return {"with other code of the policy" in note for note in rows[rows["cell"].str.startswith("t,")]["note"]}
+
+    assert notes("same") == {False} and "other code" not in capsys.readouterr().out
+    file = place / "kept.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    record["policy"]["source"] = "0" * 16
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert notes("other") == {True} and "with other code of ServeFirst, judged with today's" in capsys.readouterr().out
+    del record["policy"]["source"]  # kept before anybody noted it
+    file.write_text(json.dumps(record), encoding="utf-8")
+    assert notes("unknown") == {False}
+
+
 def test_replays_of_two_calls_are_judged_together_each_by_the_model_of_its_own_call(tmp_path, capsys):
     request = wb.Request(request_id="r", arrival_s=0.0, prompt_tokens=4, output_tokens=3)
     job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1, epochs=3)

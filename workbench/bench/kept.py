@@ -1,5 +1,7 @@
 """Measured replays that are kept with all that it takes to simulate them again, later and on a machine without the device."""
 
+import hashlib
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -27,7 +29,8 @@ NO_LIMITS = ("name", "device", "simulated", "model_error", *BUCKETS)
 class Kept:
     """One policy on one cell, measured on a model shape at `date` (ISO 8601); `load` in requests/s. Beside it one job on random tokens.
 
-    `fitted` is the folder of the model that the policy predicted with, of a replay that was loaded from beside it.
+    `fitted` is the folder of the model that the policy predicted with, of a replay that was loaded from beside it; `source` what
+    `source_of` the policy was when it was kept, "" where nobody noted it.
     """
 
     trace: str
@@ -38,6 +41,12 @@ class Kept:
     date: str
     replay: Replay
     fitted: Path | None = None
+    source: str = ""
+
+    @property
+    def is_of_other_code(self) -> bool:
+        """Whether the policy's class was written otherwise when this was measured: simulated again, it is today's."""
+        return self.source not in ("", source_of(self.policy))
 
     @property
     def cell(self) -> str:
@@ -57,6 +66,7 @@ class Kept:
             "load": self.load,
             "policy": {
                 "name": type(self.policy).__name__,
+                "source": source_of(self.policy),
                 # what it noted on the way is no parameter
                 "fields": {f.name: getattr(self.policy, f.name) for f in fields(self.policy) if f.init and f.repr},
             },
@@ -79,7 +89,8 @@ class Kept:
         job = replace(measured.finetune_jobs[0], data=RandomTokens(**record["data"]))
         rest = {name: record[name] for name in ("trace", "load", "shape", "date")}
         fitted = place.parent / FITTED
-        return cls(policy=policy, job=job, replay=measured, fitted=fitted if fitted.is_dir() else None, **rest)
+        source = record["policy"].get("source", "")
+        return cls(policy=policy, job=job, replay=measured, fitted=fitted if fitted.is_dir() else None, source=source, **rest)
 
     def simulated(self, model: LatencyModel, seed: int | None = None) -> Replay:
         """The same requests, policy, job and seed on a latency model under the limits and adapters of the measurement.
@@ -109,6 +120,11 @@ class Kept:
             replace(p, trace=self.trace, load=self.load, simulated=fmean([p.simulated, *(float(row[p.metric]) for row in rows)]))
             for p in found.predictions
         )
+
+
+def source_of(policy: Any) -> str:
+    """16 hex digits of the text of the policy's class."""
+    return hashlib.blake2b(inspect.getsource(type(policy)).encode(), digest_size=8).hexdigest()
 
 
 def under(model: LatencyModel, measured: Replay) -> LatencyModel:

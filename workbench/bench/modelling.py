@@ -114,6 +114,10 @@ def run_kept(session: Session, folders: Sequence[Path], *, refits: bool = False)
     require(len(places) <= 1, "kept replays must be of one model shape on one device", places, "Put them into a folder each.")
     twice = sorted(name for (name, _), times in Counter((one.name, one.date) for one in kept).items() if times > 1)
     require(not twice, "a kept replay must be there once", twice, "Leave out the folder that should not count.")
+    for one in kept:
+        if one.is_of_other_code:
+            told = f"measured at {one.replay.provenance.commit} with other code of {type(one.policy).__name__}, judged with today's"
+            print(f"# {one.name}: {told}. Check that commit out to judge it with its own, or measure it again.", flush=True)
     load = cache(LatencyModel.load)
     for one in kept:
         rule = "a kept replay must have its run's model beside it"
@@ -253,6 +257,7 @@ def _record(
     by = " and ".join(dict.fromkeys(f"{model.info.name} of {model.provenance['date']}" for _, model in runs))
     when = " and ".join(f"{kept.date[:10]} at {kept.replay.provenance.commit}" for kept, _ in runs)
     times = "" if len(runs) == 1 else f" in the mean of {len(runs)} runs"
+    times += " with other code of the policy" * any(kept.is_of_other_code for kept, _ in runs)
     for metric, unit in METRICS.items():
         if not isfinite(pair.error(metric)):
             continue  # nothing was measured of it; the predictions have it
