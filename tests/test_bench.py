@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +29,9 @@ from workbench.bench import (
     targets,
     unified,
 )
-from workbench.bench.kept import Kept, load_all
+from workbench.bench.kept import load_all
 from workbench.bench.session import Session
 from workbench.latency.whole_replays import ReplayErrors
-from workbench.testing import FixedCost, fixed_info
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = "NVIDIA H100 80GB HBM3"
@@ -277,110 +275,6 @@ def test_a_profile_is_judged_and_kept_replays_give_the_same_rows_without_the_eng
     capsys.readouterr()
 
 
-def test_every_policy_of_the_bench_comes_back_from_a_kept_replay(tmp_path):
-    request = wb.Request(request_id="r", arrival_s=0.0, prompt_tokens=4, output_tokens=2)
-    for policy in modelling.POLICIES:
-        job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1)
-        measured = wb.replay([request], executor=FixedCost(), policy=policy, jobs=[job], progress=False)
-        one = Kept(trace="t", load=2, policy=policy, job=job, shape="tiny", date="2026-01-01", replay=measured)
-        again = Kept.load_from(one.save(tmp_path))
-        assert (again.policy, again.job, again.name) == (policy, job, one.name)
-    assert len(load_all([tmp_path])) == len(modelling.POLICIES)
-    with pytest.raises(FileNotFoundError, match="got none. Keep some"):
-        load_all([tmp_path, tmp_path / "nowhere"])
-
-
-def test_a_kept_replay_whose_policy_was_written_otherwise_is_judged_with_a_word_of_it(tmp_path, capsys):
-    request = wb.Request(request_id="r", arrival_s=0.0, prompt_tokens=4, output_tokens=3)
-    job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1, epochs=3)
-    policy, engine = wb.policies.ServeFirst(), FixedCost(info=fixed_info(simulated=False, name="Engine(fixed)"))
-    measured = wb.replay([request], executor=engine, policy=policy, jobs=[job], until="jobs", planning=0.0, progress=False)
-    wb.LatencyModel.fit(measured).save(tmp_path / "model")
-    place = Kept(trace="t", load=2, policy=policy, job=job, shape="tiny", date="2026-01-01", replay=measured).save(tmp_path / "kept")
-
-    def notes(name: str) -> set[bool]:
-        into = tmp_path / name
-        assert cli.main(["model", "--profile", str(tmp_path / "model"), "--into", str(into), "--from", str(tmp_path / "kept")]) == 0
-        rows = pd.read_csv(into / "model.csv")
-        return {"with other code of the policy" in note for note in rows[rows["cell"].str.startswith("t,")]["note"]}
-
-    assert notes("same") == {False} and "other code" not in capsys.readouterr().out
-    file = place / "kept.json"
-    record = json.loads(file.read_text(encoding="utf-8"))
-    record["policy"]["source"] = "0" * 16
-    file.write_text(json.dumps(record), encoding="utf-8")
-    assert notes("other") == {True} and "with other code of ServeFirst, judged with today's" in capsys.readouterr().out
-    del record["policy"]["source"]  # kept before anybody noted it
-    file.write_text(json.dumps(record), encoding="utf-8")
-    assert notes("unknown") == {False}
-
-
-def test_replays_of_two_calls_are_judged_together_each_by_the_model_of_its_own_call(tmp_path, capsys):
-    request = wb.Request(request_id="r", arrival_s=0.0, prompt_tokens=4, output_tokens=3)
-    job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1, epochs=3)
-    policy, engine = wb.policies.ServeFirst(), FixedCost(info=fixed_info(simulated=False, name="Engine(fixed)"))
-    measured = wb.replay([request], executor=engine, policy=policy, jobs=[job], progress=False)
-    fitted = wb.LatencyModel.fit(
-        wb.replay([request], executor=engine, policy=policy, jobs=[job], until="jobs", planning=0.0, progress=False)
-    )
-    for call, factor in (("one", 0.0), ("two", 1.0)):
-        one = Kept(trace=call, load=2, policy=policy, job=job, shape="tiny", date="2026-01-01", replay=measured)
-        one.save(tmp_path / "calls" / call)
-        fitted.perturb(factor).save(tmp_path / "calls" / call / "model")
-
-    def judged(*options: str) -> dict[str, float]:
-        assert cli.main(["model", "--into", str(tmp_path / "rows"), "--from", *options]) == 0
-        found = ReplayErrors.read(tmp_path / "rows" / modelling.PREDICTIONS_FILE).predictions
-        return {p.trace: p.error for p in found if p.metric == "tpot_p50_s"}
-
-    parts = [str(tmp_path / "calls" / call) for call in ("one", "two")]
-    own = judged(*parts)
-    assert own["two"] > own["one"] + 50, "the second call's model is twice as slow"
-    assert judged(str(tmp_path / "calls")) == own
-    same = judged(*parts, "--profile", str(tmp_path / "calls" / "one" / "model"))
-    assert same["one"] == same["two"] == own["one"]
-    shutil.rmtree(tmp_path / "calls" / "two" / "model")
-    with pytest.raises(ValueError, match="must have its run's model beside it"):
-        judged(*parts)
-    with pytest.raises(ValueError, match="must be there once"):
-        judged(parts[0], parts[0])
-    capsys.readouterr()
-
-
-def test_a_cell_that_several_runs_measured_is_judged_by_their_mean_and_says_how_much_they_differ(tmp_path, capsys):
-    requests = [wb.Request(request_id=f"r{i}", arrival_s=0.0, prompt_tokens=4, output_tokens=3) for i in range(2)]
-    job = wb.FinetuneJob.example("tuned", data=wb.RandomTokens(examples=4, tokens=8), batch_size=1, epochs=3)
-    policy, slo = wb.policies.ServeFirst(), wb.SLO(ttft_s=1.0)
-    info = fixed_info(simulated=False, name="Engine(fixed)")
-
-    def measured(executor: FixedCost, **options) -> wb.Replay:
-        return wb.replay(requests, executor=executor, policy=policy, jobs=[job], slo=slo, planning=0.0, progress=False, **options)
-
-    quick, slow = FixedCost(info=info), FixedCost(step_s=0.03, info=info)
-    wb.LatencyModel.fit(measured(quick, until="jobs")).save(tmp_path / "model")
-    kept = {"quick": measured(quick), "slow": measured(slow)}
-    for name, one in kept.items():
-        run = Kept(trace="t", load=2, policy=policy, job=job, shape="tiny", date=f"2026-01-01T00:00:00Z {name}", replay=one)
-        run.save(tmp_path / "kept" / name)
-
-    def judged(*names: str) -> dict[str, float]:
-        folders = [str(tmp_path / "kept" / name) for name in names]
-        arguments = ["model", "--profile", str(tmp_path / "model"), "--into", str(tmp_path / "-".join(names)), "--from", *folders]
-        assert cli.main(arguments) == 0
-        predictions = ReplayErrors.read(tmp_path / "-".join(names) / modelling.PREDICTIONS_FILE).predictions
-        assert len(predictions) == len(modelling.METRICS), "one row for each metric"
-        return {p.metric: p.measured for p in predictions}
-
-    first, second, both = judged("quick"), judged("slow"), judged("quick", "slow")
-    assert second["ttft_p50_s"] > 1.5 * first["ttft_p50_s"]
-    assert all(both[metric] == pytest.approx((first[metric] + second[metric]) / 2) for metric in modelling.METRICS)
-    written = rows.read(tmp_path / "quick-slow").set_index("metric")
-    assert written.loc["two runs' ttft_p50_s", "p50"] == pytest.approx(100 * (second["ttft_p50_s"] / first["ttft_p50_s"] - 1))
-    assert "in the mean of 2 runs" in written.loc["error of ttft_p50_s", "note"].iloc[0]
-    assert not any("two runs'" in metric for metric in rows.read(tmp_path / "quick")["metric"]), "one run differs from nothing"
-    capsys.readouterr()
-
-
 def test_no_replay_is_begun_that_cannot_end_in_the_time_left(tmp_path, capsys):
     made = Session(shape="tiny-llama", into=tmp_path, seconds=100.0)
     made.start("model", 60.0)
@@ -411,16 +305,6 @@ def test_options_that_do_not_fit_together_are_refused(given, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_policies_are_ranked_only_where_they_differ_by_more_than_the_model_errs():
-    def pair(measured, simulated):
-        return modelling.Pair("cell", "policy", {"attainment": measured}, {"attainment": simulated})
-
-    assert modelling.in_order(pair(0.900, 0.920), pair(0.800, 0.790), "attainment") is True
-    assert modelling.in_order(pair(0.900, 0.800), pair(0.799, 0.850), "attainment") is False
-    assert modelling.in_order(pair(0.900, 0.920), pair(0.890, 0.950), "attainment") is None
-    assert pair(0.90, 0.92).error("attainment") == pytest.approx(2.0)
-
-
 def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):
     monkeypatch.setattr(unified, "OTHERS", ())
     assert run(tiny, "w4") == {
@@ -432,50 +316,6 @@ def test_fine_tuning_and_unified_write_rates_and_attainment(tiny, monkeypatch):
     found = run(tiny, "w6", ("10 req/s",))
     assert {("10 req/s, gaps 45 ms", rows.OURS, m) for m in ("attainment", "fine-tune")} <= found
     assert tiny.engine.adapters == {}
-
-
-def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain_while_no_queue_grows(tmp_path):
-    grid = (wb.policies.LatencyBudget(budget_s=0.02), wb.policies.TemporalSharing(every=64), wb.policies.TemporalSharing(every=4096))
-    file = contest.tune(
-        wb.LatencyModel.load("h100-llama3-8b"), tmp_path / "t.json", shares=(0.2,), grid=grid, seconds=2.0, slo=wb.SLO(ttft_s=0.1)
-    )
-    record = json.loads(file.read_text())
-    assert record["capacity"] > 4 and len(record["rows"]) == 3
-    stalls = wb.LatencyModel.load("h100-llama3-8b").stalls
-    assert record["stalls"] == f"{stalls}; {stalls.source}"
-    calm, other = (wb.LatencyModel.load("h100-llama3-8b").with_stalls(s) for s in (None, wb.Stalls(9.0, (0.5,))))
-    (tmp_path / contest.FILE).write_text(file.read_text())
-    assert contest.as_tuned(calm, tmp_path).stalls == contest.as_tuned(other, tmp_path).stalls == stalls
-    assert all(0 <= row["attainment"] <= 1 for row in record["rows"])
-    for row, attainment, tokens in zip(record["rows"], (0.99, 0.98, 0.4), (100.0, 900.0, 5.0), strict=True):
-        row |= {"attainment": attainment, "finetune_tokens_per_s": tokens, "saturated": False}
-    assert contest.best(record, 0.2) == grid[0]
-    assert contest.best(record, 0.2, only="TemporalSharing") == grid[1], "none attains: the one that attains most"
-    record["rows"][1]["finetune_tokens_per_s"] = 0.0
-    assert contest.best(record, 0.2, only="TemporalSharing") == grid[2], "of those that train"
-    record["rows"][2] |= {"attainment": 0.995}
-    assert contest.best(record, 0.2) == grid[0], "it trains more"
-    record["rows"][0]["saturated"] = True
-    assert contest.best(record, 0.2) == grid[2], "a queue that grows puts serving off until after the window"
-
-
-def test_the_long_contest_shows_policy_21_the_best_tuned_and_who_nearly_was_with_and_without_stalls(tmp_path):
-    budgets = [{"budget_s": s, "chunk_tokens": 512} for s in (0.02, 0.03, 0.04)]
-    made = [
-        {"share": 0.2, "policy": "LatencyBudget", "parameters": p, "finetune_tokens_per_s": 9.0 + i, "attainment": 1 - 0.02 * i}
-        | {"saturated": i == 1}
-        for i, p in enumerate(budgets)
-    ]
-    (tmp_path / contest.FILE).write_text(json.dumps({"capacity": 20.0, "rows": made}))
-    model = wb.LatencyModel.load("h100-llama3-8b")
-    found = pd.read_csv(long_contest.run(model, tmp_path, shares=(0.2,), seconds=4.0))
-    of_policy = found.groupby(found["policy"].str.split("(").str[0])
-    assert of_policy.size().to_dict() == {"SLOSlack": 4, "LatencyBudget": 8}, "two draws, with and without stalls"
-    assert set(found["policy"].str.extract(r"budget_s=([\d.]+)")[0].dropna()) == {"0.02", "0.03"}, "not who attained 96 %"
-    assert set(found["stalls"]) == {"no stalls", contest.stalls_of(model)}
-    assert set(found["seed"]).isdisjoint({*contest.TUNED_ON, *contest.HELD_OUT})
-    assert found["bound_tokens_per_s"].between(1000.0, 20_000.0).all()
-    assert found["load"].eq(4.0).all() and found["attainment"].between(0, 1).all() and found["finetune_tokens_per_s"].gt(1000).all()
 
 
 def test_a_contest_without_tuned_policies_says_how_to_tune_them(tiny):
