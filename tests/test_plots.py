@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import workbench as wb
 from tests.fake_replays import INFO, SLOS, fake_replay, trace_of
 from workbench import plots
 from workbench.experiments.compare import Comparison
@@ -226,6 +227,26 @@ def test_costs_are_drawn_by_class_of_step_with_what_a_unit_costs():
     ax = plots.costs(shares, pd.Series({"step": 6543.2, "finetune_tokens": 4.918}), caption="by hand")
     assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx([10, 25, 75, 90])
     assert {"6,543", "4.92", "finetune tokens", "µs per unit"} <= set(texts(ax.figure).split("\n"))
+
+
+def test_costs_that_hardly_count_are_one_row_together():
+    shares = pd.DataFrame({"decode": [0.99, 0.004, 0.003, 0.003], "train": [0.997, 0.0, 0.002, 0.001]}, index=["step", "a", "b", "c"])
+    ax = plots.costs(shares, pd.Series({"step": 6543.2, "a": 1.0, "b": 2.0, "c": 3.0}))
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["3 other terms", "step"]
+    assert sorted(bar.get_width() for bar in ax.patches) == pytest.approx([0.3, 1.0, 99.0, 99.7])
+
+
+def test_a_legend_names_a_shipped_policy_without_the_parameters_that_have_their_defaults(comparison):
+    frame = comparison.requests
+    for label, shown in (
+        (repr(wb.policies.SLOSlack()), "SLOSlack"),
+        (repr(wb.policies.SLOSlack(reserve=0.2, pace=False)), "SLOSlack(reserve=0.2, pace=False)"),
+        (repr(wb.policies.MultiLevelQueue()), repr(wb.policies.MultiLevelQueue())),
+        ("Mine(tokens=512)", "Mine(tokens=512)"),
+    ):
+        ax = plots.distribution(frame.assign(policy=label), "ttft_s")
+        (text,) = ax.get_legend().get_texts()
+        assert text.get_text().replace("\n", " ") == shown
 
 
 def test_replicas_are_drawn_at_the_mean_over_seeds():

@@ -184,7 +184,8 @@ class Comparison:
         n = f"{low}" if low == high else f"{low}–{high}"
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) != 1 else ''}"
         drawn = f" (redrawn: {', '.join(self.redrawn) or 'nothing'}; bars and bands: range)" if len(self.seeds) > 1 else ""
-        window = f"{runs['measure_start_s'].min():.0f}–{runs['measure_end_s'].max():.0f} s"
+        start_s, end_s = runs["measure_start_s"].min(), runs["measure_end_s"].max()
+        window = "–".join(f"{s:.0f}" if s >= 10 else f"{s:.2g}" for s in (start_s, end_s)) + " s"
         firsts = {label: self.replays[label, seed].executor for label, seed in reversed(self._keys())}
         hows = {label: how(firsts[label], *JUDGED) for label in self.labels if label in firsts}
         said = "; ".join(f"{label}: {text}" for label, text in hows.items()) if len(set(hows.values())) > 1 else next(iter(hows.values()))

@@ -1,6 +1,5 @@
 """Where the time of requests went."""
 
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from workbench.model_error import how
-from workbench.plots.style import finish, new_axes
+from workbench.plots.style import brief, finish, new_axes
 
 CAUSE_STYLES = {
     "own": ("its own compute", "#0072B2", ""),
@@ -44,7 +43,7 @@ def attribution(
             below = below + np.nan_to_num(values)
     for x, total in enumerate(below):
         ax.annotate(f"{total:.3g}", (x, total), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
-    ax.set_xticks(range(len(means)), [fill(str(label), max(10, 72 // len(means))) for label in means.index], fontsize=8)
+    ax.set_xticks(range(len(means)), [brief(str(label), max(10, 72 // len(means))) for label in means.index], fontsize=8)
     ax.set_xlim(-0.6, len(means) - 0.4)
     ax.set_ylim(0, float(below.max(initial=0.0)) * 1.08 or 1.0)
     ax.set_ylabel(f"mean {of} per request (s)")

@@ -13,6 +13,7 @@ from workbench.features import NAMES
 from workbench.latency.terms import CLASSES, classes_of, group_of
 from workbench.plots.style import COLOURS, MARKERS, NotebookFigure, finish, log_ticks, new_axes, styles
 
+LEAST_SHARE = 0.005  # of the predicted time of some class of step: below that a term has no row of its own
 QUANTITIES = {
     "arrival_s": "arrival (s)",
     "gap": "gap / mean gap at that time",
@@ -45,10 +46,14 @@ def predicted_vs_measured(steps: pd.DataFrame, *, ax: Axes | None = None, captio
 
 def costs(shares: pd.DataFrame, cost_us: pd.Series, *, ax: Axes | None = None, caption: str = "", legend: bool = True) -> Axes:
     """What a step's time is made of: a row per term of a latency model (all buckets of padded work in one), a bar per class of
-    step, and what one unit of the term costs.
+    step, and what one unit of the term costs. Terms that make less than LEAST_SHARE of every class are one row together.
 
     `shares`: `CostModel.shares(steps)`; `cost_us`: `CostModel.table()`, microseconds per unit.
     """
+    small = shares.max(axis=1) < LEAST_SHARE
+    if small.sum() > 1:
+        others = shares[small].sum().rename(f"{small.sum()} other terms")
+        shares = pd.concat([shares[~small], others.to_frame().T])
     order = shares.max(axis=1).sort_values().index
     ax = ax or new_axes(8, 1.2 + 0.34 * len(order))
     height = 0.8 / len(shares.columns)
@@ -57,6 +62,8 @@ def costs(shares: pd.DataFrame, cost_us: pd.Series, *, ax: Axes | None = None, c
         ax.barh(rows, shares.loc[order, name] * 100, height * 0.92, color=style.colour, hatch=style.hatch, edgecolor="white", label=name)
     for row, term in enumerate(order):
         units = cost_us[[group_of(name) == term for name in cost_us.index]]
+        if units.empty:
+            continue
         cost = " to ".join(f"{c:,.0f}" if c >= 100 else f"{c:.3g}" for c in dict.fromkeys((units.min(), units.max())))
         ax.annotate(cost, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     ax.annotate("µs per unit", (1.02, len(order) - 0.35), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")

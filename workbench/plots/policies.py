@@ -15,7 +15,7 @@ from workbench.config import SLO
 from workbench.experiments.search import Capacity
 from workbench.experiments.statistics import Difference
 from workbench.model_error import with_error
-from workbench.plots.style import SLO_COLOUR, NotebookFigure, finish, new_axes, styles
+from workbench.plots.style import SLO_COLOUR, NotebookFigure, brief, finish, new_axes, styles
 from workbench.results import metrics
 from workbench.results.bound import UpperBound
 
@@ -36,7 +36,6 @@ THROUGHPUTS = {"finetune_tokens_per_s": "fine-tuning, committed", "decode_tokens
 
 def overview(runs: pd.DataFrame, *, caption: str = "", slo: metrics.SLOs = None) -> Figure:
     """SLO attainment and throughput beside each other, one legend, the caption below."""
-    labels = list(dict.fromkeys(runs["policy"]))
     figure = NotebookFigure(figsize=(10.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     bare = runs.copy()
@@ -45,9 +44,8 @@ def overview(runs: pd.DataFrame, *, caption: str = "", slo: metrics.SLOs = None)
     throughput(bare, ax=right, legend=False)
     caption = with_error(caption, runs, "attainment", *THROUGHPUTS)
     handles, names = left.get_legend_handles_labels()
-    figure.legend(
-        handles, [fill(n, 90) for n in names], loc="outside upper left", ncols=1 if max(map(len, labels)) > 40 else 2, frameon=False
-    )
+    names = [brief(name, 90) for name in names]
+    figure.legend(handles, names, loc="outside upper left", ncols=1 if max(map(len, names)) > 40 else 2, frameon=False)
     if caption:
         figure.supxlabel(fill(caption, 150), x=0.01, ha="left", fontsize=8, color="#444444")
     return figure

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+
+from workbench import policies
 
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness.
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#999999", "#F0E442")
@@ -54,6 +57,17 @@ def log_ticks(*axes: Axis) -> None:
         axis.set_minor_formatter("")
 
 
+def brief(label: str, width: int) -> str:
+    """A label for a legend, in lines of `width` letters: that of a shipped policy without the parameters that have their defaults."""
+    name, _, rest = label.partition("(")
+    made = getattr(policies, name, None)
+    if is_dataclass(made) and rest.endswith(")") and "(" not in rest:
+        usual = {f"{f.name}={f.default!r}" for f in fields(made) if f.default is not MISSING}
+        given = [part for part in rest[:-1].split(", ") if part not in usual]
+        label = f"{name}({', '.join(given)})" if given else name
+    return fill(label, width)
+
+
 def finish(ax: Axes, caption: str, legend: bool) -> Axes:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#E5E5E5", linewidth=0.6)
@@ -62,7 +76,7 @@ def finish(ax: Axes, caption: str, legend: bool) -> Axes:
         # a label longer than the figure would squeeze the axes to nothing
         handles, labels = ax.get_legend_handles_labels()
         width = max(30, int(ax.figure.bbox.width / ax.figure.dpi * 10))
-        ax.legend(handles, [fill(label, width) for label in labels], loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
+        ax.legend(handles, [brief(label, width) for label in labels], loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
     if caption:
         text = fill(caption, max(40, int(ax.figure.bbox.width / ax.figure.dpi * 17)))
         ax.annotate(text, (0, 0), (0, -40), "axes fraction", "offset points", va="top", fontsize=7, color="#444444", annotation_clip=False)

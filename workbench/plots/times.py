@@ -78,7 +78,13 @@ def distribution(
     if few:
         ax.axhspan(99, 101, color="#DDDDDD", zorder=0)
         ax.annotate(
-            "p99 is uncertain: fewer than 1,000 rows", (0.99, 98.6), xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=7
+            "p99 is uncertain: fewer than 1,000 rows",
+            (0.99, 98.6),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="top",
+            fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
         )
     ax.set_xscale("log")
     log_ticks(ax.xaxis)
