@@ -145,7 +145,7 @@ def test_a_finished_request_with_another_length_than_its_traces_is_seen():
 
 def test_littles_law_is_broken_by_an_end_before_its_arrival():
     names = pd.Index(["a", "b"])
-    steps = pd.DataFrame({"start_s": [1.5], "end_s": [4.0], "waiting": [0], "running": [2]})
+    steps = {"start_s": np.array([1.5]), "end_s": np.array([4.0]), "waiting": np.array([0]), "running": np.array([2])}
 
     def rows(kind: str, *moments: tuple[float, int]) -> dict[str, Rows]:
         time, owner = (np.array(x) for x in zip(*moments, strict=True)) if moments else (np.zeros(0), np.zeros(0, int))

@@ -72,8 +72,12 @@ class Stream:
         """Let at least `num` residuals be at hand: whole blocks, from the recording's end on to its beginning."""
         kept, length = self._coming[:, self._at :], self._series.shape[1]
         blocks = -(-max(num - kept.shape[1], FILL) // BLOCK)
-        starts = np.array([self._rng.randrange(length) for _ in range(blocks)])
-        which = ((starts[:, None] + np.arange(BLOCK)) % length).ravel()
+        bits, draw, starts = length.bit_length(), self._rng.getrandbits, []
+        while len(starts) < blocks:
+            start = draw(bits)  # what `randrange(length)` does, without its checks
+            if start < length:
+                starts.append(start)
+        which = ((np.array(starts)[:, None] + np.arange(BLOCK)) % length).ravel()
         if self._noise:
             new = _factors(self._series[:, which] + [self._extra_rng.gauss(0.0, self._noise) for _ in range(len(which))])
         else:

@@ -97,7 +97,10 @@ class StallStream:
         """
         del self._ends[first:], self._counts[first:]
         begins_s, passed = (self._ends[-1], self._counts[-1]) if first else (self._busy_s, self._passed)
-        ends = list(islice(accumulate(durations_s, initial=begins_s), 1, None))
+        if isinstance(durations_s, np.ndarray):  # the sums are the same, one after another
+            ends = np.add.accumulate(np.concatenate(([begins_s], durations_s)))[1:].tolist()
+        else:
+            ends = list(islice(accumulate(durations_s, initial=begins_s), 1, None))
         self._ends += ends
         if ends[-1] < self._times[passed]:
             self._counts += [passed] * len(ends)

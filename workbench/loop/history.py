@@ -320,14 +320,19 @@ class History:
         data |= dict(zip(PART_COLUMNS, parts.T, strict=True))
         return pd.DataFrame({name: column(name, data[name]) for name in STEP_COLUMNS})
 
-    def all_times(self) -> dict[str, np.ndarray]:
+    def all_times(self, names: Sequence[str] = (*STEP_TIMES, *RUN_TIMES)) -> dict[str, np.ndarray]:
         """Start, end, duration, device, host, planning and predicted seconds of each step [steps], by column of `steps`."""
-        out = {name: np.array(getattr(self, name), float) for name in STEP_TIMES}
-        rows = self.run_rows()
+        rows, out = self.run_rows(), {}
         first = rows[:, 0].astype(np.int64) - self.first_step
-        out |= {"start_s": np.roll(out["end_s"], 1), "plan_s": np.zeros(len(out["end_s"]))}
-        out |= {"gpu_s": out["duration_s"].copy(), "host_s": np.zeros(len(out["end_s"]))}
-        for name in RUN_TIMES:
+        for name in names:
+            if name in STEP_TIMES:
+                out[name] = np.array(getattr(self, name), float)
+                continue
+            # but for the first step of a run, it begins with the end of the one before, is not planned, and is all on the device
+            if name == "start_s":
+                out[name] = np.roll(self.end_s, 1)
+            else:
+                out[name] = np.array(self.duration_s, float) if name == "gpu_s" else np.zeros(len(self.end_s))
             out[name][first] = rows[:, RUN_COLUMNS.index(name)]
         return out
 

@@ -13,6 +13,7 @@ from workbench.loop.history import RUN_COLUMNS, History
 
 TOKEN_KINDS = ("finetune", "evaluate", "prefill", "decode")
 _FEATURES = tuple(f"{kind}_tokens" for kind in TOKEN_KINDS)
+_TIMES = ("start_s", "end_s", "plan_s", "duration_s")
 _EVENTS = ("arrived", *ENDS, "prefill", "preempted")
 _JOB_EVENTS = ("forward", "committed")
 _JOB_WORK = ("finetune", "evaluate", "backward")
@@ -46,13 +47,13 @@ class Decodes(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """`steps` has at least the times, the counts and the planned tokens of each step, `done` [steps, 4] the tokens of its rows of work.
+    """`steps` has the times, the counts and the planned tokens of each step by column, `done` [steps, 4] the tokens of its rows of work.
 
     `stray` is the step number of a row of work whose step there is not. `prefills` are (owner, start, tokens) of the prefill rows. By
     owner and kind, `job_work` sums up the tokens (layers) of the jobs' rows of work, `job_events` has (number, sum) of their events.
     """
 
-    steps: pd.DataFrame
+    steps: Mapping[str, np.ndarray]
     events: Mapping[str, Rows]
     tokens: Tokens
     decodes: Decodes
@@ -76,7 +77,7 @@ def facts_of_frames(replay: Any, names: pd.Index) -> Facts:
     of_jobs = work[np.isin(kind, _JOB_WORK)].groupby(["owner", "kind"])["tokens"].sum()
     job_events = events[np.isin(events["kind"], _JOB_EVENTS)].groupby(["owner", "kind"])["value"].agg(["size", "sum"])
     return Facts(
-        steps=steps,
+        steps={name: steps[name].to_numpy() for name in ("step", *_TIMES, "waiting", "running", *_FEATURES)},
         events=by_kind,
         tokens=Tokens(tokens.owner, np.ones(len(tokens.owner)), tokens.value, tokens.time, tokens.time),
         decodes=Decodes(owner[decode], np.ones(int(decode.sum())), start[decode]),
@@ -193,10 +194,10 @@ def _done(kind: np.ndarray, at: np.ndarray, tokens: np.ndarray, num_steps: int) 
     return np.column_stack([np.bincount(at[kind == name], tokens[kind == name], num_steps).astype(float) for name in TOKEN_KINDS])
 
 
-def _plain_steps(history: History) -> pd.DataFrame:
+def _plain_steps(history: History) -> dict[str, np.ndarray]:
     """The columns of `steps` that are checked."""
     num, features = history.run_lengths(), history.run_rows()[:, len(RUN_COLUMNS) :]
     waiting, running = history.run_counts()
-    data = {"step": np.arange(history.first_step, history.num_steps)} | history.all_times()
+    data = {"step": np.arange(history.first_step, history.num_steps)} | history.all_times(_TIMES)
     data |= {"waiting": np.repeat(waiting, num), "running": np.repeat(running, num)}
-    return pd.DataFrame(data | {name: np.repeat(features[:, INDEX[name]], num) for name in _FEATURES})
+    return data | {name: np.repeat(features[:, INDEX[name]], num) for name in _FEATURES}

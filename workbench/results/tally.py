@@ -110,36 +110,39 @@ class Tally:
         if facts.stray is not None:
             self._break(STRAY, f"one of step {facts.stray}")
         for name, done in zip(TOKEN_KINDS, facts.done.T, strict=True):
-            said = steps[f"{name}_tokens"].to_numpy(float)
+            said = steps[f"{name}_tokens"]
             for k in np.flatnonzero(np.abs(done - said) > 0.5)[:1]:
-                self._break(ODD.format(name), f"{said[k]:.0f} beside {done[k]:.0f} in step {steps['step'].iloc[k]}")
+                self._break(ODD.format(name), f"{said[k]:.0f} beside {done[k]:.0f} in step {steps['step'][k]}")
         self._add_times(steps)
         self.add_counts(steps)
 
-    def _add_times(self, steps: pd.DataFrame) -> None:
+    def _add_times(self, steps: Mapping[str, np.ndarray]) -> None:
         """Steps come one after another and last what they say: planning and executor; so busy and idle time add up to the span."""
-        if not len(steps):
+        start, end = steps["start_s"], steps["end_s"]
+        if not len(start):
             return
-        start, end = steps["start_s"].to_numpy(float), steps["end_s"].to_numpy(float)
         before = np.concatenate([[self._step_s], end[:-1]])
         for k in np.flatnonzero(start < before - CLOCK_S)[:1]:
-            step = int(steps["step"].iloc[k])
+            step = int(steps["step"][k])
             self._break(EARLY, f"step {step - 1} to {before[k]:.9f} s, step {step} from {start[k]:.9f} s")
-        plan_s, duration_s = steps["plan_s"].to_numpy(float), steps["duration_s"].to_numpy(float)
+        plan_s, duration_s = steps["plan_s"], steps["duration_s"]
         for k in np.flatnonzero(end - start < plan_s + duration_s - CLOCK_S)[:1]:
             self._break(SHORT, f"{end[k] - start[k]:.9f} s for {plan_s[k]} + {duration_s[k]}")
         self._step_s = float(end[-1])
         self.last_s = max(self.last_s, float(end.max()))
 
-    def add_counts(self, steps: pd.DataFrame) -> None:
+    def add_counts(self, steps: Mapping[str, np.ndarray]) -> None:
         """At the start of every step, `waiting + running` as the ledger counted are the arrivals less the ends until then.
 
         An event within `CLOCK_S` counts either way. Those that lie before all steps to come are then only counted.
         """
-        start, counted = steps["start_s"].to_numpy(float), steps["waiting"].to_numpy() + steps["running"].to_numpy()
+        counted = steps["waiting"] + steps["running"]
+        start = np.maximum.accumulate(steps["start_s"])  # that it rises is a law of its own
 
         def until(what: str, shift: float) -> np.ndarray:
-            return self._num_before[what] + np.searchsorted(self._recent[what], start + shift, side="right" if shift > 0 else "left")
+            # events are fewer than steps: from which step on each of them counts
+            from_step = start.searchsorted(self._recent[what] - shift, side="left" if shift > 0 else "right")
+            return self._num_before[what] + np.bincount(from_step, minlength=len(start) + 1)[:-1].cumsum()
 
         most = until("arrived", CLOCK_S) - until("ended", -CLOCK_S)
         least = until("arrived", -CLOCK_S) - until("ended", CLOCK_S)
