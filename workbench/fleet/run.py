@@ -27,16 +27,16 @@ from workbench.loop.options import Options
 from workbench.loop.states import JobState, RequestState
 from workbench.loop.views import JobView
 from workbench.policy import Policy, policy_label
-from workbench.replay import ReplayError, _Run
 from workbench.results.conservation import ConservationError, check_conservation
 from workbench.results.replay import Replay
 from workbench.seeds import generator
+from workbench.serving_loop import ReplayError, ServingLoop
 
 SWITCH_S = 1e-4
 """How long a thread that comes back from its device waits for one that computes. Python's usual 5 ms are half a decode step."""
 
 
-class ReplicaRun(_Run):
+class ReplicaRun(ServingLoop):
     """The serving loop of one replica; what arrives, and when it is over, the fleet says.
 
     On the wall clock an executor that really runs steps does so in a thread of its own. Everything else (planning, routing, the ledgers,

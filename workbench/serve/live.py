@@ -13,7 +13,8 @@ from workbench.core import Executor, Request, StepResult
 from workbench.loop.clock import WallClock
 from workbench.loop.options import Options
 from workbench.policy import Policy
-from workbench.replay import Replay, _Run
+from workbench.results.replay import Replay
+from workbench.serving_loop import ServingLoop
 
 POLL_S = 0.1
 """How often an idle loop looks for commands and new adapters."""
@@ -30,7 +31,7 @@ class Delivery:
     end: tuple[str, str] | None = None
 
 
-class LiveRun(_Run):
+class LiveRun(ServingLoop):
     """A replay on the wall clock whose trace is what `submit` brings, from other threads, until `stop`.
 
     Everything else is the replay's: ledger, plan, policy, fine-tune jobs beside the requests, events and steps. `deliver` is called in
