@@ -144,7 +144,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         defect=12,
         claim="A step's row adds up: no timer subtracts a stale end.",
-        file="workbench/replay.py",
+        file="workbench/serving_loop.py",
         old="(start_s, end_s, plan_s, predicted_s), counts)",
         new="(start_s, start_s - result.duration_s, plan_s, predicted_s), counts)",
         test="tests/test_replay.py::test_step_rows_add_up_and_time_never_goes_back",
