@@ -5,10 +5,7 @@ import json
 import pandas as pd
 
 import workbench as wb
-from workbench.bench import (
-    contest,
-    long_contest,
-)
+from workbench.bench import contest, long_contest
 
 
 def test_tuning_chooses_the_policy_that_trains_most_of_those_that_attain_while_no_queue_grows(tmp_path):

@@ -8,10 +8,7 @@ import pytest
 
 import workbench as wb
 from workbench.bench import __main__ as cli
-from workbench.bench import (
-    modelling,
-    rows,
-)
+from workbench.bench import modelling, rows
 from workbench.bench.kept import Kept, load_all
 from workbench.latency.whole_replays import ReplayErrors
 from workbench.testing import FixedCost, fixed_info

@@ -123,7 +123,7 @@ class Kept:
 
 
 def source_of(policy: Any) -> str:
-    """16 hex digits of the text of the policy's class."""
+    """16 hex digits of the text of the policy's class: the same for every Python version, as a `content_key`, of its bytecode, is not."""
     return hashlib.blake2b(inspect.getsource(type(policy)).encode(), digest_size=8).hexdigest()
 
 

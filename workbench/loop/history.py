@@ -321,7 +321,9 @@ class History:
         return pd.DataFrame({name: column(name, data[name]) for name in STEP_COLUMNS})
 
     def all_times(self, names: Sequence[str] = (*STEP_TIMES, *RUN_TIMES)) -> dict[str, np.ndarray]:
-        """Start, end, duration, device, host, planning and predicted seconds of each step [steps], by column of `steps`."""
+        """Start, end, duration, device, host, planning and predicted seconds of each step [steps], or those of `names`, by column of
+        `steps`.
+        """
         rows, out = self.run_rows(), {}
         first = rows[:, 0].astype(np.int64) - self.first_step
         for name in names:

@@ -76,8 +76,9 @@ def facts_of_frames(replay: Any, names: pd.Index) -> Facts:
     at = pd.Index(steps["step"].to_numpy()).get_indexer(step)
     of_jobs = work[np.isin(kind, _JOB_WORK)].groupby(["owner", "kind"])["tokens"].sum()
     job_events = events[np.isin(events["kind"], _JOB_EVENTS)].groupby(["owner", "kind"])["value"].agg(["size", "sum"])
+    counts = {name: steps[name].to_numpy() for name in ("step", "waiting", "running")}
     return Facts(
-        steps={name: steps[name].to_numpy() for name in ("step", *_TIMES, "waiting", "running", *_FEATURES)},
+        steps=counts | {name: steps[name].to_numpy(float) for name in (*_TIMES, *_FEATURES)},
         events=by_kind,
         tokens=Tokens(tokens.owner, np.ones(len(tokens.owner)), tokens.value, tokens.time, tokens.time),
         decodes=Decodes(owner[decode], np.ones(int(decode.sum())), start[decode]),
